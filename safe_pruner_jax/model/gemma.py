@@ -1,0 +1,176 @@
+"""The two Gemma experts, layer by layer, over prepared weights.
+
+Axes as in `arrays`. The residual stream keeps the activation dtype; norms, rotations, logits and softmax are
+float32. Attention logits are a return value: whoever wants saliency reduces them (`tokens.saliency`), and XLA
+removes them where nobody does.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.model.config import GemmaConfig
+
+MASKED = -2.3819763e38  # what openpi writes over masked logits; a fully masked row becomes uniform
+
+
+@struct.dataclass
+class LayerWeights:
+    """One layer of one expert, ready to run.
+
+    `gain1`/`gain2` [D] are 1 + scale of the two RMS norms, None in an adaptive expert. `qkv` [D, (N+2K)·H] and
+    `gate_up` [D, 2F] are fused projections; `out` [N·H, D] and `down` [F, D] close the two branches.
+    """
+
+    gain1: Array | None
+    gain2: Array | None
+    qkv: Array
+    out: Array
+    gate_up: Array
+    down: Array
+
+
+@struct.dataclass
+class Modulation:
+    """adaRMS of one layer: scale, shift, gate of both norms as [..., 3D], broadcast against [B, R, 3D]."""
+
+    attn: Array
+    mlp: Array
+
+
+@struct.dataclass
+class Segment:
+    """A run of keys and values: k, v [B, S, K, H], mask [B, 1 or R, S] bool."""
+
+    k: Array
+    v: Array
+    mask: Array
+
+
+def prepare_layers(tree: dict, c: GemmaConfig, suffix: str, dtype) -> tuple[LayerWeights, ...]:
+    """Per-layer weights from openpi's stacked tree (`PaliGemma/llm/layers`); pure and differentiable."""
+    attn, mlp = tree["attn"], tree[f"mlp{suffix}"]
+
+    def layer(i: int) -> LayerWeights:
+        q = attn[f"q_einsum{suffix}"]["w"][i]  # [N, D, H]
+        kv = attn[f"kv_einsum{suffix}"]["w"][i]  # [2, K, D, H]
+        heads = jnp.concatenate([q, kv[0], kv[1]], axis=0).astype(dtype)  # [N+2K, D, H]
+        gate, up = mlp["gating_einsum"][i]
+        return LayerWeights(
+            gain1=_gain(tree[f"pre_attention_norm{suffix}"], i),
+            gain2=_gain(tree[f"pre_ffw_norm{suffix}"], i),
+            qkv=heads.transpose(1, 0, 2).reshape(c.width, -1),
+            out=attn[f"attn_vec_einsum{suffix}"]["w"][i].astype(dtype).reshape(-1, c.width),
+            gate_up=jnp.concatenate([gate, up], axis=-1).astype(dtype),
+            down=mlp["linear"][i].astype(dtype),
+        )
+
+    return tuple(layer(i) for i in range(c.depth))
+
+
+def _gain(norm: dict, i: int) -> Array | None:
+    return 1 + jnp.asarray(norm["scale"][i]) if "scale" in norm else None
+
+
+def rope(positions: Array, head_dim: int) -> tuple[Array, Array]:
+    """cos and sin [B, S, 1, H/2] in float32 for positions [B, S]; timescale_i = 10000^(2i/H)."""
+    exponent = (2.0 / head_dim) * jnp.arange(head_dim // 2, dtype=jnp.float32)
+    angle = positions[..., None].astype(jnp.float32) / (10_000**exponent)
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def _rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    cos, sin = cos_sin
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> tuple[Array, Array | float]:
+    """RMS norm of x [B, S, D] with a gain [D], or adaptive with mod [..., 3D]; returns it and the gate."""
+    f = x.astype(jnp.float32)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + 1e-6)
+    if mod is None:
+        return (f * gain).astype(x.dtype), 1.0
+    scale, shift, gate = jnp.split(mod, 3, axis=-1)
+    return (f * (1 + scale) + shift).astype(x.dtype), gate
+
+
+def project_qkv(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
+    """q [B, S, N, H] rotated and scaled by H^-1/2, k [B, S, K, H] rotated, v [B, S, K, H]."""
+    N, K = c.num_heads, c.num_kv_heads
+    heads = (x @ w.qkv).reshape(*x.shape[:2], N + 2 * K, c.head_dim)
+    q, k, v = jnp.split(heads, (N, N + K), axis=2)
+    return _rotate(q, cos_sin) * c.head_dim**-0.5, _rotate(k, cos_sin), v
+
+
+def attend(q: Array, segments: tuple[Segment, ...]) -> tuple[Array, Array]:
+    """Grouped-query attention over the concatenated segments, without concatenating them.
+
+    Args:
+      q: [B, R, N, H].
+      segments: keys and values; query head h reads kv head h // (N/K).
+
+    Returns:
+      [B, R, N·H] in q's dtype, and the masked float32 logits [B, N, R, sum of S].
+    """
+    B, R, N, H = q.shape
+    K = segments[0].k.shape[2]
+    q = q.reshape(B, R, K, N // K, H)
+    logits = [
+        jnp.where(
+            s.mask[:, None, None],
+            jnp.einsum("brkgh,bskh->bkgrs", q, s.k, preferred_element_type=jnp.float32),
+            MASKED,
+        )
+        for s in segments
+    ]
+    logits = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
+    probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    out, start = 0, 0
+    for s in segments:
+        stop = start + s.k.shape[1]
+        out += jnp.einsum("bkgrs,bskh->brkgh", probs[..., start:stop], s.v)
+        start = stop
+    return out.reshape(B, R, N * H), logits.reshape(B, N, R, -1)
+
+
+def layer(
+    c: GemmaConfig,
+    w: LayerWeights,
+    x: Array,
+    cos_sin: tuple[Array, Array],
+    mask: Array,
+    cache: tuple[Segment, ...] = (),
+    mod: Modulation | None = None,
+) -> tuple[Array, tuple[Array, Array], Array]:
+    """One transformer block: x += gate · Attn(norm(x)); x += gate · MLP(norm(x)).
+
+    Args:
+      c: sizes of the expert.
+      w: its weights.
+      x: [B, S, D] in the activation dtype.
+      cos_sin: rotation of these rows.
+      mask: [B, 1 or S, S] bool, which of the own keys a row may see.
+      cache: keys and values of earlier tokens, seen before the own ones.
+      mod: adaptive norms, None for plain ones.
+
+    Returns:
+      x, the own (k, v) [B, S, K, H], and the attention logits [B, N, S, keys], cached keys first.
+    """
+    h, gate = rms_norm(x, w.gain1, None if mod is None else mod.attn)
+    q, k, v = project_qkv(c, w, h, cos_sin)
+    out, logits = attend(q, (*cache, Segment(k, v, mask)))
+    x = x + gate * (out @ w.out)
+    h, gate = rms_norm(x, w.gain2, None if mod is None else mod.mlp)
+    g, u = jnp.split(h @ w.gate_up, 2, axis=-1)
+    x = x + gate * ((jax.nn.gelu(g) * u) @ w.down)
+    return x, (k, v), logits
+
+
+def keys_and_values(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
+    """Only k and v [B, S, K, H] of a layer: all that the last prefix layer is needed for."""
+    h, _ = rms_norm(x, w.gain1)
+    kv = (h @ w.qkv[:, c.num_heads * c.head_dim :]).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)
+    k, v = jnp.split(kv, 2, axis=2)
+    return _rotate(k, cos_sin), v

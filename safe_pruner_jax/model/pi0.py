@@ -1,0 +1,326 @@
+"""π0 and π0.5: prefix (images and prompt), action expert, flow-matching sampler.
+
+    weights = prepare(params, config)                     once per checkpoint: split, fuse, precompute
+    z = embed_images(...), e = embed_prompt(...)          prefix tokens
+    x, kv, logits = prefix_layers(..., range(0, 18))      keys and values of every layer
+    actions, late = sample(...)                           10 Euler steps of the expert over those keys
+
+The expert reads the prefix's keys and values layer by layer, so the prefix may have another length in every
+layer: that is all pruning needs. Time enters through a `Schedule` that depends on the flow times and the
+weights only; it is computed once when weights are prepared.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from safe_pruner_jax.arrays import Array, Layers
+from safe_pruner_jax.model import gemma, siglip
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.tokens import saliency
+
+
+@struct.dataclass
+class Schedule:
+    """Everything about the flow times t_0..t_{s-1} that does not depend on the observation.
+
+    Args:
+      times: [s] float32 flow times, 1 is noise and 0 is data.
+      cond: [s, W] the condition of the adaptive norms (π0.5), else None.
+      mods: per layer `Modulation` of [s, 3W] (π0.5), else None.
+      final: [s, 3W] modulation of the final norm (π0.5), else None.
+      mix: [s, W] what time adds to every action token (π0), else None.
+    """
+
+    times: Array
+    cond: Array | None
+    mods: tuple[gemma.Modulation, ...] | None
+    final: Array | None
+    mix: Array | None
+
+
+@struct.dataclass
+class Weights:
+    """A checkpoint, ready to run: per-layer fused weights and the schedule of the sampler."""
+
+    vision: siglip.VisionWeights
+    embedding: Array
+    prefix: tuple[gemma.LayerWeights, ...]
+    expert: tuple[gemma.LayerWeights, ...]
+    final_gain: Array | None
+    prefix_gain: Array
+    action_in: siglip.Affine
+    action_out: siglip.Affine
+    state: siglip.Affine | None
+    mixer: tuple[Array, siglip.Affine] | None
+    schedule: Schedule
+
+
+def euler_times(num_steps: int) -> np.ndarray:
+    """Flow times [s] of the sampler, accumulated in float32 as openpi does: 1, 0.9, 0.79999995, …"""
+    times, t, dt = [], np.float32(1.0), np.float32(-1.0 / num_steps)
+    for _ in range(num_steps):
+        times.append(t)
+        t = np.float32(t + dt)
+    return np.array(times, np.float32)
+
+
+def time_embedding(times: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
+    """[sin, cos] of 2πt/period with periods 4e-3·1000^frac, frac = linspace(0, 1, W/2).
+
+    Evaluated in float64 and rounded once, because the angle reaches 1571 rad.
+
+    Args:
+      times: [s] flow times.
+      width: W, even.
+
+    Returns:
+      [s, W] float32, all sines first.
+    """
+    period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
+    angle = 2 * np.pi * np.asarray(times, np.float64)[:, None] / period
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+
+def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10) -> Weights:
+    """Inference weights from openpi's parameter tree: pure and differentiable.
+
+    Stacked layers are split, so that no step slices a stack; q, k, v and gate, up are fused; matrices that
+    compute in the activation dtype are cast to it; time embedding and adaptive norms of all denoise steps are
+    evaluated.
+
+    Args:
+      params: the tree of `param_shapes(config)`, any float dtype.
+      config: sizes.
+      num_steps: denoise steps the sampler will take.
+
+    Returns:
+      Weights for every function of this module.
+    """
+    dtype = jnp.dtype(config.dtype)
+    llm, img = params["PaliGemma"]["llm"], params["PaliGemma"]["img"]
+    affine = lambda name: siglip.Affine(jnp.asarray(params[name]["kernel"]), jnp.asarray(params[name]["bias"]))
+    mixer = None
+    if not config.pi05:
+        first = affine("action_time_mlp_in")
+        mixer = (first.w[: config.expert.width], affine("action_time_mlp_out"))
+    return Weights(
+        vision=siglip.prepare(img, config, dtype),
+        embedding=jnp.asarray(llm["embedder"]["input_embedding"]),
+        prefix=gemma.prepare_layers(llm["layers"], config.prefix, "", dtype),
+        expert=gemma.prepare_layers(llm["layers"], config.expert, "_1", dtype),
+        final_gain=None if config.pi05 else 1 + jnp.asarray(llm["final_norm_1"]["scale"]),
+        prefix_gain=1 + jnp.asarray(llm["final_norm"]["scale"]),
+        action_in=affine("action_in_proj"),
+        action_out=affine("action_out_proj"),
+        state=None if config.pi05 else affine("state_proj"),
+        mixer=mixer,
+        schedule=schedule(params, config, euler_times(num_steps)),
+    )
+
+
+def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndarray) -> Schedule:
+    """The schedule of given flow times [s], see `Schedule`."""
+    times = np.asarray(times, np.float32)
+    emb = jnp.asarray(time_embedding(times, config.expert.width))
+    dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+    if not config.pi05:
+        first = params["action_time_mlp_in"]
+        mix = emb @ first["kernel"][config.expert.width :] + first["bias"]
+        return Schedule(jnp.asarray(times), None, None, None, mix)
+    cond = jax.nn.swish(dense("time_mlp_out", jax.nn.swish(dense("time_mlp_in", emb))))
+    dtype = jnp.dtype(config.dtype)
+    modulate = lambda m: cond.astype(dtype) @ m["kernel"].astype(dtype) + m["bias"].astype(dtype)
+    llm = params["PaliGemma"]["llm"]
+    pick = lambda name, i: {k: v[i] for k, v in llm["layers"][name]["Dense_0"].items()}
+    mods = tuple(
+        gemma.Modulation(modulate(pick("pre_attention_norm_1", i)), modulate(pick("pre_ffw_norm_1", i)))
+        for i in range(config.depth)
+    )
+    return Schedule(jnp.asarray(times), cond, mods, modulate(llm["final_norm_1"]["Dense_0"]), None)
+
+
+# --- prefix -------------------------------------------------------------------------------------------------
+
+
+def embed_images(weights: Weights, config: Pi0Config, images: Array) -> Array:
+    """Visual tokens Z [B, n, d] of images [B, C, S, S, 3] uint8, camera by camera, activation dtype."""
+    B, C = images.shape[:2]
+    z = siglip.encode(weights.vision, config, images.reshape(B * C, *images.shape[2:]))
+    return z.reshape(B, C * z.shape[1], z.shape[2])
+
+
+def embed_prompt(weights: Weights, config: Pi0Config, tokens: Array) -> Array:
+    """Prompt tokens [B, T] int32 → [B, T, d]: table row times √d, both in the table's dtype."""
+    table = weights.embedding
+    scale = jnp.asarray(np.sqrt(config.prefix.width), table.dtype)
+    return (table[tokens] * scale).astype(config.dtype)
+
+
+def positions(mask: Array) -> Array:
+    """Position of every slot: running count of alive slots minus one; mask [B, P] bool → [B, P] int32."""
+    return jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
+
+
+def prefix_layers(
+    weights: Weights, config: Pi0Config, x: Array, pos: Array, mask: Array, layers: range, logits_of: Layers = ()
+) -> tuple[Array, tuple[gemma.Segment, ...], dict[int, Array]]:
+    """Runs a range of prefix layers; of the model's last layer only keys and values are computed.
+
+    Args:
+      weights, config: the model.
+      x: [B, P, d] hidden rows entering the first layer of the range.
+      pos: [B, P] int32 RoPE positions; they need not be contiguous.
+      mask: [B, P] bool, alive slots.
+      layers: contiguous layer indices.
+      logits_of: layers whose attention logits are returned.
+
+    Returns:
+      x after the range, one `Segment` per layer with mask [B, 1, P], and {layer: logits [B, N, P, P]}.
+    """
+    c = config.prefix
+    rotation = gemma.rope(pos, c.head_dim)
+    own = mask[:, :, None] & mask[:, None, :]
+    segments, kept = [], {}
+    for i in layers:
+        if i == config.depth - 1:
+            k, v = gemma.keys_and_values(c, weights.prefix[i], x, rotation)
+        else:
+            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own)
+            if i in logits_of:
+                kept[i] = logits
+        segments.append(gemma.Segment(k, v, mask[:, None, :]))
+    return x, tuple(segments), kept
+
+
+# --- action expert ------------------------------------------------------------------------------------------
+
+
+def suffix_tokens(weights: Weights, config: Pi0Config, state: Array, x_t: Array, mix: Array | None) -> Array:
+    """Expert input [B, R, W] float32: action tokens; π0 mixes the time in and puts one state token first."""
+    affine = lambda x, a: x @ a.w.astype(jnp.float32) + a.b
+    tokens = affine(x_t, weights.action_in)
+    if config.pi05:
+        return tokens
+    first, second = weights.mixer
+    tokens = affine(jax.nn.swish(tokens @ first.astype(jnp.float32) + mix), second)
+    return jnp.concatenate([affine(state, weights.state)[:, None], tokens], axis=1)
+
+
+def suffix_mask(config: Pi0Config) -> np.ndarray:
+    """[1, R, R] bool: action rows see all suffix rows, π0's state row only itself."""
+    rows = config.action_horizon + (not config.pi05)
+    mask = np.ones((1, rows, rows), bool)
+    if not config.pi05:
+        mask[:, 0, 1:] = False
+    return mask
+
+
+def expert_layers(
+    weights: Weights,
+    config: Pi0Config,
+    tokens: Array,
+    prefix: tuple[gemma.Segment, ...],
+    alive: Array,
+    mods: tuple[gemma.Modulation, ...] | None,
+    logits_of: Layers = (),
+) -> tuple[Array, dict[int, Array]]:
+    """Runs the expert over as many layers as `prefix` has segments.
+
+    Args:
+      weights, config: the model.
+      tokens: [B, R, W] from `suffix_tokens`.
+      prefix: keys and values of layers 0, 1, ….
+      alive: [B] int32, alive slots of the *unpruned* prefix: the position of the first suffix row.
+      mods: adaptive norms per layer for this flow time; None for π0.
+      logits_of: layers whose attention logits are returned.
+
+    Returns:
+      hidden rows [B, R, W] in the activation dtype, {layer: logits [B, N, R, P_layer + R]}.
+    """
+    c = config.expert
+    h = tokens.astype(config.dtype)
+    rotation = gemma.rope(alive[:, None] + jnp.arange(h.shape[1]), c.head_dim)
+    mask = jnp.asarray(suffix_mask(config))
+    kept = {}
+    for i, segment in enumerate(prefix):
+        mod = None if mods is None else mods[i]
+        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, (segment,), mod)
+        if i in logits_of:
+            kept[i] = logits
+    return h, kept
+
+
+def velocity(
+    weights: Weights,
+    config: Pi0Config,
+    prefix: tuple[gemma.Segment, ...],
+    alive: Array,
+    state: Array,
+    x_t: Array,
+    at: Schedule,
+    logits_of: Layers = (),
+) -> tuple[Array, dict[int, Array]]:
+    """v(x_t, t) [B, A, action_dim], and the attention logits of some layers; `at` is one time of a schedule."""
+    h, logits = expert_layers(
+        weights, config, suffix_tokens(weights, config, state, x_t, at.mix), prefix, alive, at.mods, logits_of
+    )
+    h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
+    h = h[:, -config.action_horizon :]
+    return h @ weights.action_out.w + weights.action_out.b, logits
+
+
+def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array) -> Array:
+    """S^ℓ [B, n] float32 with action tokens as queries (Eq. 1): logits [B, N, R, P+R], visual_alive [B, n]."""
+    rows = jnp.ones(config.action_horizon, bool)
+    return jax.vmap(lambda x, a: saliency(x[..., -config.action_horizon :, :], rows, a))(logits, visual_alive)
+
+
+def sample(
+    weights: Weights,
+    config: Pi0Config,
+    prefix: tuple[gemma.Segment, ...],
+    alive: Array,
+    state: Array,
+    noise: Array,
+    *,
+    visual_alive: Array | None = None,
+    late_layers: Layers = (),
+    late_steps: str = "half",
+) -> tuple[Array, Array | None]:
+    """Euler integration of the flow from noise (t=1) to actions (t=0).
+
+    Args:
+      weights, config: the model; the schedule in `weights` fixes the number of steps.
+      prefix: one segment per layer.
+      alive: [B] int32 alive slots of the unpruned prefix.
+      state: [B, action_dim] float32 (only π0 reads it).
+      noise: [B, A, action_dim] float32.
+      visual_alive: [B, n] bool, needed with `late_layers`.
+      late_layers: layers L_d whose saliency is wanted, action tokens as queries.
+      late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
+
+    Returns:
+      actions [B, A, action_dim] float32, and late saliency [B, |L_d|, n] float32 (None without layers).
+    """
+    s = weights.schedule.times.shape[0]
+    first = {"half": s // 2, "all": 0, "last": s - 1}[late_steps]
+    share = jnp.asarray(np.where(np.arange(s) >= first, 1.0 / (s - first), 0.0), jnp.float32)
+    late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
+
+    def step(carry, inputs):
+        x, late = carry
+        at, share = inputs
+        v, logits = velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        if late_layers:
+            now = [action_saliency(config, logits[i], visual_alive) for i in late_layers]
+            # a step without weight may not bring in its NaN either
+            late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
+        return (x + (-1.0 / s) * v, late), None
+
+    (actions, late), _ = jax.lax.scan(step, (noise, late), (weights.schedule, share))
+    return actions, late

@@ -1,0 +1,52 @@
+"""Carrying saliency from the last keyframe to now (SAFE-Pruner, Algorithm 2), and noticing when it fails.
+
+All functions are for one robot and in float32. Z are the visual tokens as they enter the language model.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from safe_pruner_jax.arrays import Array
+
+
+def unit(z: Array) -> Array:
+    """Z̃: rows of z [n, d] in float32 with L2 norm 1; a zero row stays zero."""
+    z = z.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True))
+    return z / jnp.where(norm > 0, norm, 1.0)
+
+
+def correspondence(z: Array, reference: Array, alive: Array, camera: Array | None = None) -> Array:
+    """π(v) = argmax_u Z̃_t[v] · Z̃_τ[u] over the alive reference tokens u (Algorithm 2, line 3).
+
+    Args:
+      z: [n, d] unit rows of the current frame.
+      reference: [n, d] unit rows of the keyframe.
+      alive: [n] bool, alive reference tokens.
+      camera: [n] int32; when given, only tokens of the same camera are candidates.
+
+    Returns:
+      [n] int32; of equal similarities the lowest index. Without any candidate: 0.
+    """
+    similarity = jnp.matmul(z, reference.T, precision=jax.lax.Precision.HIGHEST)
+    candidate = jnp.broadcast_to(alive[None, :], similarity.shape)
+    if camera is not None:
+        candidate &= camera[:, None] == camera[None, :]
+    return jnp.argmax(jnp.where(candidate, similarity, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def forecast(s: Array, match: Array, alive: Array) -> Array:
+    """Ŝ[v] = S_τ[π(v)] (Algorithm 2, line 4): s [..., n], match [n] → [..., n]; dead tokens 0."""
+    return jnp.where(alive, jnp.take(s, match, axis=-1, mode="clip"), 0.0)
+
+
+def kappa(s: Array, forecast_s: Array) -> Array:
+    """κ = cos(S_t, Ŝ_t) (Eq. 6): two [n] vectors, dead entries 0 → scalar; NaN if one of them is all zero."""
+    return jnp.sum(s * forecast_s) / (jnp.sqrt(jnp.sum(s * s)) * jnp.sqrt(jnp.sum(forecast_s * forecast_s)))
+
+
+def fuse(s: Array, late: Array, weight: float) -> Array:
+    """s = (1-λ) S^ℓs + λ mean over L_d of Ŝ^ℓ (Eq. 4-5): s [n], late [|L_d|, n], weight λ → [n]."""
+    if weight == 0:  # the paper's "without forecast": late may not even be known
+        return s
+    return (1.0 - weight) * s + weight * late.mean(0)

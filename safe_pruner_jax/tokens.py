@@ -1,0 +1,174 @@
+"""Which prefix slots are alive, how attention becomes saliency, and how tokens are chosen and gathered.
+
+Three worked instances. LIBERO has two cameras of three and a prompt of 23 tokens: the layout is
+`PrefixLayout(("base_0_rgb", "left_wrist_0_rgb"), 256, 32)`, 544 slots instead of openpi's 968. At
+`keep=0.2` the budget is `round(0.2 · 512) = 102` visual tokens. `top_k` returns their slots in ascending
+order, so positions stay monotone after the gather.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_pruner_jax.arrays import Array
+
+PROMPT_LENGTHS = (16, 32, 48, 64, 96, 128, 200)
+"""Static prompt lengths a program may be compiled for; a prompt takes the smallest that holds it."""
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """The static shape of a prefix: the cameras that are encoded and the prompt slots.
+
+    Args:
+      cameras: names of the encoded cameras, in openpi's order; at least one.
+      tokens_per_camera: visual tokens of one camera.
+      text: prompt slots T.
+    """
+
+    cameras: tuple[str, ...]
+    tokens_per_camera: int
+    text: int
+
+    @property
+    def visual(self) -> int:
+        """Visual token slots n."""
+        return len(self.cameras) * self.tokens_per_camera
+
+    @property
+    def slots(self) -> int:
+        """All prefix slots P."""
+        return self.visual + self.text
+
+
+def smallest_layout(
+    masks: Mapping[str, bool],
+    prompt_len: int,
+    *,
+    cameras: tuple[str, ...],
+    tokens_per_camera: int,
+    max_token_len: int,
+    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
+) -> PrefixLayout:
+    """The layout without dead tokens: alive cameras only, prompt at the smallest static length.
+
+    A scene in which every camera is masked keeps the first one (masked), so that no shape is empty.
+
+    Args:
+      masks: camera name → is it real.
+      prompt_len: alive prompt tokens.
+      cameras: all cameras of the model, in order.
+      tokens_per_camera: visual tokens of one camera.
+      max_token_len: prompt slots openpi pads to; an upper bound that is always available.
+      prompt_lengths: the static lengths to choose from.
+
+    Returns:
+      The layout.
+
+    Raises:
+      ValueError: the prompt is longer than `max_token_len`.
+
+    >>> smallest_layout({"a": True, "b": False}, 20, cameras=("a", "b"), tokens_per_camera=256, max_token_len=200)
+    PrefixLayout(cameras=('a',), tokens_per_camera=256, text=32)
+    """
+    if prompt_len > max_token_len:
+        raise ValueError(f"expected a prompt of at most {max_token_len} tokens, got {prompt_len}; shorten it")
+    alive = tuple(c for c in cameras if masks.get(c, False)) or cameras[:1]
+    lengths = sorted({t for t in prompt_lengths if t < max_token_len} | {max_token_len})
+    text = next(t for t in lengths if t >= prompt_len)
+    return PrefixLayout(alive, tokens_per_camera, text)
+
+
+def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") -> Array:
+    """S^ℓ[v]: attention that query rows pay to visual tokens (SAFE-Pruner, Eq. 1-2).
+
+        S^ℓ[v] = mean over heads and over rows r of softmax_v(q_r · k_v / √H)
+
+    Args:
+      logits: [..., R, P] float32 scaled attention logits, masked keys hugely negative; leading axes are
+        heads and are averaged. The first n keys are the visual tokens.
+      rows: [R] bool, which rows count.
+      alive: [n] bool, alive visual tokens.
+      over: "visual" normalises over the alive visual tokens (Eq. 1: S sums to 1); "all" keeps the model's
+        own probabilities over all keys (FastV).
+
+    Returns:
+      [n] float32; dead tokens have 0. Without alive rows or tokens everything is 0.
+    """
+    n = alive.shape[0]
+    logits = logits.astype(jnp.float32)
+    if over == "visual":
+        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], -jnp.inf), axis=-1, where=alive, initial=-1e38)
+    else:
+        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
+    heads = probs.reshape(-1, *probs.shape[-2:]).mean(0)
+    weight = rows.astype(jnp.float32)
+    s = (weight[:, None] * heads).sum(0) / jnp.maximum(weight.sum(), 1.0)
+    return jnp.where(alive, s, 0.0)
+
+
+def budget(keep: float, n: int) -> int:
+    """Number of visual tokens kept of `n`: a share is rounded (half to even), a count is taken as it is.
+
+    >>> budget(0.2, 512), budget(64, 512), budget(1.0, 512)
+    (102, 64, 512)
+    """
+    return min(n, round(keep * n) if keep <= 1 else int(keep))
+
+
+def check_keep(keep: float) -> float:
+    """A share of the alive visual tokens in (0, 1], or a whole number of at least 2 tokens; raises ValueError."""
+    share = 0 < keep <= 1
+    count = keep >= 2 and float(keep).is_integer()
+    if isinstance(keep, bool) or not (share or count):
+        raise ValueError(
+            f"keep: expected a share of the visual tokens in (0, 1] or a whole number of tokens >= 2, got {keep!r}; "
+            "use for example keep=0.2"
+        )
+    return keep
+
+
+def top_k(
+    score: Array, alive: Array, keep: float, *, camera: Array | None = None, per_camera: int = 0
+) -> tuple[Array, Array]:
+    """The best tokens of one robot, as a static-shape selection.
+
+    Args:
+      score: [n] float32, higher is better; NaN counts as the lowest. Equal scores: the lower index wins.
+      alive: [n] bool; a dead token is chosen only to fill slots when no alive one is left, and is marked dead.
+      keep: share or count, see `check_keep`; the budget is taken of the *alive* tokens.
+      camera: [n] int32 camera of each token, needed when `per_camera` is used.
+      per_camera: at least so many tokens of every camera come first.
+
+    Returns:
+      index [k] int32 ascending and unique with k = budget(keep, n), and alive [k] bool: false where a slot
+      is beyond the robot's own budget or holds a dead token.
+    """
+    n = score.shape[0]
+    k = budget(keep, n)
+    lowest = jnp.finfo(jnp.float32).min
+    score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
+    score = jnp.where(alive, score, -jnp.inf)
+    if per_camera:
+        order = jnp.argsort(-score, stable=True)
+        rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+        ahead = (camera[:, None] == camera[None, :]) & (rank[None, :] < rank[:, None])
+        first = (ahead.sum(1) < per_camera) & alive
+        # all of the reserved tokens before all of the others, each group by score
+        order = jnp.lexsort((rank, ~first))
+    else:
+        order = jax.lax.top_k(score, k)[1]
+    chosen = order[:k].astype(jnp.int32)
+    budgets = jnp.asarray(np.array([budget(keep, m) for m in range(n + 1)], np.int32))
+    kept = (jnp.arange(k) < budgets[alive.sum()]) & alive[chosen]
+    # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
+    packed = jnp.sort(chosen * 2 + kept)
+    return packed // 2, (packed % 2).astype(bool)
+
+
+def gather(x: Array, index: Array) -> Array:
+    """Rows of every robot: x [B, n, ...], index [B, k] → [B, k, ...]."""
+    return jax.vmap(lambda a, i: jnp.take(a, i, axis=0, mode="clip"))(x, index)
