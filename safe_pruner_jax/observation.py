@@ -152,7 +152,7 @@ def save_norm_stats(checkpoint_dir: str | os.PathLike, asset_id: str, stats: dic
 def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
     if not stats.has_quantiles:
         raise ValueError(
-            "quantile normalisation (pi0.5) needs q01 and q99, got norm stats without; use the checkpoint's own"
+            "quantile normalisation (pi0.5) needs q01 and q99, got stats without; use the checkpoint's own"
         )
     return stats.q01, stats.q99
 
@@ -183,7 +183,7 @@ def normalise(x: np.ndarray, stats: NormStats, *, quantiles: bool) -> np.ndarray
 def unnormalise(x: np.ndarray, stats: NormStats, *, quantiles: bool) -> np.ndarray:
     """Invert `normalise` on the first stats.dim values.
 
-    Values beyond pass through: exactly with quantiles, scaled by 1 + ε with z-scores, as openpi pads std by 1.
+    Values beyond pass through: exactly with quantiles, scaled by 1 + ε with z-scores (std is padded by 1).
 
     Args:
       x: float [..., n], n >= stats.dim.

@@ -1,11 +1,10 @@
-"""The border between a robot's client and the network: requests in, action chunks out.
+"""What a robot's client sends and expects; a robot is a value: `LIBERO`, `DROID`, `ALOHA`, `SingleArm(...)`.
 
-    request ── Robot.input ──> cameras, masks, state, prompt ── RobotIO.prepare ──> Example, Context
-    actions [AH, AD], Context ── RobotIO.finish ── Robot.output ──> {"actions": float64 [AH, robot's own]}
+    request ── Robot.input ──> cameras, masks, state, prompt        (then `configs.RobotIO.prepare`)
+    actions, in the robot's units ── Robot.output ──> {"actions": [AH, robot's own width]}
 
-A robot is a value: `LIBERO`, `DROID`, `ALOHA`, or another `SingleArm(...)`. Keys, axes, units and dtypes are
-those of openpi's `policies/*_policy.py`, so openpi's clients work unchanged. A request that cannot be served
-raises `RequestError`; entries nobody asked for are ignored.
+Keys, axes, units and dtypes are those of openpi's `policies/*_policy.py`, so its clients work unchanged. A
+request that cannot be served raises `RequestError`; entries nobody asked for are ignored.
 """
 
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from numbers import Real
 from typing import ClassVar, Protocol
 
 import numpy as np
-
-from safe_pruner_jax.observation import Example, NormStats, Tokenizer, normalise, resize_with_pad, unnormalise
 
 MAX_PROMPT_CHARS = 2_000
 """Longest accepted prompt; ten times what 200 tokens hold, so only a mistake or an attack is longer."""
@@ -107,7 +104,7 @@ def read_image(key: str, value: object, *, channels_first: bool | None = None) -
     if value.dtype == np.uint8:
         return value
     low, high = float(value.min()), float(value.max())
-    if not (-1 < 255 * low and 255 * high < 256):  # also false for NaN
+    if not (255 * low > -1 and 255 * high < 256):  # also false for NaN
         raise RequestError(
             key, "floats in [0, 1]", f"values from {low:.4g} to {high:.4g}", "divide by 255 or send uint8"
         )
@@ -178,9 +175,9 @@ def read_prompt(value: object) -> str:
 class Robot(Protocol):
     """What a robot's client sends and expects.
 
-    `input` checks a raw request and returns openpi's intermediate form: "image" and "image_mask" by camera
-    name, "state" float [state_dim] in the robot's units, and "prompt" if one came. It leaves the request as it
-    was. `output` maps actions float64 [AH, AD] in those units to the reply. `example` draws a valid request.
+    `input` checks a raw request, leaves it as it was, and returns openpi's intermediate form: "image" and
+    "image_mask" by camera name, "state" float [state_dim] in the robot's units, "prompt" if one came.
+    `output` maps actions float64 [AH, AD] in those units to the reply. `example` draws a valid request.
     """
 
     name: str
@@ -249,7 +246,7 @@ class SingleArm:
 LIBERO = SingleArm(
     "LIBERO", "observation/image", "observation/wrist_image", (("observation/state", 8),), action_dim=7
 )
-"""LIBERO's Panda. State: end effector (m), axis-angle (rad), gripper (m); action: 6 deltas and the gripper."""
+"""LIBERO's Panda. State: end effector (m), axis-angle (rad), fingers (m); action: 6 deltas, the gripper."""
 
 DROID = SingleArm(
     "DROID",
@@ -258,7 +255,7 @@ DROID = SingleArm(
     (("observation/joint_position", 7), ("observation/gripper_position", 1)),
     action_dim=8,
 )
-"""The DROID platform. State: joints (rad) and gripper (0 open to 1); action: 7 joint commands, the gripper."""
+"""The DROID platform. State: joints (rad), gripper (0 open, 1 closed); action: 7 joint commands, gripper."""
 
 
 @dataclass(frozen=True)
@@ -330,105 +327,3 @@ ALOHA = Aloha()
 
 _ALOHA_SIGNS = np.array([1.0, -1, -1, 1, 1, 1, 1] * 2)
 _ALOHA_GRIPPERS = [6, 13]
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What `RobotIO.finish` needs of the request: state, float32 [action_dim], as the network got it."""
-
-    state: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class RobotIO:
-    """Everything between one robot's client and the network; pure, and safe to share between threads.
-
-    Order: robot's input, default prompt, normalise, resize, tokenise, pad; back: unnormalise, add the state to
-    relative actions, robot's output. (openpi makes actions relative only in training; a request has none.)
-
-    Args:
-      robot: `LIBERO`, `DROID`, `ALOHA` or another `Robot`.
-      stats: "state" and "actions", from `load_norm_stats`.
-      tokenizer: of the model.
-      quantiles: scale by quantiles (π0.5) or z-scores (π0).
-      discrete_state_input: write the state into the prompt.
-      delta_mask: which action values are relative to the state; None if all are absolute.
-      default_prompt: used for requests without one.
-      action_dim: padded width of the network's state and actions.
-      image_size: side of the network's images, pixels.
-
-    Raises:
-      ValueError: statistics that do not belong to this robot and normalisation.
-      RequestError: a default prompt that no request could carry.
-    """
-
-    robot: Robot
-    stats: dict[str, NormStats]
-    tokenizer: Tokenizer
-    quantiles: bool
-    discrete_state_input: bool = False
-    delta_mask: tuple[bool, ...] | None = None
-    default_prompt: str | None = None
-    action_dim: int = 32
-    image_size: int = 224
-
-    def __post_init__(self):
-        if self.default_prompt is not None:
-            read_prompt(self.default_prompt)
-        for key, least in (("state", self.robot.state_dim), ("actions", self.robot.action_dim)):
-            stats = self.stats.get(key)
-            if stats is None or not least <= stats.dim <= self.action_dim:
-                raise ValueError(
-                    f"norm stats {key!r}: expected {least} to {self.action_dim} values for {self.robot.name}, got "
-                    f"{'none' if stats is None else stats.dim}; load those of the checkpoint's asset id"
-                )
-            if self.quantiles and not stats.has_quantiles:
-                raise ValueError(
-                    f"norm stats {key!r}: expected q01 and q99 for quantile normalisation, got none; "
-                    "load the stats of a pi0.5 checkpoint, or set quantiles=False for pi0"
-                )
-
-    def prepare(self, request: dict) -> tuple[Example, Context]:
-        """The network's input for one request, and what `finish` needs later.
-
-        Raises:
-          RequestError: see the module's docstring.
-        """
-        raw = self.robot.input(request)
-        prompt = raw.get("prompt", self.default_prompt)
-        if prompt is None:
-            raise RequestError(
-                "prompt", "an instruction", "none", 'add "prompt", or start the server with a default prompt'
-            )
-        state = normalise(raw["state"], self.stats["state"], quantiles=self.quantiles)
-        with np.errstate(over="ignore"):
-            padded = np.pad(state.astype(np.float32), (0, self.action_dim - len(state)))
-        if not np.isfinite(padded).all():
-            raise RequestError(
-                "state", "values within float32", f"up to {np.abs(raw['state']).max():.3g}", "check its units"
-            )
-        size = self.image_size
-        images = {
-            name: np.array(resize_with_pad(im, size, size), order="C") for name, im in raw["image"].items()
-        }
-        tokens = self.tokenizer.encode(prompt, state if self.discrete_state_input else None)
-        return Example(images, raw["image_mask"], padded, tokens), Context(padded)
-
-    def finish(self, actions: np.ndarray, context: Context) -> dict:
-        """The reply {"actions": float64 [AH, robot's own width]} for the network's actions [AH, action_dim].
-
-        Raises:
-          ValueError: actions of another shape.
-        """
-        actions = np.asarray(actions)
-        if actions.ndim != 2 or actions.shape[1] != self.action_dim:
-            raise ValueError(
-                f"actions: expected [horizon, {self.action_dim}], got {actions.shape}; finish one robot at a time"
-            )
-        actions = unnormalise(actions, self.stats["actions"], quantiles=self.quantiles)
-        if self.delta_mask is not None:
-            # The state as the network saw it (float32, scaled and back), so that replies equal openpi's.
-            state = unnormalise(context.state, self.stats["state"], quantiles=self.quantiles)
-            n = len(self.delta_mask)
-            actions[:, :n] += np.where(self.delta_mask, state[:n], 0.0)
-        return self.robot.output(actions)

@@ -101,7 +101,8 @@ def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") 
     n = alive.shape[0]
     logits = logits.astype(jnp.float32)
     if over == "visual":
-        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], -jnp.inf), axis=-1, where=alive, initial=-1e38)
+        # a huge number, not -inf: with no token alive the row stays finite and is zeroed below
+        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
     else:
         probs = jax.nn.softmax(logits, axis=-1)[..., :n]
     heads = probs.reshape(-1, *probs.shape[-2:]).mean(0)

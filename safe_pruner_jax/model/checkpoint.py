@@ -4,12 +4,12 @@
     load_params(folder, config)   a checked tree in the dtype you will run, one copy of it in memory
     save_params(folder, params)   the same layout, for openpi to read
 
-A checkpoint is a folder whose `params/` holds one Orbax PyTree item {"params": tree}: an OCDBT key-value store
-with one zarr array per leaf, named by the path joined with dots. Trees written by openpi's trainer end every
-path in `value`; released and converted ones may not. Both load.
+A checkpoint is a folder whose `params/` holds one Orbax PyTree item {"params": tree}: an OCDBT key-value
+store with one zarr array per leaf, named by the path joined with dots. Trees written by openpi's trainer
+end every path in `value`; others may not. Both load.
 
-Writing goes through Orbax. Reading goes through TensorStore, the layer under Orbax: openpi's pins and current
-Orbax disagree on how to restore a part of a tree, and leaf by leaf the memory is bounded and an error has a name.
+Writing goes through Orbax. Reading goes through TensorStore, the layer under it: leaf by leaf the memory is
+bounded and every error has a name, and it is the same in openpi's pinned Orbax and in the current one.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import pathlib
 import shutil
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,15 +40,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be fetched, read or written; the message names the part and what to do."""
 
 
-# --- fetch ------------------------------------------------------------------------------------------------------
+# fetch
 
 
 def fetch(uri: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """The local path of a file or folder, downloaded first if it is a `gs://` one.
 
-    Downloads go where openpi looks for them, `<cache>/<bucket>/<path>`, so either finds what the other fetched. A
-    download lands in `<path>.part` and is renamed when complete; one that stopped resumes at the next file. Two
-    processes take turns through the lock file openpi uses.
+    Downloads go where openpi looks for them, `<cache>/<bucket>/<path>`, so either finds what the other
+    fetched. They land in `<path>.part`, renamed when complete; one that stopped goes on with the files still
+    missing. Processes take turns through the lock file openpi uses.
 
     Args:
       uri: a local path, or `gs://bucket/path`.
@@ -61,21 +60,21 @@ def fetch(uri: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None)
     Raises:
       CheckpointError: nothing there, another scheme, gcsfs not installed, or the download stopped.
 
-    Deviations: openpi discards its cached copies from before 2025-02-03 and opens permissions to everyone; this
-    does neither.
+    Deviations: openpi discards copies cached before 2025-02-03 and opens permissions to everyone; this does
+    neither.
     """
     parts = urllib.parse.urlparse(os.fspath(uri))
     if not parts.scheme:
         local = pathlib.Path(uri).expanduser().absolute()
         if not local.exists():
-            raise CheckpointError(f"expected an existing path or gs://bucket/path, got {local}; check the spelling")
+            raise CheckpointError(f"expected an existing path or gs://bucket/path, got {local}")
         return local
     path = parts.path.strip("/")
     if parts.scheme != "gs" or not parts.netloc or not path:
-        raise CheckpointError(f"expected a local path or gs://bucket/path, got {uri}; download it and give the path")
+        raise CheckpointError(f"expected a local path or gs://bucket/path, got {uri}; give its local path")
 
-    cache = pathlib.Path(cache_dir or os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser().absolute()
-    local = cache / parts.netloc / path
+    cache = pathlib.Path(cache_dir or os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi")
+    local = cache.expanduser().absolute() / parts.netloc / path
     if local.exists():
         return local
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +100,7 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
 
 
 def _download(root: str, target: pathlib.Path) -> None:
-    """Copies `gs://<root>`, a file or everything under a folder, to `target`, keeping files already complete."""
+    """Copies `gs://<root>`, a file or all under a folder, to `target`; keeps what is complete there."""
     try:
         import fsspec
 
@@ -120,7 +119,7 @@ def _download(root: str, target: pathlib.Path) -> None:
         # a name ending in "/" is the empty object some tools leave for a folder
         sizes = {k: v["size"] for k, v in remote.find(root, detail=True).items() if not k.endswith("/")}
         if not sizes:
-            raise CheckpointError(f"expected files at {at}, got none; check the spelling and your access to the bucket")
+            raise CheckpointError(f"expected files at {at}, got none; check the spelling and your access")
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar, done = progress.add_task(at, total=sum(sizes.values())), 0
             for name, size in sizes.items():
@@ -137,7 +136,7 @@ def _download(root: str, target: pathlib.Path) -> None:
         raise CheckpointError(f"download stopped at {at}: {e}; run it again to go on from {target}") from e
 
 
-# --- load -------------------------------------------------------------------------------------------------------
+# load
 
 
 def load_params(
@@ -145,13 +144,13 @@ def load_params(
 ) -> Params:
     """Reads an openpi checkpoint into the tree of `param_shapes(config)`.
 
-    Leaves are read one at a time, largest first, and cast on the way in, so that the peak on the host is about
-    one copy of the result plus the stored bytes of one leaf.
+    Leaves are read one at a time, largest first, and cast on the way in: the peak on the host is about one
+    copy of the result plus one leaf as stored.
 
     Args:
       path: a checkpoint folder (with `params/` in it) or the `params/` folder itself.
       config: sizes the tree must have.
-      dtype: dtype of the floating leaves, e.g. "bfloat16"; None keeps what is stored. Other leaves are never cast.
+      dtype: floating dtype of the result, e.g. "bfloat16"; None keeps what is stored.
       allow_extra: drop leaves the model does not have, silently, as openpi does. Mind LoRA leaves: without
         them the policy is another one.
 
@@ -159,7 +158,8 @@ def load_params(
       Nested dict of numpy arrays with openpi's path components, whichever key layout the file has.
 
     Raises:
-      CheckpointError: not a complete JAX checkpoint; a missing, extra, misshapen, unreadable or non-finite leaf.
+      CheckpointError: not a complete JAX checkpoint; a missing, extra, misshapen, unreadable or non-finite
+        leaf.
       ValueError: `dtype` is not a floating dtype.
     """
     dtype = None if dtype is None else jnp.dtype(dtype)
@@ -172,7 +172,7 @@ def load_params(
     extra = [] if allow_extra else sorted(stored.keys() - expected.keys())
     _check_tree(directory, leaves, extra, expected, config)
 
-    # Reading a leaf holds its stored bytes as well as the result: the largest goes first, while little else is there.
+    # A leaf being read is there twice, stored and cast: the largest goes first, while little else is there.
     order = sorted(leaves, key=lambda k: leaves[k].size * leaves[k].dtype.numpy_dtype.itemsize, reverse=True)
     return traverse_util.unflatten_dict({k: _read(directory, k, leaves[k], dtype) for k in order}, sep="/")
 
@@ -181,24 +181,24 @@ def _params_directory(path: str | os.PathLike) -> pathlib.Path:
     """The folder that holds the Orbax item, or an error that says what `path` is instead."""
     path = pathlib.Path(path).expanduser().absolute()
     if not path.exists():
-        raise CheckpointError(f"expected a checkpoint folder, got {path}, which does not exist; fetch a gs:// one first")
+        raise CheckpointError(f"expected a checkpoint folder, got {path}, which is absent; fetch it first")
     directory = path / "params" if (path / "params").is_dir() else path
     if path.suffix == ".safetensors" or (directory / "model.safetensors").exists():
         raise CheckpointError(
-            f"expected openpi's JAX checkpoint (params/), got its PyTorch one (model.safetensors) at {path}; use the JAX "
-            "checkpoint it was converted from, e.g. gs://openpi-assets/checkpoints/pi05_libero"
+            f"expected openpi's JAX checkpoint (params/), got its PyTorch one (model.safetensors) at {path}; "
+            "use the JAX one it was converted from, e.g. gs://openpi-assets/checkpoints/pi05_libero"
         )
     absent = [name for name in ("_METADATA", "manifest.ocdbt") if not (directory / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"expected a complete checkpoint at {directory}, but {' and '.join(absent)} is missing; give the folder that "
-            "holds params/, or save or download it again if that was interrupted"
+            f"expected a complete checkpoint at {directory}, got no {' and no '.join(absent)}; give the folder "
+            "that holds params/, or save or download it again if that was interrupted"
         )
     return directory
 
 
 def _stored_names(directory: pathlib.Path) -> dict[str, str]:
-    """`{path in the parameter tree: name in the store}` of every leaf; a trailing `value` on all of them is dropped."""
+    """`{path in the parameter tree: name in the store}`; the `value` that may end all paths is dropped."""
     file = directory / "_METADATA"
     try:
         leaves = json.loads(file.read_text())["tree_metadata"].values()
@@ -208,8 +208,8 @@ def _stored_names(directory: pathlib.Path) -> dict[str, str]:
     tops = sorted({k[0] for k in keys})
     if tops != ["params"]:
         raise CheckpointError(
-            f'expected {file} to list one item {{"params": tree}}, got top-level names {tops[:_SHOWN]}; give the '
-            "checkpoint's params/ folder, not its train_state/"
+            f'expected {file} to list {{"params": tree}}, got top-level names {tops[:_SHOWN]}; give the folder '
+            "that holds params/, not train_state/"
         )
     end = -1 if all(k[-1] == "value" for k in keys) else None
     return {"/".join(k[1:end]): ".".join(k) for k in keys}
@@ -223,8 +223,8 @@ def _reading(directory: pathlib.Path, leaf: str) -> Iterator[None]:
     except ValueError as e:
         reason = str(e).split(" [")[0]  # what follows is the whole spec and source locations
         raise CheckpointError(
-            f"leaf {leaf} of {directory} cannot be read: {reason}; a file is missing, truncated or corrupt: download or "
-            "save the checkpoint again"
+            f"leaf {leaf} of {directory} cannot be read: {reason}; a file is missing, truncated or corrupt: "
+            "download or save the checkpoint again"
         ) from e
 
 
@@ -244,8 +244,8 @@ def _read(directory: pathlib.Path, leaf: str, store: ts.TensorStore, dtype: np.d
         value = (store if dtype is None else ts.cast(store, dtype)).read(order="C").result()
     if bad := _count_nonfinite(value):
         raise CheckpointError(
-            f"leaf {leaf} of {directory}: expected finite values, got {bad} of {value.size} NaN or infinite as "
-            f"{value.dtype}; the training diverged or the file is damaged: use an earlier step or download it again"
+            f"leaf {leaf} of {directory}: expected finite values, got {bad} of {value.size} NaN or infinite "
+            f"as {value.dtype}; training diverged or the file is damaged: use an earlier step or download again"
         )
     return value
 
@@ -271,7 +271,7 @@ def _check_tree(
     named = {True: "a π0.5 model (pi05=True)", False: "a π0 model (pi05=False)"}
     is_pi05 = "time_mlp_in/kernel" in extra or "time_mlp_in/kernel" in leaves
     if wrong and extra and is_pi05 != config.pi05:
-        do = f"The configuration seems wrong: it is for {named[config.pi05]}, the file holds {named[is_pi05]}."
+        do = f"The configuration seems wrong: {named[config.pi05]}, while the file holds {named[is_pi05]}."
     elif len(wrong) > 1:
         do = "The configuration seems wrong for this checkpoint: compare its sizes with those above."
     elif wrong:
@@ -283,14 +283,16 @@ def _check_tree(
 
 
 def _count_nonfinite(leaf: np.ndarray) -> int:
-    """NaN and infinite values of a floating array of any width, without a temporary of its size."""
+    """How many values are NaN or infinite, without a temporary of its size."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return 0
     bits = leaf.reshape(-1).view(f"u{leaf.dtype.itemsize}")
     exponent = np.array(np.inf, leaf.dtype).view(bits.dtype)  # infinity is the bare exponent, NaN has it too
     blocks = (bits[i : i + _BLOCK] for i in range(0, bits.size, _BLOCK))
     return sum(int(np.count_nonzero((b & exponent) == exponent)) for b in blocks)
 
 
-# --- save -------------------------------------------------------------------------------------------------------
+# save
 
 
 def save_params(
@@ -298,12 +300,12 @@ def save_params(
 ) -> pathlib.Path:
     """Writes `<path>/params/` as openpi does; its `restore_params` reads the result.
 
-    The item is written beside its place and renamed into it, so a save that dies leaves the folder as it was, or
-    without `params/`, but never with half of one.
+    The item is written beside its place and renamed into it: a save that dies leaves the folder as it was,
+    or without `params/`, never with half of one.
 
     Args:
       path: the checkpoint folder; made if absent. Whatever else is in it (assets/) stays.
-      params: nested dict of floating arrays (numpy or JAX, any floating dtype).
+      params: nested dict of floating arrays, numpy or JAX, with openpi's path components as keys.
       value_keys: end every path in `value`, as openpi's trainer does.
       overwrite: replace a `params/` that is there.
 
@@ -319,11 +321,12 @@ def save_params(
     final, scratch = path / "params", path / ".saving"
     if final.exists() and not overwrite:
         raise CheckpointError(f"expected no {final}, got one; give another folder or overwrite=True")
-    flat: dict[tuple[str, ...], Any] = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params).items()}
+    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params).items()}
     for k, v in flat.items():
         if bad := _count_nonfinite(v):
             raise CheckpointError(
-                f"leaf {'/'.join(k)}: expected finite values, got {bad} of {v.size} NaN or infinite; nothing was written"
+                f"leaf {'/'.join(k)}: expected finite values, got {bad} of {v.size} NaN or infinite; "
+                "nothing was written: save an earlier step"
             )
     if value_keys:
         flat = {(*k, "value"): v for k, v in flat.items()}

@@ -1,0 +1,34 @@
+"""Pruners by name. `PRUNERS[name](**choices)` makes one; the protocol is in `base`."""
+
+import difflib
+from collections.abc import Callable
+
+from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Plan, Pruner, Selection
+from safe_pruner_jax.pruners.fastv import fastv
+from safe_pruner_jax.pruners.full import full
+from safe_pruner_jax.pruners.random import random
+from safe_pruner_jax.pruners.safe import safe
+
+__all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "make"]
+
+PRUNERS: dict[str, Callable[..., Pruner]] = {
+    "full": full,
+    "safe": safe,
+    "fastv": fastv,
+    "random": random,
+}
+"""Every pruner of the package: name → keyword factory."""
+
+
+def make(name: str, **choices) -> Pruner:
+    """A pruner by name.
+
+    Raises:
+      ValueError: no such pruner, or a choice out of range.
+      TypeError: the factory has no such choice.
+    """
+    if name not in PRUNERS:
+        close = difflib.get_close_matches(name, PRUNERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown pruner: expected one of {', '.join(PRUNERS)}, got {name!r}{hint}")
+    return PRUNERS[name](**choices)
