@@ -88,20 +88,21 @@ class StepInfo:
     Args:
       keyframe: [B] bool on the host: which robots ran the full path.
       selection: what the pruner chose, with score and κ, leading axis B.
-      kept: [B] int32 visual tokens after the cut.
-      alive: [B] int32 visual tokens before it.
       decided_at: `time.perf_counter()` when the keyframe bits were on the host; None without a decision.
     """
 
     keyframe: np.ndarray
     selection: Selection
-    kept: Array
-    alive: Array
     decided_at: float | None
 
 
 def shallow(
-    config: Pi0Config, pruner: Pruner, weights: pi0.Weights, control: ControlState, inputs: Inputs, noise: Array | None
+    config: Pi0Config,
+    pruner: Pruner,
+    weights: pi0.Weights,
+    control: ControlState,
+    inputs: Inputs,
+    noise: Array | None,
 ) -> Carry:
     """The step up to the cut and the pruner's decision.
 
@@ -299,25 +300,26 @@ class Engine:
             actions, control = self.pruned(self.weights, carry, None)
         else:
             actions, control = self._mixed(carry, keyframe)
-        kept, alive = _counts(carry.selection, carry.control.alive)
-        return actions, control, StepInfo(keyframe, carry.selection, kept, alive, decided)
+        return actions, control, StepInfo(keyframe, carry.selection, decided)
+
+    def warmup(self, control: ControlState, inputs: Inputs) -> None:
+        """Compiles every program a batch of this shape needs when its robots agree, and waits for it."""
+        carry = self.shallow(self.weights, control, inputs, None)
+        programs = (self.full,) if self.plan.cut is None else (self.full, self.pruned)
+        jax.block_until_ready([program(self.weights, carry, None) for program in programs])
 
     def _mixed(self, carry: Carry, keyframe: np.ndarray) -> tuple[Array, ControlState]:
         source = np.empty(len(keyframe), np.int32)
         outputs, start = [], 0
-        for program, rows in ((self.full, np.flatnonzero(keyframe)), (self.pruned, np.flatnonzero(~keyframe))):
+        for program, rows in (
+            (self.full, np.flatnonzero(keyframe)),
+            (self.pruned, np.flatnonzero(~keyframe)),
+        ):
             padded = np.resize(rows, batch_size(len(rows))).astype(np.int32)
             outputs.append(program(self.weights, carry, jax.device_put(padded)))
             source[rows] = start + np.arange(len(rows))
             start += len(padded)
         return self._merge(*outputs, jax.device_put(source))
-
-
-@jax.jit
-def _counts(selection: Selection, alive: Array) -> tuple[Array, Array]:
-    """Kept and alive visual tokens [B] int32."""
-    total = alive.sum(1, dtype=jnp.int32)
-    return jnp.where(selection.keyframe, total, selection.alive.sum(1, dtype=jnp.int32)), total
 
 
 def batch_size(rows: int) -> int:

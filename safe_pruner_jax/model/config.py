@@ -115,9 +115,7 @@ _SO400M = SiglipConfig(1152, 27, 4304, 16)
 
 def pi05(**changes) -> Pi0Config:
     """π0.5 at its released size; keyword arguments replace fields."""
-    base = Pi0Config(
-        True, _GEMMA_2B, _GEMMA_300M, _SO400M, max_token_len=200, discrete_state_input=True
-    )
+    base = Pi0Config(True, _GEMMA_2B, _GEMMA_300M, _SO400M, max_token_len=200, discrete_state_input=True)
     return base.replace(**changes)
 
 

@@ -167,7 +167,13 @@ def positions(mask: Array) -> Array:
 
 
 def prefix_layers(
-    weights: Weights, config: Pi0Config, x: Array, pos: Array, mask: Array, layers: range, logits_of: Layers = ()
+    weights: Weights,
+    config: Pi0Config,
+    x: Array,
+    pos: Array,
+    mask: Array,
+    layers: range,
+    logits_of: Layers = (),
 ) -> tuple[Array, tuple[gemma.Segment, ...], dict[int, Array]]:
     """Runs a range of prefix layers; of the model's last layer only keys and values are computed.
 

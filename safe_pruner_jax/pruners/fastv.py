@@ -2,7 +2,17 @@
 
 import jax.numpy as jnp
 
-from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Plan, Pruner, Selection, State, finite, stateless
+from safe_pruner_jax.pruners.base import (
+    Capture,
+    Cut,
+    Evidence,
+    Plan,
+    Pruner,
+    Selection,
+    State,
+    finite,
+    stateless,
+)
 from safe_pruner_jax.tokens import top_k
 
 
