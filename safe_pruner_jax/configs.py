@@ -11,7 +11,6 @@ configuration whose model is a π0 or π0.5 flow model; `UNSUPPORTED` says why t
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -161,14 +160,12 @@ class RobotIO:
 
 
 _GS = "gs://openpi-assets/checkpoints"
-_RESET = MappingProxyType({"reset_pose": [0, -1.5, 1.5, 0, 0, 0]})
+_RESET = {"reset_pose": [0, -1.5, 1.5, 0, 0, 0]}
 _ARM7 = (True,) * 7 + (False,)
 _ARM6 = (True,) * 6 + (False,)
 
 
-def _aloha(
-    name: str, model: Pi0Config, checkpoint: str | None, prompt: str | None = None, **more
-) -> PolicyConfig:
+def _aloha(name: str, model: Pi0Config, checkpoint: str | None, prompt: str | None = None, **more) -> PolicyConfig:
     """A policy on ALOHA: joints relative to the state, grippers absolute."""
     return PolicyConfig(
         name,
@@ -234,9 +231,7 @@ CONFIGS: dict[str, PolicyConfig] = {
         _droid("pi0_droid", pi0(action_horizon=10), "pi0_droid"),
         _droid("pi05_droid", pi05(action_horizon=15), "pi05_droid"),
         _libero("pi0_libero", pi0(), None, delta=True),
-        _libero(
-            "pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False
-        ),
+        _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
         # Fine-tuned by the user.
         _droid("pi05_full_droid_finetune", pi05(action_horizon=16), None, delta=True),
         _droid("pi05_droid_finetune", pi05(action_horizon=16), None),
@@ -298,10 +293,6 @@ def get_config(name: str) -> PolicyConfig:
     if name in CONFIGS:
         return CONFIGS[name]
     if name in UNSUPPORTED:
-        raise ValueError(
-            f"config {name!r} is not supported: {UNSUPPORTED[name]}; choose one of {sorted(CONFIGS)}"
-        )
+        raise ValueError(f"config {name!r} is not supported: {UNSUPPORTED[name]}; choose one of {sorted(CONFIGS)}")
     close = difflib.get_close_matches(name, CONFIGS, n=3, cutoff=0.3) or sorted(CONFIGS)
-    raise ValueError(
-        f"config: expected one of openpi's names, got {name!r}; did you mean {', '.join(close)}?"
-    )
+    raise ValueError(f"config: expected one of openpi's names, got {name!r}; did you mean {', '.join(close)}?")

@@ -61,9 +61,7 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     ratio = max(w / width, h / height)
     new_h, new_w = int(h / ratio), int(w / ratio)
-    small = Image.fromarray(np.ascontiguousarray(image)).resize(
-        (new_w, new_h), resample=Image.Resampling.BILINEAR
-    )
+    small = Image.fromarray(np.ascontiguousarray(image)).resize((new_w, new_h), resample=Image.Resampling.BILINEAR)
     canvas = np.zeros((height, width, 3), np.uint8)
     top, left = int((height - new_h) / 2), int((width - new_w) / 2)
     canvas[top : top + new_h, left : left + new_w] = np.asarray(small)
@@ -140,8 +138,7 @@ def save_norm_stats(checkpoint_dir: str | os.PathLike, asset_id: str, stats: dic
     """Write what `load_norm_stats` and openpi read; returns the file's path."""
     fields = ("mean", "std", "q01", "q99")
     entries = {
-        key: {f: None if getattr(s, f) is None else getattr(s, f).tolist() for f in fields}
-        for key, s in stats.items()
+        key: {f: None if getattr(s, f) is None else getattr(s, f).tolist() for f in fields} for key, s in stats.items()
     }
     path = _stats_path(checkpoint_dir, asset_id)
     path.parent.mkdir(parents=True, exist_ok=True)

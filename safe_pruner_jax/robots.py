@@ -42,11 +42,10 @@ class RequestError(ValueError):
 
 
 def brief(value: object) -> str:
-    """A value in at most one line, for an error message: arrays by dtype and shape, the rest by type."""
+    """A value in a few words, for an error message: arrays by dtype and shape, the rest by type."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array of shape {value.shape}"
-    text = f"{type(value).__name__} {value!r}" if isinstance(value, Real) else type(value).__name__
-    return text if len(text) <= 100 else text[:97] + "..."
+    return type(value).__name__
 
 
 def require(mapping: object, keys: tuple[str, ...], name: str = "request") -> None:
@@ -54,7 +53,7 @@ def require(mapping: object, keys: tuple[str, ...], name: str = "request") -> No
     if not isinstance(mapping, dict):
         raise RequestError(name, "a dict", brief(mapping), f"send one with the keys {', '.join(keys)}")
     if missing := [key for key in keys if key not in mapping]:
-        arrived = ", ".join(sorted(map(str, mapping))[:20]) or "none"
+        arrived = ", ".join(sorted(map(str, mapping)))[:300] or "none"
         where = "" if name == "request" else f" in {name!r}"
         raise RequestError(
             missing[0],
@@ -125,7 +124,7 @@ def read_vector(key: str, value: object, length: int) -> np.ndarray:
       RequestError: not numeric, another length, or not finite.
     """
     expected = f"a float array of shape ({length},)"
-    if isinstance(value, Real) and not isinstance(value, (bool, np.bool_)):
+    if isinstance(value, Real):
         value = np.asarray(value)
     if not isinstance(value, np.ndarray):
         raise RequestError(key, expected, brief(value), "send a numpy array")
@@ -152,7 +151,7 @@ def read_prompt(value: object) -> str:
       RequestError: another type, undecodable, blank, or longer than `MAX_PROMPT_CHARS`.
     """
     expected = "a str, bytes in UTF-8, or a numpy str without axes"
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "US":
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "UST":
         value = value.item()
     try:
         text = value.decode("utf-8") if isinstance(value, bytes) else value
@@ -160,15 +159,11 @@ def read_prompt(value: object) -> str:
             raise RequestError("prompt", expected, brief(value), "send the instruction as text")
         text.encode("utf-8")
     except UnicodeError as error:
-        raise RequestError(
-            "prompt", expected, f"invalid text ({error.reason})", "encode it as UTF-8"
-        ) from error
+        raise RequestError("prompt", expected, f"invalid text ({error.reason})", "encode it as UTF-8") from error
     if not text.strip():
         raise RequestError("prompt", "an instruction", "an empty string", "say what the robot should do")
     if len(text) > MAX_PROMPT_CHARS:
-        raise RequestError(
-            "prompt", f"at most {MAX_PROMPT_CHARS} characters", f"{len(text)} characters", "shorten it"
-        )
+        raise RequestError("prompt", f"at most {MAX_PROMPT_CHARS} characters", f"{len(text)} characters", "shorten it")
     return str(text)
 
 
@@ -237,15 +232,11 @@ class SingleArm:
 
     def example(self, rng: np.random.Generator) -> dict:
         """See `Robot`."""
-        images = {
-            k: rng.integers(256, size=(224, 224, 3), dtype=np.uint8) for k in (self.base_key, self.wrist_key)
-        }
+        images = {k: rng.integers(256, size=(224, 224, 3), dtype=np.uint8) for k in (self.base_key, self.wrist_key)}
         return images | {key: rng.random(n) for key, n in self.state_keys} | {"prompt": "do something"}
 
 
-LIBERO = SingleArm(
-    "LIBERO", "observation/image", "observation/wrist_image", (("observation/state", 8),), action_dim=7
-)
+LIBERO = SingleArm("LIBERO", "observation/image", "observation/wrist_image", (("observation/state", 8),), action_dim=7)
 """LIBERO's Panda. State: end effector (m), axis-angle (rad), fingers (m); action: 6 deltas, the gripper."""
 
 DROID = SingleArm(
