@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import urllib.parse
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ def fetch(uri: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None)
     """The local path of a file or folder, downloaded first if it is a `gs://` one.
 
     Downloads go where openpi looks for them, `<cache>/<bucket>/<path>`, so either finds what the other
-    fetched. They land in `<path>.part`, renamed when complete; one that stopped goes on with the files still
-    missing. Processes take turns through the lock file openpi uses.
+    fetched. They land in `<path>.part`, renamed when complete; one that stopped, or was killed, goes on with
+    the files still missing. Processes take turns through the lock file openpi uses.
 
     Args:
       uri: a local path, or `gs://bucket/path`.
@@ -58,7 +59,8 @@ def fetch(uri: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None)
       An absolute path that exists.
 
     Raises:
-      CheckpointError: nothing there, another scheme, gcsfs not installed, or the download stopped.
+      CheckpointError: nothing there, another scheme, gcsfs not installed, or the download stopped; what
+        gcsfs raises beyond OSError (credentials, repeated server errors) passes as it is.
 
     Deviations: openpi discards copies cached before 2025-02-03 and opens permissions to everyone; this does
     neither.
@@ -125,12 +127,14 @@ def _download(root: str, target: pathlib.Path) -> None:
             for name, size in sizes.items():
                 at = f"gs://{name.lstrip('/')}"
                 file = target / name.lstrip("/")[len(root) :].strip("/")
-                if not (file.is_file() and file.stat().st_size == size):
+                incoming = file.with_name(f"{file.name}.incoming")  # gcsfs allocates the full size at the start
+                if not file.is_file():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     hook = {"bar": lambda _, n, done=done, **__: progress.update(bar, completed=done + n)}
-                    remote.get_file(name, str(file), callback=fsspec.Callback(hooks=hook))
-                    if (got := file.stat().st_size) != size:
+                    remote.get_file(name, str(incoming), callback=fsspec.Callback(hooks=hook))
+                    if (got := incoming.stat().st_size) != size:
                         raise OSError(f"expected {size} bytes, got {got}")
+                    os.rename(incoming, file)
                 progress.update(bar, completed=(done := done + size))
     except OSError as e:
         raise CheckpointError(f"download stopped at {at}: {e}; run it again to go on from {target}") from e
@@ -181,7 +185,7 @@ def _params_directory(path: str | os.PathLike) -> pathlib.Path:
     """The folder that holds the Orbax item, or an error that says what `path` is instead."""
     path = pathlib.Path(path).expanduser().absolute()
     if not path.exists():
-        raise CheckpointError(f"expected a checkpoint folder, got {path}, which is absent; fetch it first")
+        raise CheckpointError(f"expected a checkpoint folder, got {path}, which is absent; fetch() a gs:// one first")
     directory = path / "params" if (path / "params").is_dir() else path
     if path.suffix == ".safetensors" or (directory / "model.safetensors").exists():
         raise CheckpointError(
@@ -191,8 +195,8 @@ def _params_directory(path: str | os.PathLike) -> pathlib.Path:
     absent = [name for name in ("_METADATA", "manifest.ocdbt") if not (directory / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"expected a complete checkpoint at {directory}, got no {' and no '.join(absent)}; give the folder "
-            "that holds params/, or save or download it again if that was interrupted"
+            f"expected a complete checkpoint at {directory}, got no {' and no '.join(absent)}; "
+            "give the folder that holds params/, or save or download it again if that was interrupted"
         )
     return directory
 
@@ -208,8 +212,8 @@ def _stored_names(directory: pathlib.Path) -> dict[str, str]:
     tops = sorted({k[0] for k in keys})
     if tops != ["params"]:
         raise CheckpointError(
-            f'expected {file} to list {{"params": tree}}, got top-level names {tops[:_SHOWN]}; give the folder '
-            "that holds params/, not train_state/"
+            f'expected {file} to list {{"params": tree}}, got top-level names {tops[:_SHOWN]}; '
+            "give the folder that holds params/, not train_state/"
         )
     end = -1 if all(k[-1] == "value" for k in keys) else None
     return {"/".join(k[1:end]): ".".join(k) for k in keys}
@@ -221,7 +225,7 @@ def _reading(directory: pathlib.Path, leaf: str) -> Iterator[None]:
     try:
         yield
     except ValueError as e:
-        reason = str(e).split(" [")[0]  # what follows is the whole spec and source locations
+        reason = re.split(r" \[(?:tensorstore_spec|source locations)=", str(e))[0]
         raise CheckpointError(
             f"leaf {leaf} of {directory} cannot be read: {reason}; a file is missing, truncated or corrupt: "
             "download or save the checkpoint again"
@@ -245,7 +249,7 @@ def _read(directory: pathlib.Path, leaf: str, store: ts.TensorStore, dtype: np.d
     if bad := _count_nonfinite(value):
         raise CheckpointError(
             f"leaf {leaf} of {directory}: expected finite values, got {bad} of {value.size} NaN or infinite "
-            f"as {value.dtype}; training diverged or the file is damaged: use an earlier step or download again"
+            f"as {value.dtype}; training diverged or the file is damaged: take an earlier step or download it"
         )
     return value
 
@@ -268,10 +272,9 @@ def _check_tree(
     lines = wrong + [f"{k}: expected no such leaf, got one" for k in extra]
     if not lines:
         return
-    named = {True: "a π0.5 model (pi05=True)", False: "a π0 model (pi05=False)"}
     is_pi05 = "time_mlp_in/kernel" in extra or "time_mlp_in/kernel" in leaves
     if wrong and extra and is_pi05 != config.pi05:
-        do = f"The configuration seems wrong: {named[config.pi05]}, while the file holds {named[is_pi05]}."
+        do = f"The configuration seems wrong: it has pi05={config.pi05}, the file holds a model with pi05={is_pi05}."
     elif len(wrong) > 1:
         do = "The configuration seems wrong for this checkpoint: compare its sizes with those above."
     elif wrong:
