@@ -1,4 +1,4 @@
-"""openpi's named policies, and `RobotIO`: the border between one robot's client and the network.
+"""openpi's named policies and the embedded one, and `RobotIO`: the border between one robot's client and the network.
 
     get_config("pi05_libero") ──> PolicyConfig ── RobotIO(config, stats, tokenizer)
     request ── RobotIO.prepare ──> Example, Context
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.model.config import Pi0Config, pi0, pi05
+from safe_pruner_jax.model.config import Pi0Config, mini, pi0, pi05
 from safe_pruner_jax.observation import Example, NormStats, Tokenizer, normalise, resize_with_pad, unnormalise
 from safe_pruner_jax.robots import ALOHA, DROID, LIBERO, RequestError, Robot, read_prompt
 
@@ -232,6 +232,8 @@ CONFIGS: dict[str, PolicyConfig] = {
         _droid("pi05_droid", pi05(action_horizon=15), "pi05_droid"),
         _libero("pi0_libero", pi0(), None, delta=True),
         _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
+        # Not openpi's: the small policy inside this package.
+        _libero("mini_libero", mini(), None, delta=False),
         # Fine-tuned by the user.
         _droid("pi05_full_droid_finetune", pi05(action_horizon=16), None, delta=True),
         _droid("pi05_droid_finetune", pi05(action_horizon=16), None),

@@ -9,7 +9,7 @@ from safe_pruner_jax.pruners.full import full
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
 
-__all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "make"]
+__all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "factory", "make"]
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
     "full": full,
@@ -20,6 +20,15 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
 """Every pruner of the package: name → keyword factory."""
 
 
+def factory(name: str) -> Callable[..., Pruner]:
+    """The factory of a pruner by name; raises ValueError with the names there are."""
+    if name not in PRUNERS:
+        close = difflib.get_close_matches(name, PRUNERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {name!r}{hint}")
+    return PRUNERS[name]
+
+
 def make(name: str, **choices) -> Pruner:
     """A pruner by name.
 
@@ -27,8 +36,4 @@ def make(name: str, **choices) -> Pruner:
       ValueError: no such pruner, or a choice out of range.
       TypeError: the factory has no such choice.
     """
-    if name not in PRUNERS:
-        close = difflib.get_close_matches(name, PRUNERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown pruner: expected one of {', '.join(PRUNERS)}, got {name!r}{hint}")
-    return PRUNERS[name](**choices)
+    return factory(name)(**choices)

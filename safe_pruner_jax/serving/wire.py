@@ -49,7 +49,7 @@ class Limits:
 
     message_bytes: int = 64 * 2**20
     depth: int = 16
-    items: int = 65_536
+    items: int = 16_384
 
 
 LIMITS = Limits()
@@ -88,9 +88,7 @@ def unpack(data: bytes, limits: Limits = LIMITS) -> dict:
       WireError: not one complete msgpack map, over a limit, or an array that its dtype and shape deny.
     """
     if len(data) > limits.message_bytes:
-        raise WireError(
-            f"expected at most {limits.message_bytes} bytes, got {len(data)}; send smaller images"
-        )
+        raise WireError(f"expected at most {limits.message_bytes} bytes, got {len(data)}; send smaller images")
     _scan(data, limits)
     try:
         plain = msgpack.unpackb(data)
@@ -191,20 +189,16 @@ def _decode_array(fields: dict, where: tuple, limits: Limits) -> np.ndarray:
     dtype = _dtype(fields.get(b"dtype"), where)
     if not isinstance(data, bytes):
         raise WireError(f"{_path(where)}: expected an array's data as msgpack bin, got {_kind(data)}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_NDIM
-        or not all(type(n) is int and n >= 0 for n in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > _MAX_NDIM or not all(type(n) is int and n >= 0 for n in shape):
         raise WireError(
-            f"{_path(where)}: expected shape as a list of at most {_MAX_NDIM} sizes, got {reprlib.repr(shape)}"
+            f"{_path(where)}: expected shape as a list of up to {_MAX_NDIM} sizes, got {reprlib.repr(shape)}"
         )
     count = math.prod(shape)
     # The second condition is for text of width 0, whose elements cost no bytes.
     if count * dtype.itemsize != len(data) or count > limits.message_bytes:
         raise WireError(
-            f"{_path(where)}: shape {reprlib.repr(shape)} of {dtype.str} needs {count * dtype.itemsize} bytes, "
-            f"got {len(data)}; data is the whole array in C order"
+            f"{_path(where)}: shape {reprlib.repr(shape)} of {dtype} needs {count * dtype.itemsize} bytes, "
+            f"got {len(data)}; send the whole array in C order"
         )
     try:
         array = np.ndarray(shape, dtype, buffer=data)

@@ -1,0 +1,105 @@
+"""A name, a checkpoint and a pruner → a policy.
+
+load_policy("pi05_libero", "gs://openpi-assets/checkpoints/pi05_libero", pruner=safe(keep=0.2))
+load_policy("mini_libero", pruner=safe(keep=0.2))          the embedded policy, nothing to download
+"""
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
+from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.checkpoint import fetch, load_params
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.params import Params, spec
+from safe_pruner_jax.observation import Tokenizer, load_norm_stats
+from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.pruners import Pruner, full
+from safe_pruner_jax.tokens import PROMPT_LENGTHS
+
+PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
+"""Tokenizer of every released checkpoint; openpi keeps it in the same cache."""
+
+EMBEDDED = "mini_libero"
+"""Name of the configuration whose assets are inside the package."""
+
+EMBEDDED_WEIGHTS = "seeded random weights (untrained: actions are noise)"
+"""What the embedded policy's parameters are at present; shown wherever it is used."""
+
+
+def embedded_params(config: Pi0Config, seed: int = 0) -> Params:
+    """Parameters of the embedded policy: float32 normal draws of a seeded NumPy generator, leaf by leaf."""
+    rng = np.random.default_rng(seed)
+    leaves = {
+        path: (mean + std * rng.standard_normal(shape)).astype(np.float32)
+        for path, (shape, mean, std) in spec(config).items()
+    }
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def load_policy(
+    config: str | PolicyConfig,
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    pruner: Pruner | None = None,
+    default_prompt: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    num_steps: int = 10,
+    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
+    seed: int = 0,
+    describe: bool = True,
+) -> Policy:
+    """Builds a policy, ready for sessions.
+
+    Args:
+      config: name of a configuration, see `configs.CONFIGS`, or one of your own.
+      checkpoint: folder or gs:// address; None takes the one openpi publishes for the configuration, or the embedded
+        parameters of `mini_libero`.
+      pruner: what to prune; None keeps every alive token.
+      default_prompt: used for requests without a prompt.
+      tokenizer: SentencePiece model; None takes PaliGemma's, downloaded once into openpi's cache, or the embedded one.
+      dtype: activation and weight dtype, "bfloat16" or "float32"; None takes the configuration's.
+      num_steps: denoise steps.
+      prompt_lengths: static prompt lengths programs are compiled for.
+      seed: seed of the noise of every session.
+      describe: add `pruning` to replies.
+
+    Raises:
+      ValueError: an unknown configuration, one without a checkpoint, a pruner that does not fit the model.
+      CheckpointError: weights that do not fit or cannot be read.
+      FileNotFoundError: missing norm statistics or tokenizer.
+    """
+    config = get_config(config) if isinstance(config, str) else config
+    pruner = full() if pruner is None else pruner
+    model = config.model if dtype is None else config.model.replace(dtype=dtype)
+    pruner.plan.for_depth(model.depth)  # before gigabytes are read
+    if checkpoint is None and config.name == EMBEDDED:
+        folder = Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
+        params = embedded_params(model)
+    else:
+        address = checkpoint if checkpoint is not None else config.default_checkpoint_uri
+        if address is None:
+            raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
+        folder = fetch(address)
+        params = load_params(folder, model, dtype=model.dtype)
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer.model" if config.name == EMBEDDED else fetch(PALIGEMMA_TOKENIZER)
+    stats = load_norm_stats(folder, config.asset_id)
+    io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
+    weights = jax.tree.map(jnp.asarray, pi0.prepare(params, model, num_steps=num_steps))
+    return Policy(
+        Engine(weights, model, pruner),
+        io,
+        prompt_lengths=prompt_lengths,
+        seed=seed,
+        describe=describe,
+        metadata=dict(config.metadata),
+    )

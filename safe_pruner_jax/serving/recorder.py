@@ -1,0 +1,39 @@
+"""Writing served steps to disk, in the files of openpi's `--record`."""
+
+import itertools
+import os
+import pathlib
+import re
+
+import numpy as np
+
+
+class Recorder:
+    """Writes every step to `<directory>/step_<i>.npy`, the files of openpi's `--record`.
+
+    A file holds one dict with flat keys, `inputs/<request key>` and `outputs/<reply key>`, read back by
+    `np.load(path, allow_pickle=True).item()`. Steps of all connections share one numbering; it goes on after
+    the files already there, where openpi overwrites them. A file appears under its name only when complete.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = pathlib.Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        names = (re.fullmatch(r"step_([0-9]+)\.npy", file.name) for file in self.directory.iterdir())
+        self._numbers = itertools.count(max((int(name[1]) for name in names if name), default=-1) + 1)
+
+    def __call__(self, request: dict, reply: dict) -> None:
+        """Records one step; safe to call from several threads."""
+        path = self.directory / f"step_{next(self._numbers)}.npy"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, np.asarray(_flatten({"inputs": request, "outputs": reply})), allow_pickle=True)
+        partial.replace(path)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}/") if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,499 @@
+"""The server against openpi's own client, with a backend of plain numpy."""
+
+import http.client
+import logging
+import os
+import pathlib
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import websockets.sync.client
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.exceptions import ConnectionClosed
+
+from safe_pruner_jax.serving import Recorder, ServerError, WireError, pack, running, unpack
+
+DEADLINE_S = 5.0
+
+# openpi's client connects outside a `with`, which websockets deprecates since 17.1
+pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
+
+
+class Mistake(ValueError):
+    """Stands for a request that the policy refuses."""
+
+
+class FakeSession:
+    def __init__(self, backend):
+        self.backend, self.step = backend, 0
+
+    def infer(self, request):
+        self.backend.threads.add(threading.current_thread().name)
+        self.backend.started.set()
+        match request.get("do"):
+            case "wait":
+                assert self.backend.release.wait(DEADLINE_S)
+            case "mistake":
+                raise Mistake("expected 2 cameras, got 1; send observation/wrist_image \N{SNOWMAN}")
+            case "crash":
+                raise KeyError("a secret detail")
+            case "stop iteration":
+                raise StopIteration
+            case "unpackable":
+                return {"actions": object()}
+            case "not a dict":
+                return None
+        self.step += 1
+        self.backend.finished += 1
+        return {
+            "actions": np.full((10, 7), self.step, np.float32),
+            "echo": request,
+            "policy_timing": {"infer_ms": 1.5},
+            "pruning": {"kept": 96, "alive": 512, "keyframe": False, "kappa": None},
+        }
+
+
+class FakeBackend:
+    def __init__(self, metadata=None):
+        self.metadata = metadata or {"model": "fake", "horizon": 10, "mean": np.arange(3.0)}
+        self.sessions, self.finished, self.threads = 0, 0, set()
+        self.started, self.release = threading.Event(), threading.Event()
+
+    def warmup(self):
+        self.threads.add(threading.current_thread().name)
+
+    def session(self):
+        self.sessions += 1
+        self.threads.add(threading.current_thread().name)
+        return FakeSession(self)
+
+
+@pytest.fixture
+def backend():
+    return FakeBackend()
+
+
+@pytest.fixture
+def server(backend):
+    with running(backend, client_errors=(Mistake,), max_message_bytes=2**20) as server:
+        yield server
+        backend.release.set()
+
+
+@pytest.fixture
+def connect(server):
+    clients = []
+
+    def new():
+        clients.append(WebsocketClientPolicy("127.0.0.1", server.port))
+        return clients[-1]
+
+    yield new
+    for client in clients:
+        client._ws.close()
+
+
+def raw(server):
+    return websockets.sync.client.connect(f"ws://127.0.0.1:{server.port}", compression=None, max_size=None)
+
+
+def health(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    connection.request("GET", "/healthz")
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def until(condition):
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "the expected state did not come"
+        time.sleep(0.005)
+
+
+# --- openpi's contract -----------------------------------------------------------------------------------
+
+
+def test_metadata_comes_first(connect):
+    metadata = connect().get_server_metadata()
+    assert metadata["model"] == "fake" and metadata["horizon"] == 10
+    np.testing.assert_array_equal(metadata["mean"], [0, 1, 2])
+
+
+def test_a_request_reaches_the_session_and_the_reply_the_client(connect):
+    request = {
+        "observation/image": np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8),
+        "observation/state": np.linspace(-1, 1, 8),
+        "prompt": "lift the \N{GREEK SMALL LETTER PI}",
+        "reset": True,
+    }
+    reply = connect().infer(request)
+    assert reply["actions"].shape == (10, 7) and reply["actions"].dtype == np.float32
+    assert reply["pruning"] == {"kept": 96, "alive": 512, "keyframe": False, "kappa": None}
+    assert reply["policy_timing"] == {"infer_ms": 1.5}
+    for key, value in request.items():
+        np.testing.assert_array_equal(reply["echo"][key], value)
+
+
+def test_server_timing(connect, backend):
+    client = connect()
+    first, second = client.infer({})["server_timing"], client.infer({})["server_timing"]
+    assert list(first) == ["infer_ms"] and list(second) == ["infer_ms", "prev_total_ms"]
+    assert 0 <= first["infer_ms"] <= second["prev_total_ms"] < 1e3 * DEADLINE_S
+    backend.started.clear()
+
+    def release_later():
+        assert backend.started.wait(DEADLINE_S)
+        time.sleep(0.05)
+        backend.release.set()
+
+    threading.Thread(target=release_later).start()
+    assert client.infer({"do": "wait"})["server_timing"]["infer_ms"] >= 50
+
+
+def test_each_connection_has_its_session(connect, backend):
+    one, two = connect(), connect()
+    assert [c.infer({})["actions"][0, 0] for c in (one, two, one, one, two)] == [1, 1, 2, 3, 2]
+    assert backend.sessions == 2
+
+
+def test_a_new_connection_starts_afresh(connect, backend):
+    client = connect()
+    client.infer({})
+    client._ws.close()
+    assert connect().infer({})["actions"][0, 0] == 1
+    assert backend.sessions == 2
+
+
+def test_one_thread_does_all_device_work(connect, backend):
+    connect().infer({})
+    connect().infer({})
+    assert len(backend.threads) == 1
+
+
+def test_healthz_while_a_call_runs(connect, backend, server):
+    assert health(server.port) == (200, b"OK\n")
+    client = connect()
+    call = threading.Thread(target=client.infer, args=({"do": "wait"},))
+    call.start()
+    assert backend.started.wait(DEADLINE_S)
+    for _ in range(3):
+        assert health(server.port) == (200, b"OK\n")
+    assert call.is_alive()
+    backend.release.set()
+    call.join(DEADLINE_S)
+
+
+# --- errors ----------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_of_the_client_is_explained_to_it_alone(connect):
+    bystander, client = connect(), connect()
+    bystander.infer({})
+    client.infer({})
+    with pytest.raises(RuntimeError, match="expected 2 cameras, got 1; send observation/wrist_image ☃"):
+        client.infer({"do": "mistake"})
+    with pytest.raises(ConnectionClosed) as closed:
+        client.infer({})
+    assert closed.value.rcvd.code == 1011
+    assert bystander.infer({})["actions"][0, 0] == 2
+    assert connect().infer({})["actions"][0, 0] == 1
+
+
+@pytest.mark.parametrize("fault", ["crash", "stop iteration", "unpackable", "not a dict"])
+def test_an_internal_error_is_in_the_log_not_on_the_wire(connect, caplog, fault):
+    bystander, client = connect(), connect()
+    with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="internal error") as error:
+        client.infer({"do": fault})
+    identifier = str(error.value).split("(id ")[1].rstrip(")")
+    assert "secret" not in str(error.value) and "Traceback" not in str(error.value)
+    (record,) = [r for r in caplog.records if identifier in r.getMessage()]
+    assert "Traceback" in caplog.text and record.exc_info[2] is not None
+    assert fault != "crash" or "a secret detail" in caplog.text
+    assert bystander.infer({})["actions"][0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        (b"\xc1 garbage", "0xc1"),
+        (b"", "ends early"),
+        (b"\x91\x01", "a message is a map"),
+        ("a text frame", "expected a binary frame"),
+        (b"\x81\xa1x" + b"\x91" * 10_000, "nested"),
+    ],
+    ids=["garbage", "empty", "list", "text", "deep"],
+)
+def test_a_malformed_message(connect, server, message, says):
+    bystander = connect()
+    with raw(server) as client:
+        client.recv(DEADLINE_S)
+        client.send(message)
+        answer = client.recv(DEADLINE_S)
+        assert isinstance(answer, str) and says in answer
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(DEADLINE_S)
+        assert closed.value.rcvd.code == 1011
+    bystander.infer({})
+
+
+def test_a_message_over_the_limit(connect, server):
+    bystander, client = connect(), connect()
+    assert client.infer({"x": np.zeros(2**20 - 200, np.uint8)})["echo"]["x"].size == 2**20 - 200
+    with pytest.raises(ConnectionClosed) as closed:
+        client.infer({"x": np.zeros(2**20, np.uint8)})
+    assert closed.value.rcvd.code == 1009
+    bystander.infer({})
+
+
+def test_a_client_that_leaves_in_mid_call(connect, backend, server, caplog):
+    with caplog.at_level(logging.INFO):
+        with raw(server) as client:
+            client.recv(DEADLINE_S)
+            client.send(pack({"do": "wait"}))
+            assert backend.started.wait(DEADLINE_S)
+        backend.release.set()
+        until(lambda: "left before its reply" in caplog.text)
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+    assert connect().infer({})["actions"][0, 0] == 1
+
+
+def test_a_client_that_vanishes_without_a_close(connect, backend, server, caplog):
+    with caplog.at_level(logging.INFO):
+        client = raw(server)
+        client.recv(DEADLINE_S)
+        client.send(pack({"do": "wait"}))
+        assert backend.started.wait(DEADLINE_S)
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close_socket()  # a reset, as from a machine that lost power
+        backend.release.set()
+        until(lambda: "left" in caplog.text)
+    assert connect().infer({})["actions"][0, 0] == 1
+
+
+def test_calls_of_clients_that_left_the_queue_are_not_run(connect, backend, server):
+    first = connect()
+    call = threading.Thread(target=first.infer, args=({"do": "wait"},))
+    call.start()
+    assert backend.started.wait(DEADLINE_S)
+    with raw(server) as impatient:
+        impatient.recv(DEADLINE_S)
+        impatient.send(pack({}))
+    backend.release.set()
+    call.join(DEADLINE_S)
+    first.infer({})
+    assert backend.finished == 2 and backend.sessions == 1
+
+
+def test_requests_sent_ahead_are_answered_in_order(server):
+    with raw(server) as client:
+        client.recv(DEADLINE_S)
+        for i in range(20):
+            client.send(pack({"i": i}))
+        assert [unpack(client.recv(DEADLINE_S))["echo"]["i"] for _ in range(20)] == list(range(20))
+
+
+def test_fragments_make_one_message(server):
+    message = pack({"x": np.arange(1000)})
+    with raw(server) as client:
+        client.recv(DEADLINE_S)
+        client.send(message[i : i + 100] for i in range(0, len(message), 100))
+        assert unpack(client.recv(DEADLINE_S))["echo"]["x"].size == 1000
+
+
+# --- start and stop --------------------------------------------------------------------------------------
+
+
+def test_clients_are_refused_until_warm():
+    backend = FakeBackend()
+    warming, warm = threading.Event(), threading.Event()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def warmup():
+        warming.set()
+        assert warm.wait(DEADLINE_S)
+
+    backend.warmup = warmup
+    outcome = []
+
+    def use():
+        with running(backend, port=port) as server:
+            outcome.append(health(server.port))
+
+    user = threading.Thread(target=use)
+    user.start()
+    assert warming.wait(DEADLINE_S)
+    with pytest.raises(ConnectionRefusedError):
+        health(port)
+    warm.set()
+    user.join(DEADLINE_S)
+    assert outcome == [(200, b"OK\n")]
+
+
+def test_a_failing_warmup_is_raised():
+    backend = FakeBackend()
+    backend.warmup = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError), running(backend):
+        pytest.fail("served without warm-up")
+
+
+def test_metadata_that_cannot_be_sent():
+    with pytest.raises(WireError, match=r"message\['model'\]: cannot send object"):
+        running(FakeBackend({"model": object()})).__enter__()
+
+
+@pytest.mark.parametrize("port", [None, 70_000])
+def test_a_port_that_cannot_be_bound(server, port):
+    backend = FakeBackend()
+    with pytest.raises(ServerError, match=r"cannot bind 127\.0\.0\.1:.*another port"):
+        running(backend, port=port or server.port).__enter__()
+    assert not backend.threads, "warmed up in vain"
+
+
+def test_stop_closes_idle_clients():
+    with running(FakeBackend()) as server:
+        client = raw(server)
+        client.recv(DEADLINE_S)
+    with pytest.raises(ConnectionClosed) as closed:
+        client.recv(DEADLINE_S)
+    assert closed.value.rcvd.code == 1001
+    server.stop()  # once more does no harm
+
+
+PROGRAM = """
+import logging, sys, time
+from safe_pruner_jax.serving import serve
+
+class Backend:
+    metadata = {}
+    def warmup(self): print("warming", flush=True); time.sleep(float(sys.argv[1]))
+    def session(self): return self
+    def infer(self, request): print("called", flush=True); time.sleep(0.3); return {"done": True}
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+serve(Backend(), port=0)
+print("returned", flush=True)
+"""
+
+
+@pytest.fixture
+def program():
+    started = []
+
+    def start(warmup_s):
+        root = str(pathlib.Path(__file__).parent.parent)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(warmup_s)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": root},
+            )
+        )
+        watchdog = threading.Timer(3 * DEADLINE_S, started[-1].kill)  # a hang ends the reading of its output
+        watchdog.daemon = True
+        watchdog.start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return line
+    pytest.fail(f"the server ended without saying {text!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_running_call_finish(program, number):
+    process = program(0)
+    port = int(read_until(process, "ready").rsplit(":", 1)[1])
+    client, idle = (websockets.sync.client.connect(f"ws://127.0.0.1:{port}") for _ in range(2))
+    client.recv(DEADLINE_S)
+    client.send(pack({}))
+    read_until(process, "called")
+    process.send_signal(number)
+    assert unpack(client.recv(DEADLINE_S))["done"] is True
+    for connection in (client, idle):
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                connection.recv(DEADLINE_S)
+        assert closed.value.rcvd.code == 1001
+    assert "returned" in process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_a_long_warmup(program):
+    process = program(60)
+    read_until(process, "warming")
+    process.send_signal(signal.SIGINT)
+    read_until(process, "a second signal stops at once")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == -signal.SIGINT
+
+
+# --- recorder --------------------------------------------------------------------------------------------
+
+
+def load(path):
+    return np.load(path, allow_pickle=True).item()
+
+
+def test_records_are_openpi_s(tmp_path):
+    request = {"observation/state": np.arange(8.0), "nested": {"a": 1, "empty": {}}, "prompt": "lift"}
+    with running(FakeBackend(), recorder=Recorder(tmp_path / "policy_records")) as server:
+        client = WebsocketClientPolicy("127.0.0.1", server.port)
+        client.infer(request)
+        client.infer(request)
+        client._ws.close()
+    assert sorted(p.name for p in (tmp_path / "policy_records").iterdir()) == ["step_0.npy", "step_1.npy"]
+    step = load(tmp_path / "policy_records" / "step_1.npy")
+    assert step["inputs/nested/a"] == 1 and step["inputs/prompt"] == "lift"
+    assert step["outputs/actions"][0, 0] == 2 and step["outputs/policy_timing/infer_ms"] == 1.5
+    np.testing.assert_array_equal(step["inputs/observation/state"], np.arange(8.0))
+    assert not any("server_timing" in key or "empty" in key for key in step)
+
+
+def test_a_recorder_goes_on_after_existing_steps(tmp_path):
+    Recorder(tmp_path)({"a": 0}, {})
+    (tmp_path / "step_x.npy").touch()
+    (tmp_path / "step_7.partial").touch()
+    Recorder(tmp_path)({"a": 1}, {})
+    assert [load(tmp_path / f"step_{i}.npy")["inputs/a"] for i in range(2)] == [0, 1]
+
+
+def test_a_recorder_shared_by_threads_loses_nothing(tmp_path):
+    recorder = Recorder(tmp_path)
+    threads = [
+        threading.Thread(target=lambda i=i: [recorder({"i": i, "j": j}, {}) for j in range(20)]) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    steps = {(s["inputs/i"], s["inputs/j"]) for s in map(load, tmp_path.glob("step_*.npy"))}
+    assert len(steps) == 80
+
+
+def test_a_failing_recorder_does_not_stop_the_robot(caplog):
+    def full_disk(request, reply):
+        raise OSError("no space left on device")
+
+    with running(FakeBackend(), recorder=full_disk) as server:
+        client = WebsocketClientPolicy("127.0.0.1", server.port)
+        assert [client.infer({})["actions"][0, 0] for _ in range(2)] == [1, 2]
+        client._ws.close()
+    assert "no space left" in caplog.text
