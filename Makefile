@@ -1,0 +1,52 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+PINNED := .venv-pinned
+PIP_FLAGS := --quiet --disable-pip-version-check
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+.PHONY: help demo test test-pinned lint format libero setup clean
+
+help:
+	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
+	@echo "make test         lint and tests on the newest jax (sets up .venv and the LIBERO simulator)"
+	@echo "make test-pinned  tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
+	@echo "make lint format clean"
+
+demo: libero
+	$(VENV)/bin/python scripts/demo.py $(ARGS)
+
+test: libero lint
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+test-pinned: $(PINNED)/.ready
+	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(ARGS)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+libero: $(VENV)/.ready
+	@bash scripts/setup_libero.sh $(VENV)/bin/python
+
+setup: $(VENV)/.ready
+
+# openpi-client comes without its dependencies: its numpy<2 pin is metadata only
+$(VENV)/.ready: pyproject.toml requirements/openpi-client.txt
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/openpi-client.txt
+	@touch $@
+
+$(PINNED)/.ready: pyproject.toml requirements/openpi-client.txt requirements/pinned.txt
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(PINNED)
+	$(PINNED)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev]" -c requirements/pinned.txt
+	$(PINNED)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/openpi-client.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(PINNED) out .pytest_cache .ruff_cache .hypothesis
