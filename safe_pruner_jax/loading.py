@@ -52,6 +52,7 @@ def load_policy(
     default_prompt: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     dtype: str | None = None,
+    param_dtype: str | None = None,
     num_steps: int = 10,
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
     seed: int = 0,
@@ -66,7 +67,9 @@ def load_policy(
       pruner: what to prune; None keeps every alive token.
       default_prompt: used for requests without a prompt.
       tokenizer: SentencePiece model; None takes PaliGemma's, downloaded once into openpi's cache, or the embedded one.
-      dtype: activation and weight dtype, "bfloat16" or "float32"; None takes the configuration's.
+      dtype: activation dtype, "bfloat16" or "float32"; None takes the configuration's.
+      param_dtype: dtype the checkpoint is cast to while it is read; None takes the activation dtype. (openpi always
+        reads bfloat16.)
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths programs are compiled for.
       seed: seed of the noise of every session.
@@ -89,7 +92,7 @@ def load_policy(
         if address is None:
             raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
         folder = fetch(address)
-        params = load_params(folder, model, dtype=model.dtype)
+        params = load_params(folder, model, dtype=param_dtype or model.dtype)
     if tokenizer is None:
         tokenizer = folder / "tokenizer.model" if config.name == EMBEDDED else fetch(PALIGEMMA_TOKENIZER)
     stats = load_norm_stats(folder, config.asset_id)

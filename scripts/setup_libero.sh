@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the LIBERO simulator into a virtual environment: software OpenGL, then the Python packages.
 #
-#   scripts/setup_libero.sh [PYTHON]        PYTHON is the interpreter to install into (.venv/bin/python)
+#   scripts/setup_libero.sh [PYTHON]    PYTHON: interpreter to install into, seen from the project root (.venv/bin/python)
 #
 # What is already there is left alone, so a second run only looks (well under a second). The system libraries
 # are installed with apt-get where that can be done; elsewhere one line says what is missing, and the
@@ -10,22 +10,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
 
-packages=(libosmesa6 libegl1 libgl1-mesa-dri libglx-mesa0 libegl-mesa0 libgl1 libglib2.0-0)
-libraries=(libOSMesa.so libEGL.so.1 libGLX_mesa.so.0 libEGL_mesa.so.0 libGL.so.1 libglib-2.0.so.0)
+packages=(libegl1 libgl1-mesa-dri libglx-mesa0 libegl-mesa0 libgl1 libglib2.0-0)
+osmesa=libosmesa6 # preferred, but gone from the newest distributions; EGL draws the same pixels
 
-missing_libraries() {
+opengl_ready() {
   local known library
   known=$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null) || return 1
-  for library in "${libraries[@]}"; do
-    [[ $known == *"$library"* ]] || echo "$library"
+  for library in libGL.so.1 libglib-2.0.so.0; do
+    [[ $known == *"$library"* ]] || return 1
   done
+  [[ $known == *libOSMesa.so* || $known == *libEGL_mesa.so* ]]
 }
 
-apt_install() {
-  local options=(-qq -y --no-install-recommends)
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get install "${options[@]}" "${packages[@]}" ||
-    { apt-get update -qq && apt-get install "${options[@]}" "${packages[@]}"; }
+apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@"; }
+
+install_opengl() {
+  [[ $(id -u) == 0 ]] && command -v apt-get || return 1
+  apt_install "${packages[@]}" || { apt-get update -qq && apt_install "${packages[@]}"; } || return 1
+  apt_install "$osmesa" || true
 }
 
 # Unmet "name==version" and "name" lines of the given files; reads metadata only, imports nothing.
@@ -48,11 +50,11 @@ for path in sys.argv[1:]:
 PY
 }
 
-if ! missing=$(missing_libraries) || [[ -n $missing ]]; then
-  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null && apt_install >/dev/null 2>&1; then
-    echo "libero: installed ${packages[*]}"
+if ! opengl_ready; then
+  if install_opengl >/dev/null 2>&1; then
+    echo "libero: installed software OpenGL"
   else
-    echo "libero: software OpenGL is incomplete (${missing//$'\n'/ }); run: sudo apt-get install ${packages[*]}" >&2
+    echo "libero: no software OpenGL; run: sudo apt-get install $osmesa ${packages[*]}" >&2
   fi
 fi
 

@@ -70,7 +70,8 @@ def prepare_layers(tree: dict, c: GemmaConfig, suffix: str, dtype) -> tuple[Laye
 
 
 def _gain(norm: dict, i: int) -> Array | None:
-    return 1 + jnp.asarray(norm["scale"][i]) if "scale" in norm else None
+    # openpi writes 1 + scale in the parameters' dtype, but under jit XLA keeps it in float32
+    return 1 + jnp.asarray(norm["scale"][i], jnp.float32) if "scale" in norm else None
 
 
 def rope(positions: Array, head_dim: int) -> tuple[Array, Array]:

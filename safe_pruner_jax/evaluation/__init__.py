@@ -1,0 +1,1 @@
+"""Closed-loop evaluation: policies driven in a simulator, one module per simulator."""

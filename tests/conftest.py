@@ -1,0 +1,13 @@
+"""Hypothesis profiles and assert rewriting, shared by all tests."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("laws")
+
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # the first example compiles
+settings.register_profile("local", max_examples=50, **QUIET)
+settings.register_profile("ci", max_examples=50, derandomize=True, **QUIET)
+settings.load_profile("ci" if os.environ.get("CI") else "local")

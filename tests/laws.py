@@ -1,0 +1,472 @@
+"""Laws every pruner obeys, and the synthetic robots they are checked on.
+
+A *case* is a name of `PRUNERS` with choices; every name is a case by itself, so a new pruner is under the laws as
+soon as it is registered. A law is a function of a case; `LAWS` lists them, `test_pruners.py` runs the product.
+
+A synthetic robot is an `Evidence` with a leading time axis, whose `late` is what a full pass of that step would leave
+behind. `control_step` plays the engine for one robot: it hands the pruner the feedback of the steps before.
+"""
+
+import inspect
+import math
+import typing
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safe_pruner_jax.pruners import PRUNERS, Evidence, Pruner, Selection
+from safe_pruner_jax.pruners.base import NO_HISTORY
+
+N, D, CAMERAS, STEPS, DEPTH = 24, 8, 2, 9, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pruner under test: its name and the choices that differ from the factory's defaults."""
+
+    name: str
+    choices: tuple[tuple[str, typing.Any], ...] = ()
+
+    def __str__(self):
+        return self.name + "".join(f",{k}={v}" for k, v in self.choices)
+
+    @property
+    def pruner(self) -> Pruner:
+        return make(self)
+
+
+def case(name: str, **choices) -> Case:
+    return Case(name, tuple(choices.items()))
+
+
+@cache
+def make(case: Case) -> Pruner:
+    return PRUNERS[case.name](**dict(case.choices))
+
+
+CASES = [
+    *map(case, PRUNERS),
+    case("safe", every=3, keep=0.5, fuse=0.0),
+    case("safe", max_age=2, match="camera", per_camera=2, threshold=-1.0),
+    case("safe", variant="as_released", keep=5, queries="last"),
+]
+
+SLOTWISE = {"random"}
+"""Pruners whose score belongs to the slot, not to the token in it: permuting tokens does not permute it."""
+
+BAD = {
+    "keep": (0, -0.1, 1.5, 1.0001, 2.5, math.nan, math.inf, True),
+    "cut": (0, -1),
+    "fuse": (-0.1, 1.1, math.nan),
+    "threshold": (-1.1, 1.1, math.nan),
+    "queries": ("image", ""),
+    "late_layers": ((),),
+    "late_steps": ("first",),
+    "match": ("robot", None),
+    "every": (0, -1),
+    "max_age": (0, -1),
+    "per_camera": (-1,),
+    "variant": ("paper", None),
+}
+"""Values out of range by argument name; an argument without an entry fails the law of the factory."""
+
+
+# ── synthetic robots ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def softmax(logits: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    e = np.where(alive, np.exp(logits), 0.0)
+    return e / np.maximum(e.sum(-1, keepdims=True), 1e-30)
+
+
+def episode(
+    seed: int,
+    pruner: Pruner,
+    *,
+    steps: int = STEPS,
+    n: int = N,
+    dead: int | np.ndarray = 0,
+    shifts: tuple[int, ...] = (4,),
+    noise: float = 0.1,
+    moving: bool = True,
+) -> Evidence:
+    """Evidence of one robot with leading axis [steps].
+
+    The scene moves by one token slot per step, so that the right correspondence is not the identity; at every step
+    in `shifts` attention jumps to other tokens.
+
+    Args:
+      seed: of everything.
+      pruner: whose plan says which saliencies there are.
+      steps, n: length and number of visual slots.
+      dead: how many slots (drawn at random) are dead, or the [n] bool mask of dead ones.
+      shifts: steps at which a new subtask begins.
+      noise: standard deviation of tokens and saliency logits within a subtask.
+      moving: False pins every token to its slot.
+    """
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(n, bool)
+    if isinstance(dead, np.ndarray):
+        mask |= dead
+    else:
+        mask[rng.permutation(n)[:dead]] = True
+    alive = np.broadcast_to(~mask, (steps, n))
+    plan = pruner.plan.for_depth(DEPTH)
+    scene = rng.normal(size=(n, D)) * rng.uniform(0.5, 3.0, (n, 1))
+    subtask = np.searchsorted(np.asarray(shifts), np.arange(steps), side="right")
+
+    def move(x: np.ndarray) -> np.ndarray:  # [steps, ..., n]
+        return np.stack([np.roll(x[t], t * moving, -1) for t in range(steps)])
+
+    def attention(*leading: int) -> np.ndarray:
+        logits = 2.0 * rng.normal(size=(len(shifts) + 1, *leading, n))[subtask]
+        logits = move(logits + noise * rng.normal(size=logits.shape))
+        return softmax(logits, alive.reshape(steps, *[1] * len(leading), n)).astype(np.float32)
+
+    visual = scene.T + noise * rng.normal(size=(steps, D, n))
+    visual = np.swapaxes(move(visual), 1, 2) + 0.0
+    visual[:, mask] = 1e4 * rng.normal(size=(steps, mask.sum(), D))  # what a dead slot holds must not matter
+    camera = np.repeat(np.arange(CAMERAS), -(-n // CAMERAS))[:n]
+    return Evidence(
+        since_full=np.full(steps, NO_HISTORY, np.int32),
+        visual=visual.astype(np.float32),
+        alive=alive,
+        camera=np.broadcast_to(camera.astype(np.int32), (steps, n)),
+        saliency=tuple(attention() for _ in plan.capture),
+        late=attention(len(plan.late_layers)),
+        key=jax.random.split(jax.random.key(seed), steps),
+    )
+
+
+def is_key(a) -> bool:
+    return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+
+
+def host(tree):
+    """The same pytree in NumPy (PRNG keys excepted): indexing it is cheap, and nothing changes it."""
+    return jax.tree.map(lambda a: a if is_key(a) else np.asarray(a), tree)
+
+
+def at(tree, t):
+    return jax.tree.map(lambda a: a[t], tree)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *a: jnp.stack(a) if is_key(a[0]) else np.stack(a), *trees)
+
+
+def put(a: np.ndarray, where, value) -> np.ndarray:
+    """A copy of `a` with `a[where] = value`."""
+    a = np.array(a)
+    a[where] = value
+    return a
+
+
+# ── the engine's part, for one robot ──────────────────────────────────────────────────────────────────────────────────
+
+
+def fresh(pruner: Pruner, seen: Evidence):
+    """Carry of a robot that has seen nothing: pruner state, steps since full, alive mask, late saliency."""
+    return host(pruner.init(seen)), np.int32(NO_HISTORY), np.zeros_like(seen.alive), np.zeros_like(seen.late)
+
+
+def control_step(pruner: Pruner, carry, seen: Evidence):
+    """One control step: evidence with the feedback of earlier steps in, the pruner's choice and new feedback out."""
+    state, since, alive, late = carry
+    history = (since != NO_HISTORY) & (alive == seen.alive).all()
+    since = jnp.where(history, since + 1, NO_HISTORY).astype(jnp.int32)
+    state, selection = pruner.step(state, seen.replace(since_full=since, late=late))
+    since = jnp.where(selection.keyframe, 0, since)
+    late = jnp.where(selection.keyframe, seen.late, late)
+    return (state, since, seen.alive, late), selection
+
+
+TRACES: dict[Case, int] = {}
+"""How often the program of `run` was traced."""
+
+
+@cache
+def compiled(case: Case):
+    def counted(carry, seen):
+        TRACES[case] = TRACES.get(case, 0) + 1
+        return control_step(case.pruner, carry, seen)
+
+    return jax.jit(counted)
+
+
+def run(case: Case, carry, seen: Evidence):
+    """`control_step`, compiled once for all laws."""
+    return host(compiled(case)(carry, seen))
+
+
+def play(case: Case, seen: Evidence, carry=None):
+    """A Python loop over the steps of `seen`; the carry and the selection after each."""
+    carry = fresh(case.pruner, at(seen, 0)) if carry is None else carry
+    carries, selections = [], []
+    for t in range(seen.since_full.shape[0]):
+        carry, selection = run(case, carry, at(seen, t))
+        carries.append(carry)
+        selections.append(selection)
+    return carries, selections
+
+
+def same(a, b, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    """Equal pytrees: floats to rounding, everything else exactly."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        if is_key(x):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+
+def all_finite(tree) -> bool:
+    floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return all(bool(np.isfinite(a).all()) for a in floats)
+
+
+def kept(selection: Selection) -> set[int]:
+    """The alive tokens of a selection of one robot."""
+    return set(np.asarray(selection.index)[np.asarray(selection.alive)].tolist())
+
+
+def budget(case: Case, alive: int) -> int:
+    """Tokens a robot with so many alive ones keeps: the share rounded half to even, a count capped."""
+    cut = case.pruner.plan.cut
+    keep = 1.0 if cut is None else cut.keep
+    return min(alive, round(keep * alive) if keep <= 1 else int(keep))
+
+
+# ── laws ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def state_keeps_structure_shapes_and_dtypes(case: Case):
+    p = case.pruner
+    for dtype in (jnp.float32, jnp.bfloat16):  # of the network; no business of the state's
+        e = at(episode(0, p, steps=1), 0)
+        e = e.replace(visual=e.visual.astype(dtype))
+        shapes = jax.eval_shape(lambda e: e, e)
+        state = p.init(shapes)  # shapes are enough
+        before = jax.eval_shape(lambda s: s, state)
+        after, selection = jax.eval_shape(p.step, state, shapes)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        avals = lambda tree: [(a.shape, a.dtype, a.weak_type) for a in jax.tree.leaves(tree)]
+        assert avals(after) == avals(before)
+        k = budget(case, N)
+        assert [(a.shape, a.dtype) for a in jax.tree.leaves(selection)] == [
+            ((k,), jnp.int32),
+            ((k,), jnp.bool_),
+            ((), jnp.bool_),
+            ((N,), jnp.float32),
+            ((), jnp.float32),
+        ]
+
+
+def second_call_does_not_trace(case: Case):
+    play(case, episode(1, case.pruner, steps=3))
+    assert TRACES[case] == 1
+
+
+def scan_over_a_batch_equals_each_robot_alone(case: Case):
+    """jit(scan(vmap(step))) against a Python loop per robot: neither time nor neighbours change anything."""
+    # different dead tokens, keyframes at different steps; the second robot is sick for a while
+    robots = [episode(10 + i, case.pruner, dead=4 * i, noise=0.1 + i) for i in range(3)]
+    robots[1] = robots[1].replace(visual=put(robots[1].visual, slice(3, 5), np.nan))
+    batched = jax.vmap(partial(control_step, case.pruner))
+    carry = stack([fresh(case.pruner, at(r, 0)) for r in robots])
+    seen = jax.tree.map(lambda a: a.swapaxes(0, 1), stack(robots))
+    carry, selection = host(jax.jit(lambda c, s: jax.lax.scan(batched, c, s))(carry, seen))
+    for i, robot in enumerate(robots):
+        carries, selections = play(case, robot)
+        same(at(carry, i), carries[-1])
+        same(jax.tree.map(lambda a, i=i: a[:, i], selection), stack(selections))
+
+
+def selection_is_well_formed(case: Case):
+    """Ascending, unique, in range; alive tokens first; as many alive as the robot's own budget; the best by score."""
+    rng = np.random.default_rng(4)
+    dead = rng.uniform(size=(40, N)) < rng.uniform(size=(40, 1))
+    dead[0], dead[1], dead[2] = True, False, np.arange(N) != 5
+    robots = [at(episode(i, case.pruner, steps=1, dead=d), 0) for i, d in enumerate(dead)]
+    selections = [run(case, fresh(case.pruner, r), r)[1] for r in robots]
+    index, alive, score = (np.stack([getattr(s, a) for s in selections]) for a in ("index", "alive", "score"))
+    assert (index >= 0).all() and (index < N).all()
+    assert (np.diff(index, axis=1) > 0).all()
+    for i in range(len(robots)):
+        living = ~dead[i]
+        assert alive[i].sum() == budget(case, living.sum())
+        assert not (alive[i] & ~living[index[i]]).any()
+        assert living[index[i]].sum() == min(len(index[i]), living.sum())
+        if not dict(case.choices).get("per_camera"):
+            best = sorted(np.flatnonzero(living), key=lambda v: (-score[i, v], v))
+            assert kept(selections[i]) == set(best[: alive[i].sum()])
+
+
+def without_history_it_is_safe(case: Case):
+    """A keyframe, or history is ignored; either way nothing of the past is left in the state."""
+    seen = episode(5, case.pruner, shifts=())
+    carries, _ = play(case, seen)
+    last = at(seen, -1)
+    junk = np.full_like(last.late, 7.0)
+    first_state, first = run(case, fresh(case.pruner, last), last)
+    for state in (carries[-2][0], jax.tree.map(lambda a: a + 1, carries[3][0])):
+        carry, selection = run(case, (state, np.int32(NO_HISTORY), last.alive, junk), last)
+        same(carry[0], first_state[0])
+        same(selection.keyframe, first.keyframe)
+        assert np.isnan(selection.kappa)
+        if not selection.keyframe:
+            same(selection, first)
+            # a robot that is no keyframe without history never looks at history
+            for since in (0, 1, 100):
+                same(run(case, (state, np.int32(since), last.alive, junk), last)[1], first)
+
+
+def keep_one_keeps_everything(case: Case):
+    if case.pruner.plan.cut is None:
+        everything = case
+    else:
+        everything = Case(case.name, tuple((dict(case.choices) | {"keep": 1.0}).items()))
+    for dead in (0, 7):
+        seen = episode(6, everything.pruner, steps=2, dead=dead)
+        for t, selection in enumerate(play(everything, seen)[1]):
+            assert kept(selection) == set(np.flatnonzero(seen.alive[t]).tolist())
+            np.testing.assert_array_equal(selection.index, np.arange(N))
+
+
+def finite_evidence_gives_finite_scores(case: Case):
+    for dead, scale in ((0, 1.0), (5, 1e-6), (N - 1, 1e6), (N, 1.0)):
+        seen = episode(7, case.pruner, dead=dead)
+        visual = put(seen.visual, slice(2, 4), seen.visual[2:4] * np.float32(scale))
+        seen = seen.replace(visual=put(visual, (5, slice(3)), 0.0))
+        carries, selections = play(case, seen)
+        for carry, selection in zip(carries, selections, strict=True):
+            assert np.isfinite(selection.score).all()
+            assert all_finite(carry[0])
+
+
+def poisoned(seen: Evidence, value: float, token: int):
+    """The same evidence with one non-finite entry, for every field that can have one."""
+    yield "visual", seen.replace(visual=put(seen.visual, (token, 0), value))
+    for i in range(len(seen.saliency)):
+        broken = put(seen.saliency[i], token, value)
+        yield f"saliency {i}", seen.replace(saliency=(*seen.saliency[:i], broken, *seen.saliency[i + 1 :]))
+
+
+def non_finite_evidence_gives_a_keyframe(case: Case):
+    seen = episode(8, case.pruner, shifts=(), noise=0.01, steps=2)
+    carries, selections = play(case, seen)
+    carry, token = carries[0], 3
+    assert not selections[1].keyframe or case.pruner.plan.cut is None  # clean evidence would not be one
+    for value in (math.nan, math.inf, -math.inf):
+        for what, bad in poisoned(at(seen, 1), value, token):
+            _, selection = run(case, carry, bad)
+            assert selection.keyframe, f"{value} in {what}"
+
+
+def non_finite_late_gives_a_keyframe_or_is_unused(case: Case):
+    seen = episode(8, case.pruner, shifts=(), noise=0.01, steps=2)
+    carry = play(case, seen)[0][0]
+    _, clean = run(case, carry, at(seen, 1))
+    assert not clean.keyframe or case.pruner.plan.cut is None
+    for layer in range(seen.late.shape[1]):
+        for value in (math.nan, math.inf, -math.inf):
+            _, selection = run(case, (*carry[:3], put(carry[3], layer, value)), at(seen, 1))
+            if not selection.keyframe:
+                same(selection, clean)
+
+
+def recovers_from_non_finite_evidence(case: Case):
+    """After a sick step, and the nonsense its full pass left behind, clean evidence heals the pruner."""
+    seen = episode(9, case.pruner, shifts=(5,))
+    carry = play(case, seen)[0][1]
+    for what, bad in poisoned(at(seen, 2), math.nan, 3):
+        bad = bad.replace(late=np.full_like(bad.late, np.nan))
+        sick, _ = run(case, carry, bad)
+        remembers = bool(jax.tree.leaves(sick[0]))
+        healed = not remembers
+        for t in range(3, STEPS):
+            if t == STEPS - 1:  # a reset
+                sick = (sick[0], np.int32(NO_HISTORY), *sick[2:])
+            was_healed = healed
+            sick, selection = run(case, sick, at(seen, t))
+            assert selection.keyframe or np.isfinite(selection.score).all(), what
+            assert not was_healed or np.isfinite(selection.score).all(), what
+            healed |= bool(selection.keyframe)
+            assert not healed or all_finite(sick[0]), what
+        assert healed, what
+
+
+def permuting_tokens_permutes_scores(case: Case):
+    if case.name in SLOTWISE:
+        pytest.skip("draws per slot")
+    seen = episode(11, case.pruner, dead=3)
+    perm = np.random.default_rng(0).permutation(N)
+    shuffle = lambda a: a[..., perm]
+    shuffled = seen.replace(
+        visual=seen.visual[:, perm],
+        alive=shuffle(seen.alive),
+        camera=shuffle(seen.camera),
+        saliency=jax.tree.map(shuffle, seen.saliency),
+        late=shuffle(seen.late),
+    )
+    for a, b in zip(play(case, seen)[1], play(case, shuffled)[1], strict=True):
+        same(a.score[perm], b.score)
+        same(a.kappa, b.kappa)
+        assert a.keyframe == b.keyframe
+        assert kept(a) == {int(perm[v]) for v in kept(b)}
+
+
+def plan_is_hashable_and_prints_on_one_line(case: Case):
+    plan = case.pruner.plan
+    again = PRUNERS[case.name](**dict(case.choices)).plan
+    assert plan == again and hash(plan) == hash(again)
+    hash(case.pruner)
+    for text in (repr(plan), str(plan)):
+        assert "\n" not in text and " at 0x" not in text
+    assert plan.for_depth(DEPTH) == plan.for_depth(DEPTH).for_depth(DEPTH)
+    assert case.pruner.name == case.name
+
+
+def factory_arguments_are_documented_and_checked(case: Case):
+    factory = PRUNERS[case.name]
+    doc = inspect.getdoc(factory) or ""
+    documented = doc.partition("\nArgs:")[2].partition("\n\n")[0]
+    hints = typing.get_type_hints(factory)
+    assert hints["return"] is Pruner
+    assert doc.splitlines()[0].endswith(".")
+    for name, parameter in inspect.signature(factory).parameters.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY, name
+        assert parameter.default is not parameter.empty, f"{name} has no default"
+        assert name in hints, f"{name} has no annotation"
+        assert any(line.strip().startswith(f"{name}: ") for line in documented.splitlines()), f"{name} has no text"
+        assert name in BAD, f"{name}: add values out of range to laws.BAD"
+        for value in BAD[name]:
+            with pytest.raises(ValueError, match=r"(?s)expected.*got") as error:
+                factory(**{name: value})
+            assert "\n" not in str(error.value) and str(value) in str(error.value)
+    with pytest.raises(TypeError, match="kep"):
+        factory(kep=0.2)
+
+
+LAWS = [
+    state_keeps_structure_shapes_and_dtypes,
+    second_call_does_not_trace,
+    scan_over_a_batch_equals_each_robot_alone,
+    selection_is_well_formed,
+    without_history_it_is_safe,
+    keep_one_keeps_everything,
+    finite_evidence_gives_finite_scores,
+    non_finite_evidence_gives_a_keyframe,
+    non_finite_late_gives_a_keyframe_or_is_unused,
+    recovers_from_non_finite_evidence,
+    permuting_tokens_permutes_scores,
+    plan_is_hashable_and_prints_on_one_line,
+    factory_arguments_are_documented_and_checked,
+]

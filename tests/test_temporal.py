@@ -1,0 +1,169 @@
+"""Correspondence and forecast (Algorithm 2), κ (Eq. 6) and fusion (Eq. 4-5) against float64 loops."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from safe_pruner_jax import temporal
+
+SIZES = (1, 7, 12)  # few, so that few programs are compiled
+
+
+def slow_unit(z):
+    """Algorithm 2, line 5; a zero row stays zero."""
+    z = np.asarray(z, np.float64)
+    out = np.zeros_like(z)
+    for v in range(len(z)):
+        norm = math.sqrt(sum(x * x for x in z[v]))
+        for i in range(z.shape[1]):
+            out[v, i] = z[v, i] / norm if norm else 0.0
+    return out
+
+
+def slow_match(z, reference, alive, camera=None):
+    """Algorithm 2, lines 6-9: for each v the best u, the first of equal ones; 0 without a candidate."""
+    z, reference = np.asarray(z, np.float64), np.asarray(reference, np.float64)
+    pi = []
+    for v in range(len(z)):
+        best, winner = -math.inf, 0
+        for u in range(len(reference)):
+            if alive[u] and (camera is None or camera[u] == camera[v]):
+                c = sum(z[v, i] * reference[u, i] for i in range(z.shape[1]))
+                if c > best:
+                    best, winner = c, u
+        pi.append(winner)
+    return np.array(pi)
+
+
+def slow_forecast(s, pi, alive):
+    """Algorithm 2, lines 10-14, for one layer; dead tokens have no saliency."""
+    out = np.zeros(len(pi))
+    for v in range(len(pi)):
+        if alive[v]:
+            out[v] = s[pi[v]]
+    return out
+
+
+def slow_kappa(a, b):
+    """Eq. 6."""
+    dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+    norms = math.sqrt(sum(float(x) ** 2 for x in a)) * math.sqrt(sum(float(y) ** 2 for y in b))
+    return dot / norms if norms else math.nan
+
+
+def slow_fuse(s, late, weight):
+    """Eq. 4-5."""
+    out = []
+    for v in range(len(s)):
+        mean = sum(float(l[v]) for l in late) / len(late)
+        out.append((1 - weight) * float(s[v]) + weight * mean)
+    return np.array(out)
+
+
+masks = lambda size: st.lists(st.booleans(), min_size=size, max_size=size).map(lambda x: np.array(x, bool))
+generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
+MATCH = jax.jit(temporal.correspondence)
+FORECAST = jax.jit(temporal.forecast)
+KAPPA = jax.jit(temporal.kappa)
+FUSE = jax.jit(temporal.fuse, static_argnums=2)
+
+
+@given(generators, st.sampled_from(SIZES), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_unit_rows(rng, n, scale):
+    z = (scale * rng.normal(size=(n, 4))).astype(np.float32)
+    z[rng.uniform(size=n) < 0.2] = 0.0
+    np.testing.assert_allclose(temporal.unit(z), slow_unit(z), rtol=1e-5, atol=1e-7)
+
+
+def test_unit_rows_of_bfloat16_are_float32():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)), jnp.bfloat16)
+    got = temporal.unit(z)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, slow_unit(np.asarray(z, np.float32)), rtol=1e-5)
+
+
+def test_unit_shows_non_finite_rows_and_spares_the_others():
+    z = np.ones((3, 4), np.float32)
+    z[0, 1], z[2, 0] = np.nan, np.inf
+    finite = np.isfinite(temporal.unit(z))
+    assert not finite[0].all() and finite[1].all() and not finite[2].all()
+
+
+@given(generators, st.sampled_from(SIZES), st.data(), st.booleans())
+def test_correspondence_of_exact_ties_takes_the_lowest_index(rng, n, data, same_camera):
+    # entries of ±1/2 in four dimensions: unit rows of which many coincide, similarities exact in float32
+    z, reference = (rng.choice([-0.5, 0.5], size=(n, 4)).astype(np.float32) for _ in range(2))
+    alive = data.draw(masks(n))
+    camera = rng.integers(0, 2, n).astype(np.int32) if same_camera else None
+    got = MATCH(z, reference, alive, camera)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, slow_match(z, reference, alive, camera))
+
+
+@given(generators, st.sampled_from(SIZES), st.data(), st.booleans())
+def test_correspondence_is_algorithm_2(rng, n, data, same_camera):
+    z, reference = (slow_unit(rng.normal(size=(n, 8))) for _ in range(2))
+    alive = data.draw(masks(n))
+    camera = rng.integers(0, 2, n).astype(np.int32) if same_camera else None
+    reference[~alive] = z[: (~alive).sum()]  # the best match of some token, but dead
+    similarity = np.sort(z @ reference.T, axis=1)
+    assume(n == 1 or np.diff(similarity, axis=1).min() > 1e-5)
+    got = MATCH(z.astype(np.float32), reference.astype(np.float32), alive, camera)
+    np.testing.assert_array_equal(got, slow_match(z, reference, alive, camera))
+
+
+def test_correspondence_multiplies_in_full_precision():
+    # accelerators round matmul operands by default, which makes ties of near-equal tokens; a CPU does not
+    jaxpr = jax.make_jaxpr(temporal.correspondence)(np.eye(7), np.eye(7), np.ones(7, bool))
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert [e.params["precision"] for e in products] == [(jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)]
+
+
+def test_correspondence_without_a_candidate_is_zero():
+    eye = np.eye(7, dtype=np.float32)
+    assert MATCH(eye, eye, np.zeros(7, bool)).tolist() == [0] * 7
+    camera = np.array([0, 0, 0, 1, 1, 1, 1], np.int32)
+    assert MATCH(eye, eye, camera == 1, camera).tolist() == [0, 0, 0, 3, 4, 5, 6]
+
+
+@given(generators, st.sampled_from(SIZES), st.data())
+def test_forecast_transfers_by_match(rng, n, data):
+    s = rng.uniform(size=(3, n)).astype(np.float32)
+    pi, alive = rng.integers(0, n, n).astype(np.int32), data.draw(masks(n))
+    s[:, rng.uniform(size=n) < 0.1] = np.nan
+    got = np.asarray(FORECAST(s, pi, alive))
+    for layer in range(3):
+        np.testing.assert_array_equal(got[layer], slow_forecast(s[layer], pi, alive).astype(np.float32))
+    np.testing.assert_array_equal(FORECAST(s[0], pi, alive), got[0])
+
+
+@given(generators, st.sampled_from(SIZES), st.sampled_from([1e-4, 1.0, 1e4]))
+def test_kappa_is_eq_6(rng, n, scale):
+    a, b = scale * rng.uniform(size=(2, n)).astype(np.float32), rng.normal(size=(2, n)).astype(np.float32)
+    for x, y in ((a[0], a[1]), (b[0], b[1]), (a[0], b[0])):
+        np.testing.assert_allclose(KAPPA(x, y), slow_kappa(x, y), rtol=1e-4, atol=1e-5)
+    assert np.isclose(KAPPA(a[0], 3 * a[0]), 1.0, atol=1e-6)
+    assert np.isclose(KAPPA(b[0], -b[0]), -1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_kappa_of_nothing_is_nan(value):
+    some, none = np.ones(7, np.float32), np.full(7, value, np.float32)
+    for x, y in ((some, none), (none, some), (none, none)):
+        assert np.isnan(KAPPA(x, y))
+
+
+@given(generators, st.sampled_from(SIZES), st.sampled_from([0, 0.0, 0.25, 0.5, 1.0]))
+def test_fuse_is_eq_4_and_5(rng, n, weight):
+    s, late = rng.uniform(size=n).astype(np.float32), rng.uniform(size=(3, n)).astype(np.float32)
+    np.testing.assert_allclose(FUSE(s, late, weight), slow_fuse(s, late, weight), rtol=1e-5)
+
+
+def test_fuse_without_forecast_never_looks_at_it():
+    s = np.arange(7, dtype=np.float32)
+    np.testing.assert_array_equal(FUSE(s, np.full((3, 7), np.nan, np.float32), 0.0), s)
