@@ -11,7 +11,7 @@ import sentencepiece
 import tyro
 
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.evaluation.libero import SUITES, load_tasks
+from safe_pruner_jax.evaluation.libero import SUITES, load_task, num_tasks
 from safe_pruner_jax.observation import NormStats, save_norm_stats
 
 # position (m), axis-angle (rad), fingers (m): bounds of what LIBERO's tables and the Panda's fingers allow
@@ -26,7 +26,7 @@ def main(out: Path = Path("safe_pruner_jax/assets/mini_libero")) -> int:
       out: folder to write to.
     """
     config = get_config("mini_libero")
-    sentences = sorted({task.language for suite in SUITES for task in load_tasks(suite)})
+    sentences = sorted({load_task(suite, i).language for suite in SUITES for i in range(num_tasks(suite))})
     out.mkdir(parents=True, exist_ok=True)
     with (out / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.evaluation import libero
-from safe_pruner_jax.evaluation.libero import LiberoEnv, StepResult, Task, axis_angle, load_task, rollout
+from safe_pruner_jax.evaluation.libero import LiberoEnv, StepResult, Task, axis_angle, load_task
+from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.observation import resize_with_pad
 
 SIZE, OBSERVED, WAIT, MAX_STEPS, SEED = 64, 56, 3, 6, 7
