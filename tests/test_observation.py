@@ -38,7 +38,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def stats():
-    entries = json.loads((DATA / "norm_stats.json").read_text())["norm_stats"]
+    entries = json.loads((DATA / "ckpt_tiny_pi05/assets/physical-intelligence/libero/norm_stats.json").read_text())["norm_stats"]
     return {key: NormStats(**entry) for key, entry in entries.items()}
 
 
@@ -208,7 +208,7 @@ def test_stats_file_round_trip(tmp_path, stats):
 
 
 def test_openpis_stats_file_loads_and_is_written_back_equal(tmp_path, stats):
-    text = (DATA / "norm_stats.json").read_text()
+    text = (DATA / "ckpt_tiny_pi05/assets/physical-intelligence/libero/norm_stats.json").read_text()
     target = tmp_path / "assets" / "physical-intelligence" / "libero"
     target.mkdir(parents=True)
     (target / "norm_stats.json").write_text(text)

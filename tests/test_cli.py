@@ -1,0 +1,92 @@
+"""The command line: arguments, and one clear line with exit code 2 for what cannot be served."""
+
+import logging
+import socket
+
+import pytest
+
+from safe_pruner_jax import cli
+from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Serve, parse, split_pruner
+
+
+@pytest.fixture(autouse=True)
+def root_logger():
+    """`main` sends the log to this test's stderr, which is closed afterwards."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = handlers, level
+
+
+def serve_args(*argv: str):
+    return parse(Serve, argv, "openpi serve")
+
+
+def test_openpis_own_arguments():
+    args, pruner, describe = serve_args(
+        *("--env", "LIBERO", "--port", "8123", "--default-prompt", "fold", "--record"),
+        *("policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/checkpoints/x"),
+    )
+    assert (args.env, args.port, args.default_prompt, args.record) == (EnvMode.LIBERO, 8123, "fold", True)
+    assert args.policy == Checkpoint("pi05_libero", "/checkpoints/x")
+    assert pruner.name == "full" and not describe
+
+
+def test_defaults_are_openpis_but_for_the_loopback_address():
+    args, *_ = serve_args()
+    assert (args.env, args.port, args.policy) == (EnvMode.ALOHA_SIM, 8000, Default())
+    assert args.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_pruners_factory_arguments_may_stand_anywhere(where):
+    pruner = ["--pruner=safe", "--pruner.keep", "0.3", "--pruner.queries", "text", "--pruner.late-layers", "0", "-1"]
+    policy = ["policy:embedded", "--port", "1"]
+    args, made, describe = serve_args(*(pruner + policy if where == "before" else policy + pruner))
+    assert args.policy == Embedded() and args.port == 1 and describe
+    assert made.plan.cut.keep == 0.3 and made.plan.capture[0].rows == "text" and made.plan.late_layers == (0, -1)
+
+
+def test_split_pruner():
+    assert split_pruner(["a", "--pruner", "fastv", "b"]) == ("fastv", ["a", "b"])
+    assert split_pruner(["--pruner.keep", "1"]) == ("none", ["--pruner.keep", "1"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--pruner=sfe"], "did you mean 'safe'"),
+        (["--pruner"], "expected one of full"),
+        (["--pruner=safe", "--pruner.keep", "1.5"], "keep: expected"),
+        (["--pruner=safe", "--pruner.threshold", "3"], "threshold: expected"),
+        (["policy:checkpoint", "--policy.config=pi05_libro", "--policy.dir=x"], "did you mean pi05_libero"),
+        (["policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/no/such"], "/no/such"),
+        (["policy:embedded", "--pruner=fastv", "--pruner.cut", "40"], "below the model's depth 8, got 40"),
+        (["policy:embedded", "--pruner=safe", "--pruner.keep", "600"], "at most 512 visual tokens"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(argv, text, capsys):
+    assert cli.main(["serve", *argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("openpi serve: ") and text in error
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert cli.main(["serve", "policy:embedded", "--port", str(taken.getsockname()[1])]) == 2
+    assert "port" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["sreve"], 2)])
+def test_without_a_command_it_says_which_there_are(argv, code, capsys):
+    assert cli.main(argv) == code
+    assert "serve" in capsys.readouterr().out
+
+
+def test_help_shows_the_pruners_own_choices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["serve", "--pruner=safe", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--pruner.threshold" in text and "γ" in text and "policy:embedded" in text
