@@ -143,7 +143,7 @@ def shallow(
         alive=visual_alive,
         camera=jnp.broadcast_to(camera, visual_alive.shape),
         saliency=captured,
-        late=control.late,
+        late=jnp.where(kept_history[:, None, None], control.late, 0.0),
         key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
     )
     state, selection = jax.vmap(pruner.step)(control.pruner, evidence)

@@ -6,6 +6,7 @@ Three worked instances. LIBERO has two cameras of three and a prompt of 23 token
 order, so positions stay monotone after the gather.
 """
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -122,9 +123,8 @@ def budget(keep: float, n: int) -> int:
 
 def check_keep(keep: float) -> float:
     """A share of the alive visual tokens in (0, 1], or a whole number of at least 2 tokens; raises ValueError."""
-    share = 0 < keep <= 1
-    count = keep >= 2 and float(keep).is_integer()
-    if isinstance(keep, bool) or not (share or count):
+    number = isinstance(keep, numbers.Real) and not isinstance(keep, bool)
+    if not (number and (0 < keep <= 1 or (keep >= 2 and float(keep).is_integer()))):
         raise ValueError(
             f"keep: expected a share of the visual tokens in (0, 1] or a whole number of tokens >= 2, got {keep!r}; "
             "use for example keep=0.2"
@@ -152,7 +152,8 @@ def top_k(
     k = budget(keep, n)
     lowest = jnp.finfo(jnp.float32).min
     score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
-    score = jnp.where(alive, score, -jnp.inf)
+    # -0.0 would sort below 0.0
+    score = jnp.where(alive, jnp.where(score == 0, 0.0, score), -jnp.inf)
     if per_camera:
         order = jnp.argsort(-score, stable=True)
         rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))

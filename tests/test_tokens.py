@@ -209,7 +209,6 @@ def test_top_k_per_camera_above_the_budget_keeps_the_best_reserved():
         assert chosen.all() and index.tolist() == expected
 
 
-@pytest.mark.xfail(strict=True, reason="lax.top_k orders -0.0 before 0.0; the per-camera path takes them as equal")
 def test_top_k_takes_signed_zeros_as_equal():
     score = np.array([-0.0] * 6 + [0.0] * 6, np.float32)
     camera = np.zeros(N, np.int32)

@@ -43,8 +43,8 @@ class Cut:
 
     def __post_init__(self):
         check_keep(self.keep)
-        if self.layer < 1:
-            raise ValueError(f"cut: expected a layer index of at least 1, got {self.layer}; use for example cut=3")
+        if not isinstance(self.layer, int) or self.layer < 1:
+            raise ValueError(f"cut: expected a layer index of at least 1, got {self.layer!r}; use for example cut=3")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Plan:
         for c in self.capture:
             if c.rows not in ("action", "text", "last"):
                 raise ValueError(f'queries: expected "action", "text" or "last", got {c.rows!r}')
-            if self.cut is None or c.layer >= self.cut.layer:
+            if c.over not in ("visual", "all"):
+                raise ValueError(f'over: expected "visual" or "all", got {c.over!r}')
+            if self.cut is None or not 0 <= c.layer < self.cut.layer:
                 raise ValueError(f"capture: layer {c.layer} is not computed before the cut {self.cut}")
 
     def for_depth(self, depth: int) -> "Plan":
@@ -144,7 +146,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A named method; see the module's docstring. Compared by name and plan."""
+    """A named method; see the module's docstring. Two calls of a factory make unequal pruners."""
 
     name: str
     plan: Plan

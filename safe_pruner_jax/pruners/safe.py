@@ -72,6 +72,7 @@ def safe(
     References:
       SAFE-Pruner, Algorithms 1 and 2, Eq. 1-7.
     """
+    late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
     _check(weight, threshold, late_layers, match, every, max_age, per_camera, variant)
@@ -92,7 +93,7 @@ def safe(
             score = shallow + weight * late.mean(0)
         else:
             score = temporal.fuse(shallow, late, weight)
-        keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z)
+        keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, state.reference, state.shallow)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
@@ -111,9 +112,15 @@ def _check(weight, threshold, late_layers, match, every, max_age, per_camera, va
 
     require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
     require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
-    require(len(late_layers) > 0, "late_layers", "at least one layer index", late_layers)
+    whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(
+        len(late_layers) > 0 and all(isinstance(l, int) for l in late_layers),
+        "late_layers",
+        "at least one whole layer index",
+        late_layers,
+    )
     require(match in ("all", "camera"), "match", '"all" or "camera"', match)
-    require(every is None or every >= 1, "every", "a number of steps >= 1 or None", every)
-    require(max_age is None or max_age >= 1, "max_age", "a number of steps >= 1 or None", max_age)
-    require(per_camera >= 0, "per_camera", "a number of tokens >= 0", per_camera)
+    require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
+    require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
+    require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)
     require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)
