@@ -1,7 +1,7 @@
 """One episode of a policy in LIBERO, recorded: openpi's client as a function.
 
-    with LiberoEnv(load_task("libero_spatial", 0)) as env:
-        episode = rollout(env, session.infer, init_state=0)        # or a websocket client's `infer`
+with LiberoEnv(load_task("libero_spatial", 0)) as env:
+    episode = rollout(env, session.infer, init_state=0)        # or a websocket client's `infer`
 """
 
 import logging

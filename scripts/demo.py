@@ -1,0 +1,349 @@
+"""One LIBERO episode through `openpi serve` with and without pruning: figures, a video, a picture.
+
+python scripts/demo.py [--suite libero_spatial] [--task 0] [--steps 100]
+
+Two servers are started side by side and both are warm before the first episode begins; after that one of them is
+idle while the other is timed. The client is openpi's own, unmodified.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import http.client
+import importlib.util
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, Literal
+
+import imageio.v2 as imageio
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from safe_pruner_jax import flops
+from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.evaluation.libero import LiberoEnv, LiberoUnavailable, load_task, provenance
+from safe_pruner_jax.evaluation.rollout import rollout
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS
+from safe_pruner_jax.observation import Tokenizer
+from safe_pruner_jax.plotting import Shown, kept_patches_figure, video_frame
+from safe_pruner_jax.pruners import Plan, full, safe
+from safe_pruner_jax.tokens import PrefixLayout, budget
+
+HOST = "127.0.0.1"
+REPLAN = 5  # actions per call, as openpi's client
+PROMPT_LENGTH = 32  # holds the prompts of the four usual suites; one length starts faster than all
+CLIENT = "run .venv/bin/python -m pip install --no-deps -r requirements/openpi-client.txt"
+CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "wrist"}  # in slot order
+
+console = Console(highlight=False, soft_wrap=True)
+signals: list[int] = []
+
+
+def interrupt(number: int, _frame: object) -> None:
+    """Handler of SIGINT and SIGTERM. What it raises may be lost: some libraries catch everything while they load."""
+    signals.append(number)
+    raise KeyboardInterrupt
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message is for a person."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """One episode with SAFE-Pruner, the same episode without.
+
+    Args:
+      suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+      task: task of the suite.
+      init_state: initial state of the task.
+      steps: robot actions to execute (20 per second of simulated time).
+      keep: share of the visual tokens that is kept.
+      queries: whose attention is the shallow saliency. Action tokens begin as noise, and weights that never learned
+        to look past it give κ = 0.991 ± 0.003 whatever the scene does; with the prompt's rows κ follows the picture.
+      threshold: γ, κ below it makes a keyframe. Under random weights κ stays above 0.97, so that the paper's 0.92
+        would never refresh; this value is for the demo only, a trained policy needs its own.
+      out: folder for what the demo writes.
+    """
+
+    suite: str = "libero_spatial"
+    task: int = 0
+    init_state: int = 0
+    steps: int = 100
+    keep: float = 0.2
+    queries: Literal["action", "text", "last"] = "text"
+    threshold: float = 0.985
+    out: Path = Path(__file__).parents[1] / "out" / "demo"
+
+
+# --- servers -----------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`openpi serve policy:embedded` as a child process, which never outlives this one; `log` takes its output."""
+
+    def __init__(self, pruner: str, options: list[str], log: Path):
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            self.port = free.getsockname()[1]
+        self.pruner, self.log = pruner, log
+        program = Path(sys.executable).with_name("openpi")
+        if not program.exists():
+            raise DemoError(f"there is no {program}; run {sys.executable} -m pip install -e .")
+        self.arguments = ["serve", "policy:embedded", f"--pruner={pruner}", *options]
+        self.arguments += ["--port", str(self.port), "--prompt-lengths", str(PROMPT_LENGTH)]
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [str(program), *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},  # two servers on one accelerator
+                # PR_SET_PDEATHSIG: it ends also when the demo itself is killed
+                preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None,
+            )
+
+    def accepts(self) -> bool:
+        """Whether clients can connect: once every program is compiled. Raises DemoError if the server has ended."""
+        if (code := self._process.poll()) is not None:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+            raise DemoError(f"the server ({self.pruner}) ended with exit code {code}; {self.log} ends with\n{tail}")
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=2)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.request("GET", "/healthz")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        return False
+
+    def stop(self) -> None:
+        """Asks it to end, and ends it if it does not; may be called again."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may still be compiling
+            self._process.wait(5)
+        self._process.kill()
+        self._process.wait()
+
+
+def wait_for(servers: list[Server]) -> None:
+    """Returns once all accept clients; shows the last line of a log meanwhile."""
+    with console.status("compiling") as status:
+        while waiting := [s for s in servers if not s.accepts()]:
+            if signals:
+                raise KeyboardInterrupt
+            line = waiting[0].log.read_text(errors="replace").strip().rpartition("\n")[2]
+            status.update(f"pruner {waiting[0].pruner}: {line[:100] or 'starting'}")
+            time.sleep(0.2)
+
+
+# --- one episode -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One control step: what was asked (pictures only), what came back, and the whole round trip."""
+
+    step: int
+    pruner: str
+    images: dict[str, np.ndarray]
+    pruning: dict[str, Any]
+    timing: dict[str, float]
+    round_trip_ms: float
+
+    @property
+    def keyframe(self) -> bool:
+        """Whether every token ran; always so without a pruner."""
+        return self.pruning.get("keyframe", True)
+
+    def record(self) -> str:
+        """One line of JSON."""
+        index = self.pruning.get("index")
+        pruning = {**self.pruning, "index": None if index is None else np.asarray(index).tolist()}
+        step = {"pruner": self.pruner, "step": self.step, "round_trip_ms": self.round_trip_ms}
+        return json.dumps(step | pruning | self.timing)
+
+    def row(self) -> str:
+        """One line of the table under `HEADER`."""
+        p, t = self.pruning, self.timing
+        mark = "[bold yellow]keyframe[/]" if p.get("keyframe") else " " * 8
+        cells = [f"{p.get('alive', '–'):>6}", f"{p.get('kept', '–'):>5}", mark]
+        cells += ["     –" if p.get("kappa") is None else f"{p['kappa']:6.4f}"]
+        cells += [f"{t[k]:8.1f}" if k in t else "       –" for k in ("shallow_ms", "rest_ms", "infer_ms")]
+        return f"{self.step:>4}  " + "  ".join(cells)
+
+
+HEADER = "step   alive   kept  keyframe       κ   shallow      rest  total ms"
+
+
+def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], None]) -> list[Step]:
+    """One episode over the websocket; shows and writes every control step as it comes."""
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    with warnings.catch_warnings(action="ignore"):  # it connects in a way that websockets deprecates
+        client, steps = WebsocketClientPolicy(HOST, server.port), []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task(f"pruner {server.pruner}, robot actions", total=args.steps)
+
+        def policy(request: dict[str, Any]) -> dict[str, Any]:
+            start, reply = time.perf_counter(), client.infer(request)
+            elapsed = (time.perf_counter() - start) * 1000
+            seen, pruning = {name: request[key] for key, name in CAMERAS.items()}, reply.get("pruning", {})
+            steps.append(Step(env.steps, server.pruner, seen, pruning, reply["policy_timing"], elapsed))
+            write(steps[-1])
+            console.print(steps[-1].row())
+            return reply
+
+        console.print(f"\n[bold]--pruner={server.pruner}[/]\n[dim]{HEADER}[/]")
+        advance = lambda env: progress.update(bar, completed=env.steps)
+        episode = rollout(env, policy, init_state=args.init_state, replan=REPLAN, max_steps=args.steps, on_step=advance)
+    if episode.outcome == "error":
+        raise DemoError(f"the episode ended early: {episode.error}; see {server.log}")
+    console.print(f"{episode.steps} actions, {len(steps)} calls, {episode.seconds:.1f} s, outcome: {episode.outcome}")
+    return steps
+
+
+# --- what is left behind -----------------------------------------------------------------------------------
+
+
+def write_video(path: Path, steps: list[Step], tokens_per_camera: int) -> None:
+    """The pictures the policy saw, at the speed they were taken: a call per `REPLAN` actions at 20 Hz."""
+    with imageio.get_writer(path, fps=20 / REPLAN, codec="libx264", quality=8, macro_block_size=16) as video:
+        for s in steps:
+            p = s.pruning
+            kappa = "" if p["kappa"] is None else f"κ {p['kappa']:.3f}    "
+            caption = f"step {s.step}    {kappa}kept {p['kept']} of {p['alive']} tokens"
+            badge = {"badge": "KEYFRAME"} if s.keyframe else {}
+            video.append_data(video_frame(s.images, p["index"], tokens_per_camera, caption, **badge))
+
+
+def write_picture(path: Path, steps: list[Step], tokens_per_camera: int, title: str) -> None:
+    """The first keyframe and up to three pruned steps, spread over the episode."""
+    pruned = [s for s in steps if not s.keyframe]
+    spread = sorted({round(i) for i in np.linspace(0, len(pruned) - 1, min(3, len(pruned)))})
+    label = lambda s: f"step {s.step}, " + ("keyframe" if s.keyframe else f"κ = {s.pruning['kappa']:.3f}")
+    chosen = [next(s for s in steps if s.keyframe), *(pruned[i] for i in spread)]
+    shown = [Shown(s.images, s.pruning["index"], label(s)) for s in chosen]
+    kept_patches_figure(shown, tokens_per_camera, f"{textwrap.fill(title, 52)}\n(untrained weights)").savefig(path)
+
+
+def layout_of(prompt: str) -> PrefixLayout:
+    """The static layout in which the servers run this instruction."""
+    model, assets = get_config(EMBEDDED).model, resources.files("safe_pruner_jax") / "assets" / EMBEDDED
+    tokens = Tokenizer(str(assets / "tokenizer.model"), model.max_token_len).encode(prompt)
+    text = PROMPT_LENGTH if len(tokens) <= PROMPT_LENGTH else model.max_token_len
+    return PrefixLayout(model.cameras[: len(CAMERAS)], model.tokens_per_camera, text)
+
+
+def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned_run: list[Step], plain_run: list[Step]) -> None:
+    """Medians, tokens and costs of both episodes, and what a reader needs to judge them."""
+    model, ms, paper, per_layer = get_config(EMBEDDED).model, {}, {}, {}
+    kinds = {
+        "safe, keyframe": ([s for s in pruned_run if s.keyframe], plan, False),
+        "safe, pruned": ([s for s in pruned_run if not s.keyframe], plan, True),
+        "none": (plain_run, full().plan, False),
+    }
+    console.print("\n[bold]one control step[/]\n[dim]                calls   ms median (min – max)   paper   exact[/]")
+    for name, (steps, p, cut) in kinds.items():
+        tokens = flops.tokens_per_layer(p, layout, model.depth, pruned=cut)
+        per_layer[name] = " + ".join(f"{tokens.count(n)} × {n}" for n in dict.fromkeys(tokens))
+        paper[name] = flops.paper_flops(tokens, model.prefix.width, model.prefix.mlp_dim) / 1e9
+        exact = flops.exact_flops(model, p, layout, pruned=cut).total / 1e9
+        times = [s.timing["infer_ms"] for s in steps] or [float("nan")]
+        ms[name], spread = statistics.median(times), f"({min(times):.0f} – {max(times):.0f})"
+        console.print(f"{name:15} {len(steps):5} {ms[name]:11.1f} {spread:15} {paper[name]:7.3f} {exact:7.3f}")
+    calls, keyframes = len(pruned_run), len(kinds["safe, keyframe"][0])
+    mean = lambda run: statistics.fmean(s.timing["infer_ms"] for s in run)
+    share = (keyframes * paper["safe, keyframe"] + (calls - keyframes) * paper["safe, pruned"]) / calls / paper["none"]
+    versions = {"jax": metadata.version("jax"), **provenance()}
+    console.print(f"""\
+pruned / none   {ms["safe, pruned"] / ms["none"]:.2f} of the time (medians)
+safe / none     {mean(pruned_run) / mean(plain_run):.2f} of the time, {share:.2f} of the paper's FLOPs; \
+{keyframes} of {calls} calls were keyframes
+visual tokens   {budget(plan.cut.keep, layout.visual)} of {layout.visual} kept by a pruned step
+prefix tokens   layers × tokens: pruned {per_layer["safe, pruned"]}, otherwise {per_layer["none"]}
+paper, exact    10⁹ multiply-adds of the language model's prefix, and of all that runs
+machine         {_machine()}; {jax.devices()[0].device_kind}; {model.dtype}; Python {platform.python_version()}
+versions        {", ".join(f"{name} {version}" for name, version in versions.items())}
+runs            one episode each: {args.suite} task {args.task}, initial state {args.init_state}, \
+{args.steps} actions, {REPLAN} per call; {len(layout.cameras)} cameras, {layout.text} prompt slots, 10 denoise steps
+note            a model this small spends its time elsewhere than π0.5: the ratios are its own""")
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+# --- main --------------------------------------------------------------------------------------------------
+
+
+def run(args: Demo) -> None:
+    """Servers, simulator, two episodes, files."""
+    if {"not installed", "none"} & set(provenance().values()):
+        load_task(args.suite, args.task)  # says what is missing, before a server is started
+    plan = safe(keep=args.keep, queries=args.queries, threshold=args.threshold).plan
+    args.out.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"[bold]The embedded policy has {EMBEDDED_WEIGHTS}.[/]\n"
+        "The robot moves at random, and its success or failure means nothing. Real are π0.5's architecture (small),\n"
+        "the server, openpi's client, the simulator and its pictures, keyframes, forecasts, and the dropped tokens.\n"
+    )
+    options = [f"--pruner.{name}={getattr(args, name)}" for name in ("keep", "queries", "threshold")]
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for pruner, given in (("safe", options), ("none", [])):
+            servers.append(Server(pruner, given, args.out / f"server_{pruner}.log"))
+            stack.callback(servers[-1].stop)
+            console.print(f"$ openpi {' '.join(servers[-1].arguments)}\n  [dim]log: {servers[-1].log}[/]")
+        console.print(f"γ = {args.threshold}: random weights keep κ above 0.97, the paper's 0.92 would never refresh")
+        started = time.perf_counter()
+        with console.status("loading the simulator"):
+            task = load_task(args.suite, args.task)
+            env = stack.enter_context(LiberoEnv(task))
+        wait_for(servers)
+        console.print(f"simulator and servers ready after {time.perf_counter() - started:.0f} s; “{task.language}”")
+        with (args.out / "steps.jsonl").open("w", encoding="utf-8") as file:
+            write = lambda step: print(step.record(), file=file, flush=True)
+            pruned_run, plain_run = (play(server, env, args, write) for server in servers)
+    layout = layout_of(task.language)
+    write_video(args.out / "episode.mp4", pruned_run, layout.tokens_per_camera)
+    write_picture(args.out / "overlay.png", pruned_run, layout.tokens_per_camera, task.language)
+    summarise(args, plan, layout, pruned_run, plain_run)
+    for name in ("episode.mp4", "overlay.png", "steps.jsonl"):
+        console.print(f"written         {args.out / name}")
+
+
+def main(args: Demo) -> int:
+    """Exit code: 0 done, 1 the demo failed, 2 not installed or wrong arguments, 128 + a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        if importlib.util.find_spec("openpi_client") is None:
+            raise ValueError(f"openpi's client is not installed: {CLIENT}")
+        run(args)
+    except (LiberoUnavailable, ValueError, DemoError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1 if isinstance(error, (DemoError, OSError)) else 2
+    except KeyboardInterrupt:
+        print("demo: interrupted, servers stopped", file=sys.stderr)
+        return 128 + signals[-1]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Demo)))

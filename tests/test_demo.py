@@ -1,0 +1,134 @@
+"""The demo as a person runs it: its exit codes, its files, and that no server outlives it."""
+
+import importlib.util
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"
+
+
+def ports(output: str) -> list[int]:
+    return [int(p) for p in re.findall(r"--port (\d+)", output)]
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def servers_left(started: list[int]) -> list[str]:
+    """Command lines of processes that still serve on one of these ports."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended meanwhile
+            continue
+        if "--port" in words and words[words.index("--port") + 1] in map(str, started):
+            found.append(" ".join(words))
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
+    module = sys.modules["demo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["demo"]
+
+
+# ------------------------------------------------------------------------------------------- without the simulator
+
+
+def test_without_the_simulator_one_line_says_what_to_run(tmp_path):
+    code = (
+        "import runpy, sys; sys.modules['libero'] = None\n"
+        "import importlib.metadata as m; found = m.version\n"
+        "def version(name):\n"
+        "    if 'libero' in name: raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.version = version\n"
+        f"sys.argv = ['demo.py', '--out', {str(tmp_path)!r}]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "scripts/setup_libero.sh" in done.stderr
+    assert not ports(done.stdout)  # no server was started
+
+
+def test_a_server_that_dies_is_reported_with_its_log(demo, tmp_path):
+    server = demo.Server("safe", ["--pruner.keep", "7.5"], tmp_path / "server.log")
+    try:
+        with pytest.raises(demo.DemoError, match=r"exit code 2(.|\n)*keep: expected"):
+            demo.wait_for([server])
+    finally:
+        server.stop()
+
+
+# --------------------------------------------------------------------------------------------- with the simulator
+
+
+@pytest.mark.libero
+def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--steps", "15", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "untrained" in done.stdout and "pruned / none" in done.stdout
+
+    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    safe, plain = ([r for r in records if r["pruner"] == name] for name in ("safe", "none"))
+    assert [r["step"] for r in safe] == [r["step"] for r in plain] == [0, 5, 10]
+    assert safe[0]["keyframe"] and safe[0]["kappa"] is None and safe[0]["kept"] == safe[0]["alive"] == 512
+    pruned = [r for r in safe if not r["keyframe"]]
+    assert pruned
+    for r in pruned:
+        assert r["kept"] == len(r["index"]) == 102 and r["index"] == sorted(set(r["index"]))
+        assert 0.985 <= r["kappa"] <= 1
+    for r in safe:
+        assert 0 < r["shallow_ms"] < r["infer_ms"] < r["round_trip_ms"]
+        assert r["shallow_ms"] + r["rest_ms"] == pytest.approx(r["infer_ms"])
+    assert all(r["infer_ms"] > 0 and "kept" not in r for r in plain)
+
+    with imageio.get_reader(tmp_path / "episode.mp4") as video:
+        frames = [np.asarray(frame) for frame in video]
+    assert len(frames) == 3 and frames[0].shape == (496, 912, 3)
+    assert frames[0].std() > 20 and np.abs(frames[1].astype(int) - frames[0]).mean() > 10
+    assert imageio.imread(tmp_path / "overlay.png").std() > 20
+    started = ports(done.stdout)
+    assert len(started) == 2 and not any(map(listening, started)) and not servers_left(started)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_server_outlives_the_demo(number, code, tmp_path):
+    command = [sys.executable, "-u", str(SCRIPT), "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        started = []
+        while len(started) < 2:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            started += ports(line)
+        assert len(servers_left(started)) == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in errors
+        if number == signal.SIGKILL:
+            time.sleep(2)  # nobody was left to wait for them
+        assert not servers_left(started)
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,133 @@
+"""Closed-form costs: the papers' three numbers, and XLA's own count of the compiled programs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from safe_pruner_jax import flops
+from safe_pruner_jax.engine import Engine, Inputs
+from safe_pruner_jax.model import gemma, pi0
+from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig, pi05
+from safe_pruner_jax.model.params import param_shapes
+from safe_pruner_jax.pruners import fastv, full, safe
+from safe_pruner_jax.tokens import PrefixLayout
+
+# π0.5's widths, so that matrix products dominate, and few layers; programs are compiled and never run
+SIZES = {
+    "prefix": GemmaConfig(2048, 3, 16384, 8, 1, 256),
+    "expert": GemmaConfig(1024, 3, 4096, 8, 1, 256),
+    "vision": SiglipConfig(1152, 1, 4304, 16),
+    "vocab_size": 512,
+    "dtype": "float32",
+}
+LAYOUT = PrefixLayout(Pi0Config(True, **SIZES).cameras[:2], 256, 32)
+PRUNERS = {
+    "safe-action": safe(keep=0.2, cut=2),
+    "fastv": fastv(keep=100, cut=1),
+    "full": full(),
+}
+
+
+# ------------------------------------------------------------------------------------------------- the papers' column
+
+
+def test_the_papers_numbers_for_pi05():
+    c = pi05().prefix
+    teraflops = lambda tokens: round(flops.paper_flops(tokens, c.width, c.mlp_dim) / 1e12, 4)
+    ours = lambda counts, pruned: flops.tokens_per_layer(safe(keep=0.2).plan, counts, c.depth, pruned=pruned)
+    assert teraflops(ours((768, 200), False)) == 2.1154
+    assert teraflops(ours((512, 20), False)) == 1.1455
+    assert teraflops([532] * 3 + [0.2 * 512 + 20] * 15) == 0.4075  # the papers do not round K
+    assert ours((512, 20), True) == (532,) * 3 + (102 + 20,) * 15
+    assert teraflops(ours((512, 20), True)) == 0.4067
+
+
+def test_layouts_are_counted_as_the_programs_run_them():
+    plan = safe(keep=0.2, cut=2).plan
+    assert flops.tokens_per_layer(plan, LAYOUT, 4, pruned=True) == (544, 544, 134, 134)
+    assert flops.tokens_per_layer(plan, LAYOUT, 4, pruned=False) == (544,) * 4
+    assert flops.tokens_per_layer(full().plan, LAYOUT, 4, pruned=True) == (544,) * 4
+    with pytest.raises(ValueError, match="cut"):
+        flops.tokens_per_layer(plan, LAYOUT, 2, pruned=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the exact column
+
+
+def counted(function, *args):
+    """XLA's operations of a compiled program; a loop's body is counted once, whatever its length."""
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+@functools.cache
+def shapes(pi05: bool, num_steps: int = 1):
+    config = Pi0Config(pi05, **SIZES)
+    weights = jax.eval_shape(lambda p: pi0.prepare(p, config, num_steps=num_steps), param_shapes(config))
+    s = jax.ShapeDtypeStruct
+    inputs = Inputs(
+        images=s((1, 2, 224, 224, 3), jnp.uint8),
+        camera_mask=s((1, 2), bool),
+        tokens=s((1, LAYOUT.text), jnp.int32),
+        token_mask=s((1, LAYOUT.text), bool),
+        state=s((1, config.action_dim), jnp.float32),
+    )
+    return config, weights, inputs
+
+
+def xla_flops(pi05: bool, name: str) -> dict[bool, float]:
+    """{pruned: XLA's operations of shallow and the second half}, with one denoise step."""
+    config, weights, inputs = shapes(pi05)
+    engine = Engine(weights, config, PRUNERS[name])
+    control = jax.eval_shape(lambda: engine.init((0,), len(LAYOUT.cameras)))
+    carry = jax.eval_shape(engine.shallow, weights, control, inputs, None)
+    first = counted(engine.shallow, weights, control, inputs, None)
+    halves = {False: engine.full} | ({True: engine.pruned} if engine.plan.cut else {})
+    return {pruned: first + counted(program, weights, carry, None) for pruned, program in halves.items()}
+
+
+@pytest.mark.parametrize(
+    ("pi05", "name"),
+    [(True, "safe-action"), (True, "full"), (False, "safe-action"), (True, "fastv")],
+)
+def test_exact_flops_are_xlas_count(pi05, name):
+    """Two operations per multiply-add. XLA also counts element-wise work (softmax over the logits, norms, gelu,
+    rotations), which is why its figure is the larger one; at π0.5's widths that is below half a percent.
+    """
+    for pruned, counted_by_xla in xla_flops(pi05, name).items():
+        config = shapes(pi05)[0]
+        ours = 2 * flops.exact_flops(config, PRUNERS[name].plan, LAYOUT, pruned=pruned, num_steps=1).total
+        assert ours <= counted_by_xla <= 1.005 * ours, (pruned, ours, counted_by_xla)
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_every_denoise_step_costs_one_velocity(pi05):
+    config, weights, inputs = shapes(pi05)
+    plan = PRUNERS["safe-action"].plan
+    s = jax.ShapeDtypeStruct
+    prefix = tuple(
+        gemma.Segment(s((1, N, 1, 256), jnp.float32), s((1, N, 1, 256), jnp.float32), s((1, 1, N), bool))
+        for N in flops.tokens_per_layer(plan, LAYOUT, config.depth, pruned=True)
+    )
+    at = jax.eval_shape(lambda w: jax.tree.map(lambda a: a[0], w.schedule), weights)
+    noise = s((1, config.action_horizon, config.action_dim), jnp.float32)
+    step = lambda w, *args: pi0.velocity(w, config, *args)[0]
+    counted_by_xla = counted(step, weights, prefix, s((1,), jnp.int32), inputs.state, noise, at)
+
+    cost = lambda steps: flops.exact_flops(config, plan, LAYOUT, pruned=True, num_steps=steps)
+    ours = 2 * (cost(10).total - cost(1).total) / 9
+    assert ours <= counted_by_xla <= 1.005 * ours
+    assert cost(10).expert == 10 * cost(1).expert
+
+
+def test_a_keyframe_costs_more_than_a_pruned_step_and_the_parts_say_where():
+    config, plan = pi05(), safe(keep=0.2).plan
+    key, pruned = (flops.exact_flops(config, plan, LAYOUT, pruned=p) for p in (False, True))
+    assert pruned.total < key.total
+    assert (pruned.vision, pruned.capture, pruned.matching) == (key.vision, key.capture, key.matching)
+    assert key.matching == 512 * 512 * 2048
+    plain = flops.exact_flops(config, full().plan, LAYOUT, pruned=False)
+    assert (plain.capture, plain.matching) == (0, 0)
+    assert (plain.prefix, plain.expert) == (key.prefix, key.expert)

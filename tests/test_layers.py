@@ -1,0 +1,112 @@
+"""Imports only go down, and the parts that should not know one another do not."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = "safe_pruner_jax"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+FLOORS = (
+    ("arrays",),
+    ("tokens", "temporal"),
+    ("model", "pruners", "observation"),
+    ("robots",),
+    ("engine",),
+    ("flops",),
+    ("configs", "policy"),
+    ("loading", "parity"),
+    ("serving", "evaluation", "training", "plotting"),
+    ("cli",),
+)
+"""From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package → file."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found.pop("", None)  # the package itself names everything
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Dotted names below the package that a module imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            # `from package import module` and `from package.module import name` look the same
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    inside = {full.removeprefix(f"{PACKAGE}.") for full in found if full.startswith(f"{PACKAGE}.")}
+    return {target for target in inside if target in MODULES} - {name}
+
+
+def part(name: str) -> str:
+    return name.split(".")[0]
+
+
+def floor(name: str) -> int:
+    level = next((i for i, names in enumerate(FLOORS) if part(name) in names), None)
+    assert level is not None, f"{name} has no floor: put it into FLOORS, as low as its imports allow"
+    return level
+
+
+def test_the_reader_sees_what_is_there():
+    assert {"arrays", "model.pi0", "pruners.safe", "engine", "policy"} <= set(MODULES)
+    assert {"model.pi0", "model.config", "pruners.base", "tokens"} <= imports("engine")
+    assert {"model.gemma", "model.siglip", "tokens"} <= imports("model.pi0")
+    assert "temporal" in imports("pruners.safe")
+
+
+def test_imports_only_go_down():
+    for name in MODULES:
+        for target in imports(name):
+            assert part(target) == part(name) or floor(target) < floor(name), f"{name} imports {target}"
+
+
+def test_there_is_no_circle():
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " → ".join([*open_[open_.index(name) :], name])
+        if name in done:
+            return
+        open_.append(name)
+        for target in imports(name):
+            visit(target)
+        open_.pop()
+        done.add(name)
+
+    for name in MODULES:
+        visit(name)
+
+
+def test_the_engine_alone_joins_model_and_pruners():
+    joins = {name for name in MODULES if {"model", "pruners"} <= {part(t) for t in imports(name)}}
+    assert "engine" in joins
+    assert all(floor(name) >= floor("engine") for name in joins)
+    for name in MODULES:
+        if part(name) == "pruners":
+            assert {part(t) for t in imports(name)} <= {"pruners", "arrays", "tokens", "temporal"}
+        if part(name) == "model":
+            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens"}
+
+
+def test_sizes_and_names_are_at_the_bottom_of_the_model():
+    assert imports("model.config") == set()
+    assert imports("model.params") == {"model.config"}
+
+
+def test_the_host_side_does_not_load_jax():
+    for name in ("observation", "robots"):
+        tree = ast.parse(MODULES[name].read_text())
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert not any(n.split(".")[0] in ("jax", "flax") for n in names)

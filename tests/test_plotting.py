@@ -1,0 +1,130 @@
+"""Pictures: which pixels are dimmed, and that every figure draws without touching pyplot."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from safe_pruner_jax import plotting
+from safe_pruner_jax.plotting import OUTLINE, Shown, kept_patches_figure, overlay, paths_diagram, video_frame
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(30, 226, (224, 224, 3), dtype=np.uint8)
+KEPT = RNG.random((16, 16)) < 0.3
+
+
+def pixels(figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())
+
+
+# ------------------------------------------------------------------------------------------------------------ overlay
+
+
+def test_kept_patches_keep_their_pixels_and_dropped_ones_are_dim_and_grey():
+    out = overlay(IMAGE, KEPT, dim=0.25)
+    assert out.shape == IMAGE.shape and out.dtype == np.uint8
+    for row in range(16):
+        for column in range(16):
+            inner = np.s_[14 * row + 1 : 14 * row + 13, 14 * column + 1 : 14 * column + 13]
+            before, after = IMAGE[inner].astype(int), out[inner].astype(int)
+            if KEPT[row, column]:
+                # only the outline may differ, and it stays on the border of the patch
+                np.testing.assert_array_equal(after, before)
+            else:
+                assert abs(after.mean() - 0.25 * before.mean()) < 1
+                assert np.ptp(after, axis=-1).max() < 0.1 * np.ptp(before, axis=-1).max()
+
+
+def test_the_outline_runs_around_kept_regions_not_through_them():
+    kept = np.zeros((16, 16), bool)
+    kept[4:6, 7:10] = True
+    outlined = (overlay(IMAGE, kept) == OUTLINE).all(-1)
+    edge = np.zeros((224, 224), bool)
+    edge[56:84, 98:140] = True
+    edge[57:83, 99:139] = False
+    np.testing.assert_array_equal(outlined, edge)
+
+
+def test_indices_and_masks_say_the_same():
+    np.testing.assert_array_equal(overlay(IMAGE, np.flatnonzero(KEPT)), overlay(IMAGE, KEPT))
+    np.testing.assert_array_equal(overlay(IMAGE, np.array([], np.int32)), overlay(IMAGE, np.zeros((16, 16), bool)))
+
+
+@pytest.mark.parametrize(("side", "grid"), [(64, 16), (100, 16), (448, 16), (56, 4)])
+def test_sides_need_not_be_multiples_of_the_grid(side, grid):
+    image = np.full((side, side, 3), 200, np.uint8)
+    out = overlay(image, np.array([0]), grid=grid, dim=0.5)
+    assert (out[-1, -1] == 100).all() and (out[0, 0] == OUTLINE).all()
+    np.testing.assert_array_equal(overlay(image, np.arange(grid**2), grid=grid)[2:-2, 2:-2], image[2:-2, 2:-2])
+
+
+@pytest.mark.parametrize(
+    ("image", "kept", "message"),
+    [
+        (IMAGE[:, :100], KEPT, "image: expected uint8"),
+        (IMAGE.astype(np.float32), KEPT, "image: expected uint8"),
+        (IMAGE[:8, :8], KEPT, "S ≥ 16"),
+        (IMAGE, np.array([256]), "0 to 255"),
+        (IMAGE, np.array([-1]), "0 to 255"),
+        (IMAGE, np.ones((4, 8), bool), "square"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(image, kept, message):
+    with pytest.raises(ValueError, match=message):
+        overlay(image, kept)
+
+
+# -------------------------------------------------------------------------------------------------- frames and figures
+
+
+def test_a_video_frame_has_a_codecs_size_and_numbers_slots_camera_after_camera():
+    white = np.full((224, 224, 3), 255, np.uint8)
+    images = {"base": white, "wrist": white}
+    second_only = np.arange(256, 512)
+    frame = video_frame(images, second_only, 256, "step 5", badge="KEYFRAME", dim=0.25)
+    assert frame.shape == (496, 912, 3) and frame.dtype == np.uint8
+    assert frame.shape[0] % 16 == frame.shape[1] % 16 == 0
+    assert frame[200, 200].max() < 70 and (frame[200, 600] == 255).all()
+    assert (frame[448:] == OUTLINE).all(-1).any()  # the badge
+    plain = video_frame(images, second_only, 256, "step 5", dim=0.25)
+    assert not (plain[448:] == OUTLINE).all(-1).any() and plain[448:].max() > 200
+
+
+def test_kept_patches_have_a_row_per_step_and_a_column_per_camera():
+    images = {"base": IMAGE, "wrist": IMAGE[::-1].copy()}
+    steps = [Shown(images, np.arange(512), "step 0"), Shown(images, np.arange(0, 512, 5), "step 5")]
+    figure = kept_patches_figure(steps, 256, "a title")
+    assert [ax.get_title() for ax in figure.axes] == ["base", "wrist", "", ""]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["256 of 256 kept"] * 2 + ["52 of 256 kept", "51 of 256 kept"]
+    assert pixels(figure).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("index", "tokens", "message"),
+    [(np.array([512]), 256, "0 to 511"), (np.array([-1]), 256, "0 to 511"), (np.array([0]), 250, "square")],
+)
+def test_slots_that_no_camera_has_are_refused(index, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        video_frame({"base": IMAGE, "wrist": IMAGE}, index, tokens, "")
+
+
+def test_no_steps_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        kept_patches_figure([], 256)
+
+
+def test_the_diagram_stays_inside_its_picture():
+    figure = paths_diagram()
+    picture = pixels(figure)[..., :3]
+    border = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3), picture[:, :4].reshape(-1, 3)])
+    assert (border == 255).all()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 > 0 and box.y0 > 0 and box.x1 < picture.shape[1] and box.y1 < picture.shape[0], text
+
+
+def test_importing_chooses_no_backend_and_loads_no_pyplot():
+    code = f"import sys, {plotting.__name__}; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
