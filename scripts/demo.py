@@ -142,12 +142,13 @@ class Server:
 def wait_for(servers: list[Server]) -> None:
     """Returns once all accept clients; shows the last line of a log meanwhile."""
     with console.status("compiling") as status:
-        while waiting := [s for s in servers if not s.accepts()]:
+        waiting = servers
+        while waiting := [s for s in waiting if not s.accepts()]:
             if signals:
                 raise KeyboardInterrupt
             line = waiting[0].log.read_text(errors="replace").strip().rpartition("\n")[2]
             status.update(f"pruner {waiting[0].pruner}: {line[:100] or 'starting'}")
-            time.sleep(0.2)
+            time.sleep(0.5)
 
 
 # --- one episode -------------------------------------------------------------------------------------------
@@ -223,10 +224,9 @@ def write_video(path: Path, steps: list[Step], tokens_per_camera: int) -> None:
     """The pictures the policy saw, at the speed they were taken: a call per `REPLAN` actions at 20 Hz."""
     with imageio.get_writer(path, fps=20 / REPLAN, codec="libx264", quality=8, macro_block_size=16) as video:
         for s in steps:
-            p = s.pruning
+            p, badge = s.pruning, {"badge": "KEYFRAME"} if s.keyframe else {}
             kappa = "" if p["kappa"] is None else f"κ {p['kappa']:.3f}    "
             caption = f"step {s.step}    {kappa}kept {p['kept']} of {p['alive']} tokens"
-            badge = {"badge": "KEYFRAME"} if s.keyframe else {}
             video.append_data(video_frame(s.images, p["index"], tokens_per_camera, caption, **badge))
 
 

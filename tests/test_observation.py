@@ -22,6 +22,7 @@ from safe_pruner_jax.observation import (
 )
 
 DATA = Path(__file__).parent / "data"
+NORM_STATS = DATA / "ckpt_tiny_pi05" / "assets" / "physical-intelligence" / "libero" / "norm_stats.json"
 TOY = DATA / "toy_sentencepiece.model"
 quick = settings(deadline=None, max_examples=100)
 
@@ -38,7 +39,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def stats():
-    entries = json.loads((DATA / "ckpt_tiny_pi05/assets/physical-intelligence/libero/norm_stats.json").read_text())["norm_stats"]
+    entries = json.loads(NORM_STATS.read_text())["norm_stats"]
     return {key: NormStats(**entry) for key, entry in entries.items()}
 
 
@@ -208,7 +209,7 @@ def test_stats_file_round_trip(tmp_path, stats):
 
 
 def test_openpis_stats_file_loads_and_is_written_back_equal(tmp_path, stats):
-    text = (DATA / "ckpt_tiny_pi05/assets/physical-intelligence/libero/norm_stats.json").read_text()
+    text = NORM_STATS.read_text()
     target = tmp_path / "assets" / "physical-intelligence" / "libero"
     target.mkdir(parents=True)
     (target / "norm_stats.json").write_text(text)

@@ -17,6 +17,7 @@ from safe_pruner_jax.observation import NormStats, Tokenizer
 from safe_pruner_jax.robots import ALOHA, DROID, LIBERO, MAX_IMAGE_SIDE, MAX_PROMPT_CHARS, Aloha, RequestError
 
 DATA = Path(__file__).parent / "data"
+NORM_STATS = DATA / "ckpt_tiny_pi05" / "assets" / "physical-intelligence" / "libero" / "norm_stats.json"
 ROBOTS = pytest.mark.parametrize("robot", [LIBERO, DROID, ALOHA], ids=lambda r: r.name)
 
 
@@ -48,7 +49,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def libero_stats():
-    entries = json.loads((DATA / "ckpt_tiny_pi05/assets/physical-intelligence/libero/norm_stats.json").read_text())["norm_stats"]
+    entries = json.loads(NORM_STATS.read_text())["norm_stats"]
     return {key: NormStats(**entry) for key, entry in entries.items()}
 
 
