@@ -70,8 +70,8 @@ class Serve:
       record: write every request and reply to policy_records/.
       dtype: activations and weights; the default is the configuration's (bfloat16).
       num_steps: denoise steps.
-      prompt_lengths: static prompt lengths that are compiled before the server accepts clients; the longest prompt
-        of the model is always one of them. Fewer lengths start faster, prompts in between are padded further.
+      prompt_lengths: static prompt lengths, compiled before the server accepts clients. Fewer start faster; a prompt
+        is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
       tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
       seed: seed of the noise.
       policy: what is served.
@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"openpi: expected a command, one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
         return 0 if asked and argv else 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    for library in ("jax", "websockets"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     command, run = COMMANDS[argv[0]]
     try:
         run(*parse(command, argv[1:], f"openpi {argv[0]}"))

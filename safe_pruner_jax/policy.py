@@ -78,7 +78,8 @@ class Policy:
     Args:
       engine: model and pruner.
       transform: the robot's border.
-      prompt_lengths: static prompt lengths to compile for; the model's `max_token_len` is always one of them.
+      prompt_lengths: static prompt lengths. A prompt that is longer than all of them runs at the model's
+        `max_token_len`, which is then compiled when it is first needed.
       seed: seed of the noise; every session starts from it, as openpi's server does.
       describe: add the `pruning` dictionary to replies; False gives exactly openpi's reply.
       metadata: what the server tells a client on connection.
@@ -104,13 +105,12 @@ class Policy:
         return Session(self)
 
     def warmup(self) -> None:
-        """Compiles and runs every program this policy may need for one robot with its usual cameras."""
+        """Compiles and runs every program of `prompt_lengths` for one robot with its usual cameras."""
         config = self.engine.config
         request = self.transform.config.robot.example(np.random.default_rng(0))
         example, _ = self.transform.prepare(request | {"prompt": "warm up"})
         cameras = layout_of(example, config).cameras
-        lengths = sorted({t for t in self.prompt_lengths if t < config.max_token_len} | {config.max_token_len})
-        for text in lengths:
+        for text in sorted({min(t, config.max_token_len) for t in self.prompt_lengths}):
             start = time.perf_counter()
             layout = PrefixLayout(cameras, config.tokens_per_camera, text)
             short = dataclasses.replace(example, tokens=example.tokens[:text])
