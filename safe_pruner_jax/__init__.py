@@ -1,6 +1,6 @@
 """SAFE-Pruner and its peers for π0.5 in JAX: training-free visual token pruning behind openpi's interface.
 
-Public names in reading order. They are imported when first used, so that the parts that need no jax (the robots' border,
+Public names in reading order. They are imported when first used, so that what needs no jax (the robots' border,
 the server, the simulator) stay light.
 """
 
@@ -36,7 +36,7 @@ _HOME = {
     "get_config": "configs",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str):
