@@ -157,24 +157,26 @@ class Session:
         example, context = policy.transform.prepare(request)
         layout = layout_of(example, config, policy.prompt_lengths)
         prompt = request.get("prompt")
-        if request.get("reset", False) or prompt != self._prompt or layout.cameras != self._cameras:
-            self.reset()
-        self._prompt, self._cameras = prompt, layout.cameras
-        if self._control is None:
-            self._control = policy.engine.init((policy.seed,), len(layout.cameras))
-
-        start = time.perf_counter()
+        started_afresh = (
+            self._control is None
+            or bool(request.get("reset", False))
+            or prompt != self._prompt
+            or layout.cameras != self._cameras
+        )
+        control = policy.engine.init((policy.seed,), len(layout.cameras)) if started_afresh else self._control
         inputs = pack([example], layout)
         alive = np.repeat(inputs.camera_mask[0], config.tokens_per_camera)
-        inputs = jax.device_put(inputs)
+
+        start = time.perf_counter()
         noise = None if noise is None else jax.device_put(np.asarray(noise, np.float32)[None])
-        actions, self._control, info = policy.engine.step(self._control, inputs, noise)
+        actions, control, info = policy.engine.step(control, jax.device_put(inputs), noise)
         actions, selection = jax.device_get((actions, info.selection))
         end = time.perf_counter()
 
         if not np.isfinite(actions).all():
             self.reset()
             raise FloatingPointError("the model returned non-finite actions; the session was reset, check the weights")
+        self._control, self._prompt, self._cameras = control, prompt, layout.cameras
         reply = policy.transform.finish(actions[0], context)
         reply["policy_timing"] = _timing(start, info.decided_at, end)
         if policy.describe:

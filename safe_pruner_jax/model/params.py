@@ -108,6 +108,9 @@ def init_params(key: jax.Array, config: Pi0Config) -> Params:
     Deviations from openpi: plain normal draws everywhere, and SigLIP's head is not zero, so that the visual tokens of
     an untrained model differ from one another.
 
+    Every leaf shape compiles a draw of its own, which takes a CPU about a minute; `loading.embedded_params` draws with
+    NumPy instead.
+
     Args:
       key: a PRNG key.
       config: sizes.
