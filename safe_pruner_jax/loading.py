@@ -34,6 +34,11 @@ EMBEDDED_WEIGHTS = "seeded random weights (untrained: actions are noise)"
 """What the embedded policy's parameters are at present; shown wherever it is used."""
 
 
+def embedded_folder() -> Path:
+    """Assets of the embedded policy inside the package: tokenizer and norm statistics."""
+    return Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
+
+
 def embedded_params(config: Pi0Config, seed: int = 0) -> Params:
     """Parameters of the embedded policy: float32 normal draws of a seeded NumPy generator, leaf by leaf."""
     rng = np.random.default_rng(seed)
@@ -85,7 +90,7 @@ def load_policy(
     model = config.model if dtype is None else config.model.replace(dtype=dtype)
     pruner.plan.for_depth(model.depth)  # before gigabytes are read
     if checkpoint is None and config.name == EMBEDDED:
-        folder = Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
+        folder = embedded_folder()
         params = embedded_params(model)
     else:
         address = checkpoint if checkpoint is not None else config.default_checkpoint_uri

@@ -69,19 +69,22 @@ def euler_times(num_steps: int) -> np.ndarray:
     return np.array(times, np.float32)
 
 
-def time_embedding(times: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
+def time_embedding(times: Sequence[float] | np.ndarray | Array, width: int) -> np.ndarray | Array:
     """[sin, cos] of 2πt/period with periods 4e-3·1000^frac, frac = linspace(0, 1, W/2).
 
-    Evaluated in float64 and rounded once, because the angle reaches 1571 rad.
+    The angle reaches 1571 rad, where float32 is off by 1e-4: known times are evaluated in float64 and rounded once.
 
     Args:
-      times: [s] flow times.
+      times: [s] flow times; a jax array (training draws them) is evaluated in float32.
       width: W, even.
 
     Returns:
       [s, W] float32, all sines first.
     """
     period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
+    if isinstance(times, jax.Array):
+        angle = times[:, None] * (2 * np.pi / period).astype(np.float32)
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
     angle = 2 * np.pi * np.asarray(times, np.float64)[:, None] / period
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
@@ -123,9 +126,9 @@ def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10) -> Weight
     )
 
 
-def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndarray) -> Schedule:
+def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndarray | Array) -> Schedule:
     """The schedule of given flow times [s], see `Schedule`."""
-    times = np.asarray(times, np.float32)
+    times = times if isinstance(times, jax.Array) else np.asarray(times, np.float32)
     emb = jnp.asarray(time_embedding(times, config.expert.width))
     dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
     if not config.pi05:
@@ -330,3 +333,55 @@ def sample(
 
     (actions, late), _ = jax.lax.scan(step, (noise, late), (weights.schedule, share))
     return actions, late
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def flow_loss(
+    params: Params,
+    config: Pi0Config,
+    images: Array,
+    camera_mask: Array,
+    tokens: Array,
+    token_mask: Array,
+    state: Array,
+    actions: Array,
+    times: Array,
+    noise: Array,
+) -> Array:
+    """Flow-matching loss per observation and draw, as openpi trains: ‖v(x_t, t) - (noise - actions)‖² / action_dim.
+
+    The prefix does not depend on time or noise, so one prefix pass serves several draws of the expert.
+
+    Args:
+      params: openpi's parameter tree.
+      config: sizes.
+      images: [B, C, S, S, 3] uint8, or float32 in [-1, 1] after augmentation.
+      camera_mask, tokens, token_mask, state: as in `engine.Inputs`.
+      actions: [B, A, action_dim] float32, normalised and zero-padded.
+      times: [B, draws] float32 in (0, 1], see `draw_times`.
+      noise: [B, draws, A, action_dim] float32, standard normal.
+
+    Returns:
+      [B, draws, A] float32: mean square over action_dim.
+    """
+    weights = prepare(params, config)
+    x = jnp.concatenate([embed_images(weights, config, images), embed_prompt(weights, config, tokens)], axis=1)
+    mask = jnp.concatenate([jnp.repeat(camera_mask, config.tokens_per_camera, axis=1), token_mask], axis=1)
+    _, segments, _ = prefix_layers(weights, config, x, positions(mask), mask, range(config.depth))
+    alive = mask.sum(1, dtype=jnp.int32)
+
+    def draw(t: Array, noise: Array) -> Array:
+        at = jax.tree.map(lambda a: a[:, None], schedule(params, config, t))
+        mix = t[:, None, None]
+        x_t = mix * noise + (1 - mix) * actions
+        v, _ = velocity(weights, config, segments, alive, state, x_t, at)
+        return jnp.square(v.astype(jnp.float32) - (noise - actions)).mean(-1)
+
+    return jax.vmap(draw, in_axes=1, out_axes=1)(times, noise)
+
+
+def draw_times(key: Array, shape: tuple[int, ...]) -> Array:
+    """Flow times of training: Beta(1.5, 1)·0.999 + 0.001, by inversion (the distribution function is t^1.5)."""
+    return jax.random.uniform(key, shape) ** (1 / 1.5) * 0.999 + 0.001

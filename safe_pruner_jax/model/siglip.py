@@ -84,13 +84,13 @@ def encode(w: VisionWeights, config: Pi0Config, images: Array) -> Array:
     Args:
       w: the prepared tower.
       config: sizes.
-      images: [I, S, S, 3] uint8, RGB.
+      images: [I, S, S, 3] RGB, uint8, or float32 already in [-1, 1].
 
     Returns:
       [I, grid², d] in the activation dtype, row-major over the patch grid.
     """
     p, g, dtype = config.vision.patch, config.grid, jnp.dtype(config.dtype)
-    x = images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+    x = images.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if images.dtype == jnp.uint8 else images
     x = x.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
     x = (x @ w.patch.w + w.patch.b + w.positions).astype(dtype)
     for block in w.blocks:

@@ -1,0 +1,139 @@
+"""Demonstrations as training samples: every step of every demonstration, with the chunk of actions that follows.
+
+Frames stay uint8, in memory once; a batch is an index into them, so the gather can run where the frames are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from safe_pruner_jax.configs import PolicyConfig
+from safe_pruner_jax.observation import NormStats, Tokenizer, normalise
+from safe_pruner_jax.tokens import PROMPT_LENGTHS
+
+CAMERA_KEYS = ("observation/image", "observation/wrist_image")
+"""Image entries of a demonstration in slot order: outside camera, wrist camera."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples, indexed by step.
+
+    Args:
+      frames: [N, C, S, S, 3] uint8.
+      state: [N, action_dim] float32, normalised, zero-padded.
+      actions: [N, A, action_dim] float32, normalised, zero-padded; the last action of a demonstration repeats.
+      tokens: [prompts, T] int32, padded with 0.
+      token_mask: [prompts, T] bool.
+      prompt: [N] int32, row of `tokens`.
+      episode: [N] int32, number of the demonstration.
+    """
+
+    frames: np.ndarray
+    state: np.ndarray
+    actions: np.ndarray
+    tokens: np.ndarray
+    token_mask: np.ndarray
+    prompt: np.ndarray
+    episode: np.ndarray
+
+
+def norm_stats(demos: Sequence[Any]) -> dict[str, NormStats]:
+    """Mean, standard deviation and the 1 % and 99 % quantiles of states and actions over all steps."""
+
+    def of(values: np.ndarray) -> NormStats:
+        values = values.astype(np.float64)
+        low, high = np.quantile(values, [0.01, 0.99], axis=0)
+        # a value that hardly moves (a gripper command at its stop) must not be blown up
+        flat = high - low < 1e-3
+        return NormStats(values.mean(0), values.std(0), np.where(flat, low - 1, low), np.where(flat, high + 1, high))
+
+    state, actions = (np.concatenate([getattr(d, name) for d in demos]) for name in ("state", "actions"))
+    return {"state": of(state), "actions": of(actions)}
+
+
+def make_samples(
+    demos: Sequence[Any], config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Tokenizer
+) -> Samples:
+    """Demonstrations (see `demonstrations.Demo`) as samples of one policy.
+
+    Args:
+      demos: with `images`, `state` [T, ·], `actions` [T, ·], `prompt`; images already of the model's size.
+      config: policy; its model gives sizes, and whether the state is part of the prompt is not supported here.
+      stats: scaling of states and actions.
+      tokenizer: of the model.
+
+    Raises:
+      ValueError: no demonstration, frames of another size, or a model whose prompt contains the state.
+    """
+    model = config.model
+    if not demos:
+        raise ValueError("expected at least one demonstration, got none; collect some with scripts/collect_demos.py")
+    if model.discrete_state_input:
+        raise ValueError(
+            f"{config.name}: expected a model without the state in its prompt; set discrete_state_input=False"
+        )
+    size = model.image_size
+    for demo in demos:
+        for key in CAMERA_KEYS:
+            if demo.images[key].shape[1:] != (size, size, 3):
+                raise ValueError(f"{key}: expected frames [T, {size}, {size}, 3], got {list(demo.images[key].shape)}")
+    prompts = sorted({d.prompt for d in demos})
+    encoded = [tokenizer.encode(p) for p in prompts]
+    longest = max(map(len, encoded))
+    slots = next((t for t in PROMPT_LENGTHS if t >= longest), model.max_token_len)
+    tokens, mask = np.zeros((len(prompts), slots), np.int32), np.zeros((len(prompts), slots), bool)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+
+    def padded(values: np.ndarray, name: str) -> np.ndarray:
+        scaled = normalise(values, stats[name], quantiles=config.quantiles).astype(np.float32)
+        return np.pad(scaled, [(0, 0)] * (scaled.ndim - 1) + [(0, model.action_dim - scaled.shape[-1])])
+
+    chunks = []
+    for demo in demos:
+        T = len(demo.actions)
+        ahead = np.minimum(np.arange(T)[:, None] + np.arange(model.action_horizon), T - 1)
+        chunks.append(padded(demo.actions, "actions")[ahead])
+    lengths = [len(d.actions) for d in demos]
+    return Samples(
+        frames=np.concatenate([np.stack([d.images[k] for k in CAMERA_KEYS], axis=1) for d in demos]),
+        state=np.concatenate([padded(d.state, "state") for d in demos]),
+        actions=np.concatenate(chunks),
+        tokens=tokens,
+        token_mask=mask,
+        prompt=np.repeat([prompts.index(d.prompt) for d in demos], lengths).astype(np.int32),
+        episode=np.repeat(np.arange(len(demos)), lengths).astype(np.int32),
+    )
+
+
+def split(samples: Samples, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Steps for training and for validation, by whole demonstrations; with a single one it is used for both."""
+    episodes = np.unique(samples.episode)
+    held = np.random.default_rng(seed).permutation(episodes)[: round(share * len(episodes))]
+    validation = np.isin(samples.episode, held)
+    if not held.size or validation.all():
+        return np.arange(len(samples.episode)), np.arange(len(samples.episode))
+    return np.flatnonzero(~validation), np.flatnonzero(validation)
+
+
+def batches(steps: np.ndarray, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Endless batches of step indices [size] int32: whole shuffled passes, the same for the same seed.
+
+    Args:
+      steps: indices to draw from.
+      size: batch size.
+      seed: of the shuffling.
+      start: batches to skip, so that a resumed run goes on where it stopped.
+    """
+    drawn, number = np.empty(0, np.int32), 0
+    rng = np.random.default_rng(seed)
+    while True:
+        while len(drawn) < size:
+            drawn = np.concatenate([drawn, rng.permutation(steps).astype(np.int32)])
+        batch, drawn = drawn[:size], drawn[size:]
+        if number >= start:
+            yield batch
+        number += 1

@@ -1,0 +1,238 @@
+"""Training: openpi's loss on one prefix pass, data that resumes, a loop that goes on where it stopped."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loading import DATA
+
+from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.loading import embedded_params
+from safe_pruner_jax.model import config as sizes
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
+from safe_pruner_jax.model.params import param_shapes
+from safe_pruner_jax.observation import Tokenizer
+from safe_pruner_jax.training import augment, data, loop
+
+
+def tiny(depth: int = 1, **changes) -> sizes.Pi0Config:
+    """Small enough to compile in seconds; the loop does not care about depth."""
+    gemma = GemmaConfig(width=32, depth=depth, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8)
+    model = sizes.mini(
+        prefix=gemma, expert=gemma, vision=SiglipConfig(16, 1, 32, 2), image_size=28, action_horizon=4, vocab_size=512
+    )
+    return model.replace(**changes)
+
+
+def demo(length: int, seed: int, size: int = 28, prompt: str = "pick up the bowl"):
+    rng = np.random.default_rng(seed)
+    return SimpleNamespace(
+        images={k: rng.integers(0, 255, (length, size, size, 3), np.uint8) for k in data.CAMERA_KEYS},
+        state=rng.normal(size=(length, 8)),
+        actions=rng.uniform(-1, 1, (length, 7)),
+        prompt=prompt,
+    )
+
+
+@pytest.fixture(scope="module")
+def samples():
+    config = dataclasses.replace(get_config("mini_libero"), model=tiny())
+    demos = [demo(9, 0), demo(6, 1, prompt="open the top drawer"), demo(7, 2)]
+    return data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
+
+
+# loss
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
+    config = tiny(depth=2, pi05=pi05)
+    params = embedded_params(config)
+    rng = np.random.default_rng(0)
+    B, draws, shape = 2, 3, (config.action_horizon, config.action_dim)
+    images = rng.integers(0, 255, (B, 2, 28, 28, 3), np.uint8)
+    cameras, tokens = np.array([[True, True], [True, False]]), rng.integers(0, 99, (B, 5)).astype(np.int32)
+    mask = np.arange(5) < np.array([[5], [3]])
+    state, actions = rng.normal(size=(B, config.action_dim)).astype(np.float32), rng.normal(size=(B, *shape))
+    noise = rng.normal(size=(B, draws, *shape)).astype(np.float32)
+    times = rng.uniform(0.1, 1, (B, draws)).astype(np.float32)
+    observed = (images, cameras, tokens, mask, state)
+    loss = jax.jit(pi0.flow_loss, static_argnums=1)(params, config, *observed, actions, times, noise)
+    assert loss.shape == (B, draws, config.action_horizon)
+
+    weights = pi0.prepare(params, config)
+    for b in range(B):
+        row = [a[b : b + 1] for a in observed]
+        x = jnp.concatenate([pi0.embed_images(weights, config, row[0]), pi0.embed_prompt(weights, config, row[2])], 1)
+        alive = np.concatenate([np.repeat(row[1], 4, 1), row[3]], 1)
+        _, segments, _ = pi0.prefix_layers(weights, config, x, pi0.positions(alive), alive, range(config.depth))
+        for d in range(draws):
+            at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [times[b, d]]))
+            x_t = times[b, d] * noise[b, d] + (1 - times[b, d]) * actions[b]
+            v, _ = pi0.velocity(weights, config, segments, alive.sum(1), row[4], x_t[None].astype(np.float32), at)
+            want = np.square(v[0] - (noise[b, d] - actions[b])).mean(-1)
+            np.testing.assert_allclose(loss[b, d], want, rtol=2e-3)
+
+
+def test_times_are_betas():
+    times = np.asarray(pi0.draw_times(jax.random.key(0), (50_000,)))
+    assert times.min() >= 0.001 and times.max() <= 1.0
+    # Beta(1.5, 1): mean 0.6, distribution function t^1.5
+    assert times.mean() == pytest.approx(0.6 * 0.999 + 0.001, abs=5e-3)
+    for t in (0.2, 0.5, 0.8):
+        assert (times <= t * 0.999 + 0.001).mean() == pytest.approx(t**1.5, abs=1e-2)
+
+
+# data
+
+
+def test_chunks_follow_the_step_and_repeat_the_last_action(samples):
+    assert samples.actions.shape == (22, 4, 32) and samples.frames.shape == (22, 2, 28, 28, 3)
+    np.testing.assert_array_equal(samples.actions[0, 1:], samples.actions[1, :3])
+    np.testing.assert_array_equal(samples.actions[8], np.broadcast_to(samples.actions[8, 0], (4, 32)))
+    assert (samples.actions[:, :, 7:] == 0).all()  # padding of the network's width
+    assert samples.tokens[samples.prompt[0]].tolist() != samples.tokens[samples.prompt[10]].tolist()
+    assert samples.prompt[0] == samples.prompt[-1] and samples.episode.tolist() == [0] * 9 + [1] * 6 + [2] * 7
+
+
+def test_validation_holds_out_whole_demonstrations(samples):
+    training, held = data.split(samples, 0.34)
+    assert set(training) | set(held) == set(range(22)) and not set(training) & set(held)
+    assert not set(samples.episode[training]) & set(samples.episode[held])
+
+
+def test_batches_are_whole_passes_and_can_be_skipped():
+    one = data.batches(np.arange(10), 4, seed=3)
+    first = [next(one) for _ in range(5)]
+    assert sorted(np.concatenate(first)[:10]) == sorted(np.concatenate(first)[10:]) == list(range(10))
+    later = data.batches(np.arange(10), 4, seed=3, start=3)
+    np.testing.assert_array_equal(next(later), first[3])
+
+
+def test_frames_of_another_size_and_no_demonstration_are_refused():
+    config, tokenizer = get_config("mini_libero"), Tokenizer(DATA / "toy_sentencepiece.model", 200)
+    stats = data.norm_stats([demo(5, 0)])
+    with pytest.raises(ValueError, match=r"expected frames \[T, 224, 224, 3\], got \[5, 28"):
+        data.make_samples([demo(5, 0)], config, stats, tokenizer)
+    with pytest.raises(ValueError, match="at least one demonstration"):
+        data.make_samples([], config, stats, tokenizer)
+
+
+def test_a_constant_value_is_not_blown_up():
+    still = demo(50, 0)
+    still.actions[:, 6] = -1.0
+    stats = data.norm_stats([still])["actions"]
+    assert stats.q99[6] - stats.q01[6] == pytest.approx(2.0)
+
+
+# augmentation
+
+
+def test_augmentation_moves_outside_cameras_and_recolours_all():
+    ramp = np.broadcast_to(np.arange(56, dtype=np.uint8)[:, None, None] * 4, (56, 56, 3))
+    images = np.stack([np.stack([ramp, ramp])] * 3)
+    out = np.asarray(augment.augment(jax.random.key(0), images, moving=(False, True)))
+    assert out.shape == images.shape and out.dtype == np.float32 and np.abs(out).max() <= 1
+    # a wrist camera keeps its geometry: every row stays constant; a turned one does not
+    assert np.ptp(out[:, 1], axis=2).max() < 1e-5
+    assert np.ptp(out[:, 0], axis=2).max() > 1e-3
+    assert not np.allclose(out[0, 1], out[1, 1])  # every sample has its own colours
+
+
+# loop
+
+SETTINGS = loop.Settings(
+    steps=6, batch=4, draws=2, warmup=1, learning_rate=3e-3, log_every=2, validate_every=3, save_every=2
+)
+
+
+def equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path):
+    config, rows = tiny(), []
+    whole, step = loop.fit(config, samples, embedded_params(config), SETTINGS, tmp_path / "a", on_log=rows.append)
+    assert step == 6 and [r["step"] for r in rows if "loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in rows if "validation" in r] == [3, 6]
+
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row.get("step") == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.fit(config, samples, embedded_params(config), SETTINGS, tmp_path / "b", on_log=stop)
+    resumed, step = loop.fit(config, samples, embedded_params(config, seed=9), SETTINGS, tmp_path / "b")
+    assert step == 6
+    equal(whole, resumed)
+
+
+def test_it_learns(samples, tmp_path):
+    config, rows = tiny(), []
+    settings = dataclasses.replace(SETTINGS, steps=60, augment=False, validation=0.0, log_every=10, save_every=60)
+    loop.fit(config, samples, embedded_params(config), settings, tmp_path, on_log=rows.append)
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_full_size_model_trains_with_the_same_step():
+    config = sizes.pi05(action_horizon=10, discrete_state_input=False)
+    s = loop.Settings(batch=2, draws=1)
+    shape = jax.ShapeDtypeStruct
+    batch = loop.Batch(
+        images=shape((2, 2, 224, 224, 3), jnp.uint8),
+        state=shape((2, 32), jnp.float32),
+        actions=shape((2, 10, 32), jnp.float32),
+        tokens=shape((2, 32), jnp.int32),
+        token_mask=shape((2, 32), bool),
+    )
+    state = jax.eval_shape(lambda p: loop.init_state(p, s), param_shapes(config))
+    after, metrics = jax.eval_shape(lambda st, b: loop.train_step(config, s, st, b), state, batch)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
+    assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
+
+
+def test_two_devices_give_the_result_of_one(tmp_path):
+    program = """
+import sys, jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+from test_training import *
+config = dataclasses.replace(get_config("mini_libero"), model=tiny())
+demos = [demo(9, 0), demo(6, 1)]
+made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
+settings = dataclasses.replace(SETTINGS, steps=2, augment=False, fsdp=True)
+params, _ = loop.fit(tiny(), made, embedded_params(tiny()), settings, __import__("pathlib").Path(sys.argv[2]))
+np.save(sys.argv[2] + "/w.npy", params["action_out_proj"]["kernel"])
+print(len(jax.devices()))
+"""
+    results = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(DATA.parent), str(out)],
+            env={**os.environ, **flags},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.split()[-1] == str(devices)
+        results.append(np.load(out / "w.npy"))
+    np.testing.assert_allclose(*results, atol=2e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]] * 3)
+    with pytest.raises(ValueError, match="multiple of the 3 devices, got 4"):
+        loop.fit(tiny(), samples, {}, SETTINGS, tmp_path)
