@@ -3,6 +3,9 @@
 openpi serve --env LIBERO --pruner=safe --pruner.keep 0.2
 openpi serve policy:checkpoint --policy.config=pi05_libero --policy.dir=/path/to/checkpoint --pruner=safe
 openpi serve policy:embedded --pruner=fastv
+openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe --pruner.keep 0.2 policy:embedded
+openpi report full.jsonl safe.jsonl --out report/
+openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 """
 
 import dataclasses
@@ -11,17 +14,26 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from safe_pruner_jax import pruners
-from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, load_policy
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
+from safe_pruner_jax.evaluation import evaluate, report, sources
+from safe_pruner_jax.evaluation.display import Display
+from safe_pruner_jax.evaluation.figures import report_figures
+from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task, num_tasks, provenance
+from safe_pruner_jax.evaluation.records import Configuration, RecordFile, RecordsError, read_records
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
+from safe_pruner_jax.model.checkpoint import fetch
+from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
+from safe_pruner_jax.training.command import Train, run_train
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +49,7 @@ class EnvMode(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Serve a trained checkpoint.
+    """A trained checkpoint.
 
     Args:
       config: openpi's name of the training configuration, for example pi05_libero.
@@ -50,16 +62,66 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Default:
-    """Serve the policy that openpi publishes for the environment."""
+    """The policy that openpi publishes for the environment."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """Serve the small policy inside this package; nothing is downloaded."""
+    """The small policy inside this package; nothing is downloaded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Serve:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What computes.
+
+    Args:
+      dtype: activations and weights; the default is the configuration's (bfloat16).
+      num_steps: denoise steps.
+      prompt_lengths: static prompt lengths, which a server compiles before it accepts clients. Fewer start faster; a
+        prompt is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
+      tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
+      seed: seed of the noise.
+      policy: what is run.
+    """
+
+    dtype: Literal["bfloat16", "float32"] | None = None
+    num_steps: int = 10
+    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
+    tokenizer: str | None = None
+    seed: int = 0
+    policy: Checkpoint | Default | Embedded = dataclasses.field(default_factory=Default)
+
+    def named(self, environment: str) -> tuple[str, str | None]:
+        """Name of the configuration and folder or address of its checkpoint, None for the embedded one."""
+        match self.policy:
+            case Checkpoint(config, folder):
+                return config, folder
+            case Embedded():
+                return EMBEDDED, None
+        return DEFAULT_CHECKPOINTS[environment]
+
+    def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
+        """The policy, with its weights."""
+        name, checkpoint = self.named(environment)
+        if checkpoint is None:
+            logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
+        logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
+        for field in dataclasses.fields(Model):
+            if field.name != "policy":
+                options[field.name] = getattr(self, field.name)
+        return load_policy(name, checkpoint, pruner=pruner, **options)
+
+    def describe(self, environment: str, pruner: pruners.Pruner, choices: dict[str, Any]) -> Configuration:
+        """What an evaluation needs to know of it, before weights are read."""
+        name, checkpoint = self.named(environment)
+        get_config(name)  # a name that does not exist, before its checkpoint is looked for
+        folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
+        options = {"dtype": self.dtype, "num_steps": self.num_steps, "prompt_lengths": self.prompt_lengths}
+        return sources.describe(name, folder, pruner, choices, note=note, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(Model):
     """Serve a policy to openpi clients.
 
     Args:
@@ -68,13 +130,6 @@ class Serve:
       host: address to listen on; 0.0.0.0 for every interface.
       port: port to listen on.
       record: write every request and reply to policy_records/.
-      dtype: activations and weights; the default is the configuration's (bfloat16).
-      num_steps: denoise steps.
-      prompt_lengths: static prompt lengths, compiled before the server accepts clients. Fewer start faster; a prompt
-        is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
-      tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
-      seed: seed of the noise.
-      policy: what is served.
     """
 
     env: EnvMode = EnvMode.ALOHA_SIM
@@ -82,39 +137,111 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     record: bool = False
-    dtype: Literal["bfloat16", "float32"] | None = None
-    num_steps: int = 10
-    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
-    tokenizer: str | None = None
-    seed: int = 0
-    policy: Checkpoint | Default | Embedded = dataclasses.field(default_factory=Default)
 
 
 def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
     """Loads, warms up, listens until interrupted."""
-    match args.policy:
-        case Checkpoint(config, folder):
-            name, checkpoint = config, folder
-        case Default():
-            name, checkpoint = DEFAULT_CHECKPOINTS[args.env.name]
-        case Embedded():
-            name, checkpoint = EMBEDDED, None
-            logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
-    logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
-    policy = load_policy(
-        name,
-        checkpoint,
-        pruner=pruner,
-        default_prompt=args.default_prompt,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        num_steps=args.num_steps,
-        prompt_lengths=args.prompt_lengths,
-        seed=args.seed,
-        describe=describe,
-    )
+    policy = args.load(args.env.name, pruner, default_prompt=args.default_prompt, describe=describe)
+    if describe and policy.transform.config.robot == LIBERO:
+        config = args.describe(args.env.name, pruner, args.pruner.keywords)
+        config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
+        policy.metadata[sources.SERVED] = {"configuration": config.as_json(), "device": sources.local_device()}
     recorder = Recorder("policy_records") if args.record else None
     serve(policy, host=args.host, port=args.port, client_errors=(RequestError,), recorder=recorder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Model):
+    """Play episodes in LIBERO and record each as it ends; the same command again continues.
+
+    Args:
+      suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+      tasks: tasks of the suite; all of them by default.
+      trials: episodes per task, from the benchmark's fixed initial states 0, 1, …
+      shard: i/n plays the i-th of n parts of these episodes.
+      workers: simulator processes.
+      batch: robots per device step; 1 makes results independent of the number of workers to the last bit.
+      server: ws://host:port of a policy server that is asked instead of a policy in this process.
+      out: records file; one per method, policy and simulator.
+      replan: actions executed per policy call.
+      max_steps: per episode, if fewer than the suite's limit.
+      retry_errors: play episodes again that ended in an error.
+    """
+
+    suite: str
+    tasks: tuple[int, ...] = ()
+    trials: int = 50
+    shard: str = "1/1"
+    workers: int = 2
+    batch: int = 8
+    server: str | None = None
+    out: Path = Path("records.jsonl")
+    replan: int = 5
+    max_steps: int | None = None
+    retry_errors: bool = False
+
+
+def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int | None:
+    """Plays what the records file does not have."""
+    part, _, parts = args.shard.partition("/")
+    if not (part.isdigit() and parts.isdigit()):
+        raise ValueError(f"shard: expected i/n, for example 1/4, got {args.shard!r}")
+    tasks = args.tasks or range(num_tasks(args.suite))
+    for task in tasks:
+        load_task(args.suite, task)
+    protocol = {"replan": args.replan, "max_steps": args.max_steps}
+    jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
+    source: sources.Source | None = None
+    if args.server:
+        config, source = sources.remote(args.server, (pruner.name, args.pruner.keywords) if describe else None)
+    else:
+        config = args.describe("LIBERO", pruner, args.pruner.keywords)
+        config = dataclasses.replace(config, noise=f"per episode, seed {args.seed}")
+    config = dataclasses.replace(config, simulator=provenance(), **protocol)
+    with RecordFile(args.out, config) as file:
+        try:
+            if source is None and evaluate.remaining(jobs, file, args.retry_errors):
+                source = sources.local(args.load("LIBERO", pruner), config, batch=args.batch, seed=args.seed)
+            with Display(jobs, file) as display:
+                options = {"workers": args.workers, "retry_errors": args.retry_errors, "on_record": display.update}
+                evaluate.play(jobs, file, source, **options)
+        except KeyboardInterrupt:
+            print(
+                f"openpi evaluate: stopped; every finished episode is in {args.out}, the same command continues",
+                file=sys.stderr,
+            )
+            return 130
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Turn records into a table, and with --out into files and figures.
+
+    Args:
+      files: from `openpi evaluate`, any number.
+      format: of what is printed.
+      baseline: method that the others are compared to, as the table names it.
+      out: folder for report.md, report.csv and the figures.
+    """
+
+    files: Positional[tuple[Path, ...]]
+    format: Literal["markdown", "csv"] = "markdown"
+    baseline: str = "full"
+    out: Path | None = None
+
+
+def run_report(args: Report) -> None:
+    """Prints the table; writes the rest if asked."""
+    rows = report.summarise((record for path in args.files for record in read_records(path)), args.baseline)
+    texts = {"markdown": report.markdown(rows, args.baseline), "csv": report.table_csv(rows)}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "report.md").write_text(texts["markdown"], encoding="utf-8")
+        (args.out / "report.csv").write_text(texts["csv"], encoding="utf-8")
+        for name, figure in report_figures(rows).items():
+            figure.savefig(args.out / f"{name}.png")
+    print(texts[args.format], end="")
 
 
 def split_pruner(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -157,11 +284,26 @@ def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, pruners.P
     return args, args.pruner(), name != "none"
 
 
-COMMANDS = {"serve": (Serve, run_serve)}
+class Command(NamedTuple):
+    """A command's arguments and what runs them: (args, pruner, describe), or (args) without a pruner; → exit code."""
+
+    arguments: type
+    run: Callable[..., int | None]
+    pruner: bool = True
+
+
+COMMANDS = {
+    "serve": Command(Serve, run_serve),
+    "evaluate": Command(Evaluate, run_evaluate),
+    "report": Command(Report, run_report, pruner=False),
+    "train": Command(Train, run_train, pruner=False),
+}
+ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
+"""What is a person's to mend: told in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `openpi`; returns the exit code: 0 done, 2 wrong arguments or a server that cannot start."""
+    """Entry point of `openpi`; the exit code: 0 done, 2 told in one line what is wrong, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         asked = not argv or argv[0] in ("-h", "--help")
@@ -172,10 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     for library in ("jax", "websockets"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    command, run = COMMANDS[argv[0]]
+    command, prog = COMMANDS[argv[0]], f"openpi {argv[0]}"
     try:
-        run(*parse(command, argv[1:], f"openpi {argv[0]}"))
-    except (ValueError, ServerError, OSError) as e:
-        print(f"openpi {argv[0]}: {e}", file=sys.stderr)
+        if command.pruner:
+            return command.run(*parse(command.arguments, argv[1:], prog)) or 0
+        return command.run(tyro.cli(command.arguments, args=argv[1:], prog=prog)) or 0
+    except ERRORS as e:
+        print(f"{prog}: {e}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130

@@ -2,11 +2,12 @@
 
 import logging
 import socket
+from pathlib import Path
 
 import pytest
 
 from safe_pruner_jax import cli
-from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Serve, parse, split_pruner
+from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Evaluate, Serve, parse, split_pruner
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,52 @@ def test_help_shows_the_pruners_own_choices(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--pruner.threshold" in text and "γ" in text and "policy:embedded" in text
+
+
+def test_evaluates_arguments():
+    args, pruner, _ = parse(
+        Evaluate,
+        [
+            "--suite",
+            "libero_object",
+            "--tasks",
+            "0",
+            "1",
+            "policy:embedded",
+            "--pruner",
+            "safe",
+            "--pruner.keep",
+            "0.1",
+        ],
+        "openpi evaluate",
+    )
+    assert (args.suite, args.tasks, args.trials, args.shard) == ("libero_object", (0, 1), 50, "1/1")
+    assert (args.policy, args.out, args.server) == (Embedded(), Path("records.jsonl"), None)
+    assert args.pruner.keywords["keep"] == pruner.plan.cut.keep == 0.1
+
+
+def test_the_default_policy_of_evaluate_is_liberos():
+    args, *_ = parse(Evaluate, ["--suite", "libero_object"], "openpi evaluate")
+    assert args.named("LIBERO") == ("pi05_libero", "gs://openpi-assets/checkpoints/pi05_libero")
+
+
+def test_a_command_without_a_pruner_does_not_know_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", "records.jsonl", "--pruner=safe"])
+    assert stop.value.code == 2 and "pruner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and f"openpi {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_policy", lambda *args, **options: interrupted())
+    assert cli.main(["serve", "policy:embedded"]) == 130
+    assert capsys.readouterr().err.strip().endswith("openpi serve: interrupted")

@@ -15,7 +15,9 @@ FLOORS = (
     ("flops",),
     ("configs", "policy"),
     ("loading", "parity"),
-    ("serving", "evaluation", "training", "plotting"),
+    ("demonstrations",),
+    ("serving", "evaluation", "plotting"),
+    ("training",),
     ("cli",),
 )
 """From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""

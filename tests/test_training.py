@@ -236,3 +236,28 @@ def test_a_batch_that_does_not_divide_is_refused(samples, tmp_path, monkeypatch)
     monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]] * 3)
     with pytest.raises(ValueError, match="multiple of the 3 devices, got 4"):
         loop.fit(tiny(), samples, {}, SETTINGS, tmp_path)
+
+
+# command
+
+
+def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, monkeypatch):
+    from safe_pruner_jax import configs, demonstrations
+    from safe_pruner_jax.loading import load_policy
+    from safe_pruner_jax.training.command import Train, run_train
+
+    config = dataclasses.replace(get_config("mini_libero"), model=tiny())
+    monkeypatch.setitem(configs.CONFIGS, "mini_libero", config)
+    made = [demo(9, 0), demo(6, 1)]
+    file = tmp_path / "bowl_demo.hdf5"
+    numbers = [(d.images, d.state.astype(np.float32), d.actions.astype(np.float32), d.prompt) for d in made]
+    demonstrations.write_demos(file, [demonstrations.Demo(*n, seed=i) for i, n in enumerate(numbers)])
+    settings = dataclasses.replace(SETTINGS, steps=2, augment=False)
+    run_train(Train(data=(file,), out=tmp_path / "small", settings=settings))
+    assert (tmp_path / "small" / "curves.png").stat().st_size > 1000
+    checkpoint = tmp_path / "small" / "checkpoint"
+    run_train(Train(data=(file,), out=tmp_path / "large", init=str(checkpoint), image_size=56, settings=settings))
+    monkeypatch.setitem(configs.CONFIGS, "mini_libero", dataclasses.replace(config, model=tiny(image_size=56)))
+    policy = load_policy("mini_libero", tmp_path / "large" / "checkpoint", prompt_lengths=(16,))
+    request = policy.transform.config.robot.example(np.random.default_rng(0))
+    assert np.isfinite(policy.session().infer(request)["actions"]).all()

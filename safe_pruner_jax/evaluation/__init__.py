@@ -1,1 +1,1 @@
-"""Closed-loop evaluation: policies driven in a simulator, one module per simulator."""
+"""Closed-loop evaluation: the simulator, episodes, many of them at once, records, and what they say."""

@@ -39,6 +39,7 @@ SUITES = tuple(LIMITS)
 REST = (0.0,) * 6 + (-1.0,)  # stand still, gripper open
 CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "robot0_eye_in_hand"}
 
+_JOINT_NOISE = 0.02  # rad; standard deviation of the arm's joints over LIBERO's fixed initial states
 _SETUP = "run scripts/setup_libero.sh (docs/libero.md)"
 _OPENGL = "run apt-get install libosmesa6 libegl1 libgl1-mesa-dri (docs/libero.md)"
 _LIBRARIES = {"osmesa": "OSMesa", "egl": "EGL"}  # MUJOCO_GL -> shared library, in order of preference
@@ -178,11 +179,31 @@ class LiberoEnv:
             with _global_generator(self._generators[k]) as state_now:
                 self._soft_reset()
                 self._generators[k + 1 :] = self._generators[k + 1 :] or [state_now()]
-        self._seen = self.simulator.set_init_state(self._init_states[init_state])
-        for _ in range(self._wait):
-            self._seen, *_ = self.simulator.step(list(REST))
-        self.steps, self._running = 0, True
+        self._start(self._init_states[init_state])
         return self.observe()
+
+    def randomize(self, seed: int) -> None:
+        """Starts an episode from a new initial state and lets the objects settle; renders nothing.
+
+        LIBERO's own sampler places objects and fixtures, and the arm's joints get the Gaussian noise that the fixed
+        initial states have (0.02 rad). The episode depends on seed and task alone, not on what was played before.
+
+        Args:
+          seed: ≥ 0; no seed reproduces a fixed initial state.
+        """
+        if self.simulator is None:
+            raise RuntimeError("the environment is closed")
+        generator = np.random.RandomState([seed, SUITES.index(self.task.suite), self.task.index])
+        model, env = self.simulator.sim.model, self.simulator.env
+        for fixture in env.fixtures_dict.values():  # the sampler adds a fixture's new place to where its parts are now
+            body = model.body_name2id(fixture.root_body)
+            model.body_pos[body], model.body_quat[body] = (0, 0, 0), (1, 0, 0, 0)  # as in a rebuilt model
+        with _global_generator(generator.get_state()):
+            self._soft_reset()
+        state = self.simulator.get_sim_state()  # time, positions, velocities
+        joints = 1 + np.asarray(self.simulator.robots[0]._ref_joint_pos_indexes)
+        state[joints] += generator.normal(0.0, _JOINT_NOISE, len(joints))
+        self._start(state)
 
     def step(self, action: np.ndarray) -> StepResult:
         """Executes one action (50 ms of simulated time) without rendering.
@@ -244,6 +265,13 @@ class LiberoEnv:
         """The sensor that robosuite calls exactly when it would have read the cameras."""
         self._cameras.look(self.simulator.sim.data._data)
         return np.zeros(1)
+
+    def _start(self, state: np.ndarray) -> None:
+        """Begins an episode in a flattened simulator state, after a soft reset."""
+        self._seen = self.simulator.set_init_state(state)
+        for _ in range(self._wait):
+            self._seen, *_ = self.simulator.step(list(REST))
+        self.steps, self._running = 0, True
 
     def _soft_reset(self) -> None:
         """Resets without rebuilding the model, to the state that a rebuilt one has."""

@@ -1,0 +1,81 @@
+"""Pictures of a report: success against what is kept, and against what it costs. Functions return figures."""
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from safe_pruner_jax.evaluation.report import Row
+
+
+def success_by_keep(rows: Sequence[Row]) -> Figure:
+    """Success rates with their 95 % intervals against the share of visual tokens kept; one panel per suite."""
+    return _panels(
+        rows, lambda row: None if row.keep is None else 100 * row.keep, "visual tokens kept, %", inverted=True
+    )
+
+
+def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
+    """Success rates with their 95 % intervals against multiply-adds per policy call; one panel per suite.
+
+    Args:
+      rows: from `summarise`, of equal conditions.
+      exact: all that the programs compute, or the papers' prefix.
+    """
+    name = "exact_flops" if exact else "paper_flops"
+    giga = lambda row: None if getattr(row, name) is None else getattr(row, name) / 1e9
+    return _panels(rows, giga, f"10⁹ multiply-adds per call ({'all' if exact else 'prefix, as in papers'})")
+
+
+def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *, inverted: bool = False) -> Figure:
+    if not rows:
+        raise ValueError("rows: expected at least one to draw, got none")
+    if any(row.conditions != rows[0].conditions for row in rows):
+        raise ValueError("rows: expected equal conditions (policy, checkpoint, …); draw one figure for each")
+    suites, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("suite", "method"))
+    figure = Figure((4.2 * len(suites) + 0.6, 4), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(suites), sharey=True, squeeze=False)[0]
+    for ax, suite in zip(axes, suites, strict=True):
+        for place, method in enumerate(methods):
+            points = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
+            points = sorted(
+                ((at, e) for at, e in points if at is not None and e is not None), key=lambda point: point[0]
+            )
+            if not points:
+                continue
+            values = [100 * e.value for _, e in points]
+            spans = [[100 * (e.value - e.low) for _, e in points], [100 * (e.high - e.value) for _, e in points]]
+            look = {"color": f"C{place}", "marker": "osD^vPX*"[place % 8], "markersize": 5, "capsize": 3}
+            ax.errorbar([at for at, _ in points], values, spans, label=method, linewidth=1.3, **look)
+        ax.set_title(suite, fontsize=11)
+        ax.set_xlabel(label)
+        ax.set_ylim(-3, 103)
+        ax.grid(color="#e4e7ea", linewidth=0.8)
+        ax.set_axisbelow(True)
+        if inverted:
+            ax.invert_xaxis()
+    axes[0].set_ylabel("success, %")
+    if axes[0].containers:
+        axes[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:
+    """Every figure of a report by file name; those of further conditions are numbered."""
+    found: dict[str, Figure] = {}
+    conditions = []
+    for row in rows:
+        if row.conditions not in conditions:
+            conditions.append(row.conditions)
+    for place, condition in enumerate(conditions, 1):
+        chosen, end = [row for row in rows if row.conditions == condition], "" if place == 1 else f"_{place}"
+        drawn = {
+            "success_by_keep": success_by_keep(chosen),
+            "success_by_exact_flops": success_by_flops(chosen),
+            "success_by_paper_flops": success_by_flops(chosen, exact=False),
+        }
+        # nothing to draw where a server did not tell what its calls cost
+        found |= {f"{name}{end}": f for name, f in drawn.items() if any(ax.containers for ax in f.axes)}
+    return found

@@ -1,0 +1,337 @@
+"""What is kept of an episode: one line of JSON, written as it ends.
+
+    with RecordFile(path, configuration) as file:      # repairs a torn last line, refuses another configuration
+        if (suite, task, trial) not in file.finished:
+            file.append(record)                        # one write, flushed to the disk
+
+A file belongs to one `Configuration`: method, weights, precision, simulator. Which suites, tasks and trials it covers
+is not part of that, so a run resumes, shards are concatenated, and suites share a file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safe_pruner_jax.evaluation.rollout import Episode
+
+Key = tuple[str, int, int]
+"""An episode within a configuration: suite, task, trial."""
+
+METHOD = ("pruner", "choices", "plan")
+"""Fields of a configuration in which methods differ; the others are the conditions under which they are compared."""
+
+
+class RecordsError(RuntimeError):
+    """A records file that cannot be read, continued or written; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that must agree for episodes to be counted together.
+
+    Args:
+      pruner, choices, plan: name, factory arguments and static plan of the method.
+      policy: openpi's name of the configuration.
+      checkpoint: from `checkpoint_fingerprint`.
+      precision: dtype of the activations.
+      num_steps: denoise steps.
+      prompt_lengths: static prompt lengths.
+      replan: actions executed per policy call.
+      max_steps: per episode; None is the suite's limit.
+      noise: where the policy's noise comes from.
+      simulator: versions that pictures and contacts depend on, from `libero.provenance`.
+    """
+
+    pruner: str
+    choices: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    policy: str
+    checkpoint: str
+    precision: str
+    num_steps: int
+    prompt_lengths: tuple[int, ...]
+    replan: int = 5
+    max_steps: int | None = None
+    noise: str = ""
+    simulator: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types, equal to what reading them back gives."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One episode.
+
+    Args:
+      suite, task, trial: trial k starts from the benchmark's k-th fixed initial state.
+      seed: of the policy's noise, see `episode_seed`; None where a server has its own.
+      outcome: "error" is neither of the other two and has its text in `error`.
+      steps: executed robot actions.
+      seconds: wall-clock time.
+      calls: policy calls (control steps of the policy).
+      keyframes: calls that ran all alive tokens.
+      kept, alive: visual tokens, mean over the calls.
+      paper_flops, exact_flops: multiply-adds, mean over the calls (`flops`).
+      infer_ms: for "keyframe" and "pruned" calls "count", "p50" and "p90" in milliseconds, or None without any. Calls
+        that compiled a program are left out.
+      batch: robots per device step, mean over the calls.
+      views, prompt_slots: encoded cameras and prompt slots of the layout.
+      device: where the policy ran.
+      versions: of what is installed.
+      configuration: as JSON.
+    """
+
+    suite: str
+    task: int
+    trial: int
+    seed: int | None
+    outcome: Literal["success", "failure", "error"]
+    error: str | None
+    steps: int
+    seconds: float
+    calls: int
+    keyframes: int
+    kept: float | None
+    alive: float | None
+    paper_flops: float | None
+    exact_flops: float | None
+    infer_ms: Mapping[str, Mapping[str, float] | None]
+    batch: float | None
+    views: list[str] | None
+    prompt_slots: int | None
+    device: str
+    versions: Mapping[str, str]
+    configuration: Mapping[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """Which episode this is."""
+        return self.suite, self.task, self.trial
+
+
+def episode_seed(suite: str, task: int, trial: int, base: int = 0) -> int:
+    """The noise seed of an episode, in [0, 2³¹): the same for every method and whatever was played before.
+
+    >>> episode_seed("libero_object", 0, 0), episode_seed("libero_object", 0, 1)
+    (687378917, 1895583381)
+    """
+    digest = hashlib.sha256(f"{base}/{suite}/{task}/{trial}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def checkpoint_fingerprint(folder: str | os.PathLike, note: str = "") -> str:
+    """12 hex digits of what is below a checkpoint's folder; its own path does not matter.
+
+    Files above 64 MiB enter with their size and both ends: reading gigabytes would take longer than loading them, and
+    orbax names its data files at random at every save.
+
+    Raises:
+      FileNotFoundError: no such folder, or an empty one.
+    """
+    whole, end = 64 << 20, 1 << 20
+    root, digest = Path(folder), hashlib.sha256(note.encode())
+    files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    if not files:
+        raise FileNotFoundError(f"no checkpoint in {root}")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"\n{path.relative_to(root).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= whole:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(end))
+                file.seek(-end, os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two configurations differ, as "field: old → new".
+
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ['b.c: 2 → 3']
+    """
+    found = []
+    for key in dict.fromkeys((*old, *new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key}: {a} → {b}")
+    return found
+
+
+def read_records(path: str | os.PathLike) -> list[Record]:
+    """All records of a file, a torn last line left out.
+
+    Raises:
+      RecordsError: a line that is no record; says which.
+      OSError: the file cannot be read.
+    """
+    return list(_parse(Path(path), _complete(Path(path).read_bytes())))
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record per episode and configuration: the last one written counts."""
+    return list({(json.dumps(r.configuration, sort_keys=True), r.key): r for r in records}.values())
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float] | None:
+    """ "count", "p50" and "p90" (nearest rank) of some milliseconds; None of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    rank = lambda q: round(ordered[max(0, -(-len(ordered) * q // 100) - 1)], 3)
+    return {"count": len(ordered), "p50": rank(50), "p90": rank(90)}
+
+
+def describe_calls(episode: Episode) -> dict[str, Any]:
+    """The fields of a record that come from what the policy replied, but for the cost.
+
+    A reply without "pruning" counts as a full pass: that is what a server without a pruner does.
+    """
+    told = [call.pruning or {} for call in episode.calls]
+    full = [bool(p.get("keyframe", True)) for p in told]
+    timing = [call.timing.get("policy_timing") or call.timing.get("server_timing") or {} for call in episode.calls]
+    warm = [(k, t["infer_ms"]) for k, t in zip(full, timing, strict=True) if "infer_ms" in t and not t.get("compiled")]
+    views = next((list(p["views"]) for p in told if "views" in p), None)
+    return {
+        "calls": len(told),
+        "keyframes": sum(full),
+        "kept": _mean(p.get("kept") for p in told),
+        "alive": _mean(p.get("alive") for p in told),
+        "infer_ms": {
+            "keyframe": percentiles(ms for k, ms in warm if k),
+            "pruned": percentiles(ms for k, ms in warm if not k),
+        },
+        "batch": _mean(t.get("batch") for t in timing),
+        "views": views,
+        "prompt_slots": next((p["text"] for p in told if "text" in p), None),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values and None not in values else None
+
+
+class RecordFile:
+    """The records of one configuration, open for appending. One process at a time.
+
+    Attributes: `records`, what it holds (the last one per episode); `finished`, their keys.
+
+    Args:
+      path: created with its folders if there is none.
+      configuration: of what will be appended.
+
+    Raises:
+      RecordsError: records of another configuration, a broken line before the last, or another writer.
+      OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, configuration: Configuration):
+        self.path, self.configuration = Path(path), configuration.as_json()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(self._fd, self.path)
+            self._size = self._repair()
+            self.records = {r.key: r for r in self._own(read_records(self.path))}
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @property
+    def finished(self) -> set[Key]:
+        """Episodes that are in the file, whatever their outcome."""
+        return set(self.records)
+
+    def append(self, record: Record) -> None:
+        """Adds one line, on the disk when this returns. A write that fails leaves the file as it was.
+
+        Raises:
+          RecordsError: the disk is full or refuses; what was finished before is safe.
+        """
+        line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._size)
+            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+            raise RecordsError(
+                f"{self.path}: cannot write: {why}; {len(self.records)} finished episodes are kept, "
+                "make room and run the same command again"
+            ) from error
+        self._size += len(line)
+        self.records[record.key] = record
+
+    def close(self) -> None:
+        """Lets others write; may be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _repair(self) -> int:
+        """Removes what a killed process left behind its last complete line; returns the size in bytes."""
+        data = self.path.read_bytes()
+        complete = _complete(data)
+        if len(complete) < len(data):
+            os.ftruncate(self._fd, len(complete))
+        elif len(complete) > len(data):
+            os.write(self._fd, b"\n")
+        return len(complete)
+
+    def _own(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            if found := differences(record.configuration, self.configuration):
+                raise RecordsError(
+                    f"{self.path} holds records of another configuration ({'; '.join(found)}); choose another file"
+                )
+            yield record
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Takes an advisory lock, which goes with the descriptor."""
+    import fcntl  # POSIX, as the simulator is; `openpi serve` is not
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecordsError(f"{path}: another process is writing to it; choose another file") from None
+
+
+def _complete(data: bytes) -> bytes:
+    """Without a torn last line; a whole one that lacks its newline gets it."""
+    end = data.rfind(b"\n") + 1
+    with contextlib.suppress(ValueError):
+        json.loads(data[end:])
+        return data + b"\n"
+    return data[:end]
+
+
+def _parse(path: Path, data: bytes) -> Iterator[Record]:
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            read = Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise RecordsError(f"{path}, line {number}: not a record of an episode ({error})") from error
+        yield read

@@ -1,0 +1,162 @@
+"""Where replies come from: a policy in this process, or a server; what it is called, and what its calls cost.
+
+config = describe("pi05_libero", folder, pruner, choices)       known before any weights are read
+source = local(policy, config)
+config, source = remote("ws://gpu:8000")                        a server tells its own configuration
+"""
+
+import contextlib
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import jax
+
+from safe_pruner_jax.configs import CONFIGS, get_config
+from safe_pruner_jax.evaluation.batched import Robots
+from safe_pruner_jax.evaluation.records import Configuration, checkpoint_fingerprint
+from safe_pruner_jax.evaluation.rollout import Episode
+from safe_pruner_jax.evaluation.workers import connect
+from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.pruners import Plan, Pruner, make
+from safe_pruner_jax.robots import LIBERO
+from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout
+
+SERVED = "safe_pruner"
+"""Key of a server's metadata under which it tells its configuration and device."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the calls of an episode cost, in multiply-adds; see `flops`."""
+
+    config: Pi0Config
+    plan: Plan
+    num_steps: int = 10
+
+    def of(self, episode: Episode) -> tuple[float | None, float | None]:
+        """Paper's and exact FLOPs, mean over the calls; None where replies do not tell their layout."""
+        told = Counter()
+        for call in episode.calls:
+            p = call.pruning or {}
+            if "views" not in p or "text" not in p:
+                return None, None
+            told[tuple(p["views"]), p["text"], bool(p["keyframe"])] += 1
+        if not told:
+            return None, None
+        paper = exact = 0.0
+        for (views, text, keyframe), count in told.items():
+            layout = PrefixLayout(views, self.config.tokens_per_camera, text)
+            tokens = tokens_per_layer(self.plan, layout, self.config.depth, pruned=not keyframe)
+            paper += count * paper_flops(tokens, self.config.prefix.width, self.config.prefix.mlp_dim)
+            steps = self.num_steps
+            exact += count * exact_flops(self.config, self.plan, layout, pruned=not keyframe, num_steps=steps).total
+        return paper / told.total(), exact / told.total()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where replies come from.
+
+    Args:
+      robots: in this process; None: every simulator asks `server`.
+      server: websocket address.
+      cost: of the calls, where it is known.
+      seed: the episodes' seeds are derived from it; a server has its own.
+      device: what the policy runs on.
+    """
+
+    robots: Robots | None = None
+    server: str | None = None
+    cost: Cost | None = None
+    seed: int = 0
+    device: str = ""
+
+
+def describe(
+    policy: str,
+    folder: str | os.PathLike,
+    pruner: Pruner,
+    choices: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    num_steps: int = 10,
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    note: str = "",
+) -> Configuration:
+    """The configuration of a policy that plays LIBERO, known before its weights are read.
+
+    Args:
+      policy: openpi's name of the configuration.
+      folder: of the checkpoint, on this machine.
+      pruner, choices: the method and the factory arguments that made it.
+      dtype, num_steps, prompt_lengths: as for `load_policy`.
+      note: enters the checkpoint's fingerprint.
+
+    Raises:
+      ValueError: an unknown configuration, one of another robot, or a pruner that does not fit the model.
+      FileNotFoundError: no checkpoint.
+    """
+    config = get_config(policy)
+    if config.robot != LIBERO:
+        fitting = ", ".join(name for name, c in CONFIGS.items() if c.robot == LIBERO)
+        raise ValueError(f"config: {policy} drives {config.robot.name}, which LIBERO does not have; choose {fitting}")
+    return Configuration(
+        pruner=pruner.name,
+        choices=dict(choices),
+        plan=asdict(pruner.plan.for_depth(config.model.depth)),
+        policy=policy,
+        checkpoint=checkpoint_fingerprint(folder, note),
+        precision=dtype or config.model.dtype,
+        num_steps=num_steps,
+        prompt_lengths=tuple(prompt_lengths),
+    )
+
+
+def local(policy: Policy, config: Configuration, *, batch: int = 8, seed: int = 0) -> Source:
+    """A policy in this process as the source of replies; `config` is from `describe`."""
+    engine = policy.engine
+    return Source(Robots(policy, batch), None, Cost(engine.config, engine.plan, config.num_steps), seed, local_device())
+
+
+def remote(address: str, asked: tuple[str, Mapping[str, Any]] | None = None) -> tuple[Configuration, Source]:
+    """A policy server as the source of replies, and what it says about itself.
+
+    A server that says nothing (openpi's own, or `--pruner=none`) is the method "server" with an unknown checkpoint.
+
+    Args:
+      address: ws://host:port.
+      asked: pruner and choices that it must have; None takes what it has.
+
+    Raises:
+      ConnectionError: there is no server.
+      ValueError: it runs another method, or another version of this package.
+    """
+    client = connect(address)
+    told = client.get_server_metadata().get(SERVED, {})
+    if told and set(told.get("configuration", ())) != {field.name for field in fields(Configuration)}:
+        raise ValueError(f"server: {address} is another version of this package; install the same on both sides")
+    with contextlib.suppress(AttributeError):  # it offers no way to hang up
+        client._ws.close()
+    method = (told["configuration"]["pruner"], told["configuration"]["choices"]) if told else ("an unknown pruner", {})
+    if asked is not None and method != (asked[0], json.loads(json.dumps(asked[1]))):
+        raise ValueError(f"pruner: {address} runs {method[0]} {method[1] or ''}, leave --pruner to the server")
+    if told:
+        config, device = Configuration(**told["configuration"]), told["device"]
+        plan = make(config.pruner, **config.choices).plan
+        return config, Source(None, address, Cost(get_config(config.policy).model, plan, config.num_steps), 0, device)
+    return Configuration("server", {}, {}, "unknown", "unknown", "unknown", 0, ()), Source(
+        None, address, device=address
+    )
+
+
+def local_device() -> str:
+    """The device in words; latencies of different ones are not compared."""
+    device = jax.devices()[0]
+    return f"{platform.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind

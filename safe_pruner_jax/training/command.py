@@ -1,0 +1,140 @@
+"""`openpi train`: demonstrations in, a checkpoint in openpi's layout out.
+
+openpi train --data demos/*.hdf5 --out runs/mini --settings.steps 20000
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
+from safe_pruner_jax.loading import EMBEDDED, embedded_folder, embedded_params
+from safe_pruner_jax.model.checkpoint import fetch, load_params, save_params
+from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.observation import Tokenizer, save_norm_stats
+from safe_pruner_jax.training.data import make_samples, norm_stats
+from safe_pruner_jax.training.loop import Settings, fit
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a policy on demonstrations by flow matching.
+
+    Args:
+      data: demonstration files: LIBERO's HDF5, or packed archives.
+      out: folder of the run; a run that is there goes on.
+      config: name of the policy configuration.
+      init: checkpoint to start from; None starts from random parameters. Its position embedding is interpolated when
+        the image size differs.
+      tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
+      image_size: side of the frames, a multiple of 14; None takes the configuration's.
+      settings: of the optimiser and the loop.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    config: str = EMBEDDED
+    init: str | None = None
+    tokenizer: Path | None = None
+    image_size: int | None = None
+    settings: Settings = dataclasses.field(default_factory=Settings)
+
+
+def run_train(args: Train) -> None:
+    """Reads, trains, exports `out/checkpoint` and draws `out/curves.png`.
+
+    Raises:
+      ValueError, CheckpointError, OSError: with what to do.
+    """
+    config = get_config(args.config)
+    model = config.model.replace(image_size=args.image_size or config.model.image_size, discrete_state_input=False)
+    config = dataclasses.replace(config, model=model)
+    tokenizer = args.tokenizer or (embedded_folder() / "tokenizer.model" if config.name == EMBEDDED else None)
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
+    demos = [demo for path in args.data for demo in read(path, model.image_size)]
+    stats = norm_stats(demos)
+    samples = make_samples(demos, config, stats, Tokenizer(tokenizer, model.max_token_len))
+    logger.info("%d demonstrations, %d samples, %d prompts", len(demos), len(samples.prompt), len(samples.tokens))
+    del demos
+    params = embedded_params(model, args.settings.seed)
+    if args.init is not None:
+        params = resize_positions(load_any_grid(args.init, model), model.grid)
+    columns = (
+        TextColumn("step {task.completed}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("train", total=args.settings.steps, loss="compiling")
+
+        def show(row: dict) -> None:
+            if "loss" in row:
+                text = f"loss {row['loss']:.4f}, {row['samples_per_s']:.1f} samples/s"
+                progress.update(bar, completed=row["step"], loss=text)
+
+        params, step = fit(model, samples, params, args.settings, args.out, on_log=show)
+    checkpoint = args.out / "checkpoint"
+    save_params(checkpoint, params, overwrite=True)
+    save_norm_stats(checkpoint, config.asset_id, stats)
+    shutil.copy(tokenizer, checkpoint / "tokenizer.model")
+    curves(args.out)
+    logger.info("%d of %d steps; checkpoint in %s", step, args.settings.steps, checkpoint)
+
+
+def read(path: Path, size: int) -> Iterator[Demo]:
+    """Demonstrations of a file, LIBERO's HDF5 or a packed archive, with frames of `size`² pixels."""
+    return (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path, size=size)
+
+
+def load_any_grid(address: str, model) -> Params:
+    """Parameters of a checkpoint whose image size may be another: the grid that fits its position embedding."""
+    folder = fetch(address)
+    errors = []
+    for size in sorted({model.image_size, 112, 224}, key=lambda s: s != model.image_size):
+        try:
+            return load_params(folder, model.replace(image_size=size), dtype="float32")
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(errors[0])
+
+
+def resize_positions(params: Params, grid: int) -> Params:
+    """The same parameters with SigLIP's position embedding [1, g², D] interpolated (bicubic) to `grid`²."""
+    table = np.asarray(params["PaliGemma"]["img"]["pos_embedding"])
+    old = round(table.shape[1] ** 0.5)
+    if old == grid:
+        return params
+    table = table.reshape(1, old, old, -1)
+    table = np.asarray(jax.image.resize(table, (1, grid, grid, table.shape[-1]), "bicubic")).reshape(1, grid * grid, -1)
+    img = params["PaliGemma"]["img"] | {"pos_embedding": table}
+    return params | {"PaliGemma": params["PaliGemma"] | {"img": img}}
+
+
+def curves(out: Path) -> Path:
+    """Draws training and validation loss of `out/metrics.jsonl` into `out/curves.png`."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label in (("loss", "training, last steps"), ("validation", "held-out demonstrations, EMA")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "curves.png", dpi=120)
+    return out / "curves.png"

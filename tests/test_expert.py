@@ -1,0 +1,106 @@
+"""The scripted expert: its geometry on numbers, its episodes in the simulator."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from safe_pruner_jax.demonstrations import read_demos, write_demos
+from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Unsupported, demonstrate
+from safe_pruner_jax.evaluation.libero import SUITES, LiberoEnv, load_task
+from safe_pruner_jax.evaluation.scene import Boxes, _rotation
+
+
+def test_boxes():
+    turned = _rotation(np.array([0, 0, np.pi / 4]))
+    boxes = Boxes(np.array([[1.0, 0, 0.5]]), np.array([[0.2, 0.1, 0.05]]), turned[None])
+    assert (round(boxes.top, 9), round(boxes.bottom, 9)) == (0.55, 0.45)
+    assert np.ptp(boxes.corners[0, :, 0]) == pytest.approx(0.6 / np.sqrt(2))
+    along = np.array([1.0, 0, 0.5]) + 0.19 * turned[:, 0]
+    across = np.array([1.0, 0, 0.5]) + 0.19 * turned[:, 1]
+    assert boxes.count(np.stack([along, across])) == 1
+    assert boxes.count(across[None], margin=0.1) == 1
+
+
+def test_rotation_vectors():
+    np.testing.assert_allclose(_rotation(np.array([0, 0, np.pi / 2])) @ [1, 0, 0], [0, 1, 0], atol=1e-12)
+    np.testing.assert_array_equal(_rotation(np.zeros(3)), np.eye(3))
+
+
+def test_supported_names_suites():
+    assert set(SUPPORTED) <= set(SUITES) and SUPPORTED["libero_object"] == tuple(range(10))
+
+
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv(load_task("libero_object", 6), image_size=32, observed_size=16) as env:
+        yield env
+
+
+@pytest.mark.libero
+def test_the_expert_solves_an_object_task_without_cameras(env):
+    env.randomize(0)
+    expert, done = Expert(env), False
+    while not done:
+        success, done = env.step(expert.act())
+    assert success and env.steps < 160
+
+
+@pytest.mark.libero
+def test_random_initial_states_are_not_the_fixed_ones_and_repeat(env):
+    objects = slice(10, 17)  # time, 9 robot joints, then the first object's pose
+    drawn = []
+    for seed in range(3):
+        env.randomize(seed)
+        drawn.append(env.simulator.get_sim_state())
+    fixed = env._init_states
+    assert len(fixed) == 50
+    for state in drawn:
+        assert np.abs(fixed[:, 1:8] - state[1:8]).max(1).min() > 1e-4
+        assert np.abs(fixed[:, objects] - state[objects])[:, :2].max(1).min() > 1e-6
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    env.randomize(0)
+    np.testing.assert_array_equal(env.simulator.get_sim_state(), drawn[0])
+
+
+@pytest.mark.libero
+def test_a_fixed_initial_state_is_the_same_after_a_random_one(env):
+    def state():
+        env.reset(2)
+        return env.simulator.get_sim_state()
+
+    before = state()
+    env.randomize(5)
+    np.testing.assert_array_equal(state(), before)
+
+
+@pytest.mark.libero
+def test_a_demonstration_records_the_expert_not_the_noise(env, tmp_path, monkeypatch):
+    frames = itertools.count()  # rendering is tests/test_libero.py's subject, and nine tenths of an episode's time
+    monkeypatch.setattr(env, "render", lambda camera: np.full((16, 16, 3), next(frames) % 256, np.uint8))
+    demo, steps = demonstrate(env, 1, noise=0.08)
+    assert demo is not None and len(demo) == steps
+    assert demo.images["observation/image"].shape == (steps, 16, 16, 3)
+    assert (demo.suite, demo.task, demo.seed, demo.prompt) == ("libero_object", 6, 1, env.task.language)
+    assert set(np.unique(demo.actions[:, 6])) == {-1.0, 1.0} and np.abs(demo.actions).max() <= 1
+    assert demo.extra["states"].shape[0] == steps and demo.extra["robot_states"].shape == (steps, 9)
+    np.testing.assert_allclose(demo.extra["robot_states"][:, 2:5], demo.state[:, :3], atol=0.02)
+    write_demos(tmp_path / "a.hdf5", [demo])
+    assert list(demo.images["observation/image"][:3, 0, 0, 0]) == [0, 2, 4]
+    (read,) = read_demos(tmp_path / "a.hdf5")
+    np.testing.assert_array_equal(read.images["observation/wrist_image"], demo.images["observation/wrist_image"])
+    again, _ = demonstrate(env, 1, noise=0.08)
+    np.testing.assert_array_equal(again.state, demo.state)
+    env.randomize(1)
+    np.testing.assert_array_equal(Expert(env).act().astype(np.float32), demo.actions[0])
+    for action in demo.actions[:5]:
+        env.step(action)
+    assert np.abs(env.observe()["observation/state"] - demo.state[5]).max() > 1e-4
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("goal", [("open", "drawer"), ("on", "butter_1", "floor_bin_region")])
+def test_other_goals_are_refused(env, monkeypatch, goal):
+    monkeypatch.setitem(env.simulator.env.parsed_problem, "goal_state", [goal])
+    with pytest.raises(Unsupported, match=f"pick up the butter.*{goal[0]}"):
+        Expert(env)

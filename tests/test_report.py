@@ -1,0 +1,161 @@
+"""Intervals against published values, and what the tables compare with what."""
+
+import csv
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from test_records import CONFIGURATION, record
+
+from safe_pruner_jax.evaluation.figures import report_figures, success_by_flops, success_by_keep
+from safe_pruner_jax.evaluation.report import (
+    ALL,
+    markdown,
+    method_label,
+    paired_difference,
+    summarise,
+    table_csv,
+    typical_ms,
+    wilson,
+)
+from safe_pruner_jax.pruners import safe
+
+FULL = dataclasses.replace(CONFIGURATION, pruner="full", choices={}, plan={"cut": None})
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_against_newcombes_table(x, n, low, high):
+    """Newcombe 1998, Statistics in Medicine 17:857, table I, method 3."""
+    e = wilson(x, n)
+    assert (e.value, round(e.low, 4), round(e.high, 4)) == (x / n, low, high)
+    mirrored = wilson(n - x, n)
+    assert mirrored.low == pytest.approx(1 - e.high) and mirrored.high == pytest.approx(1 - e.low)
+
+
+@pytest.mark.parametrize(("x", "n"), [(-1, 3), (4, 3), (0, 0)])
+def test_wilson_refuses_counts_that_cannot_be(x, n):
+    with pytest.raises(ValueError, match="0 ≤ successes ≤ n"):
+        wilson(x, n)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),  # Newcombe 1998, Statistics in Medicine 17:2635, method 10
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((1, 1, 7, 12), -0.507, -0.026),  # Bentur et al. 2009, as in Fagerland et al. 2014
+    ],
+)
+def test_paired_difference_against_published_values(table, low, high):
+    e = paired_difference(*table)
+    digits = 3 if abs(low) > 0.5 else 4
+    assert (round(e.low, digits), round(e.high, digits)) == (low, high)
+    both, first, second, neither = table
+    swapped = paired_difference(both, second, first, neither)
+    assert (swapped.value, swapped.low, swapped.high) == pytest.approx((-e.value, -e.high, -e.low))
+
+
+def test_paired_difference_covers():
+    """95 % of the intervals of correlated pairs contain the true difference, within what 2000 draws can tell."""
+    rng, hits = np.random.default_rng(0), 0
+    shares = np.array([0.7, 0.12, 0.08, 0.1])
+    for counts in rng.multinomial(60, shares, size=2000):
+        e = paired_difference(*map(int, counts))
+        hits += e.low <= 0.04 <= e.high
+    assert 0.94 <= hits / 2000 <= 0.985
+
+
+def group(configuration, wins, episodes=10, suite="libero_object", **changes):
+    return [
+        record(k, "success" if k < wins else "failure", configuration, suite=suite, **changes) for k in range(episodes)
+    ]
+
+
+def test_rows_pair_by_episode_and_leave_errors_out():
+    base = group(FULL, 8, keyframes=22, kept=512.0, paper_flops=4e9, exact_flops=5e9, device="cpu")
+    ours = group(CONFIGURATION, 6)
+    ours[0] = record(0, "error")
+    ours[9] = record(9, "error")
+    first, second = summarise(ours + base)
+    assert (first.method, first.keep, first.episodes, first.errors, first.difference) == ("full", 1.0, 10, 0, None)
+    assert (second.keep, second.episodes, second.errors, second.pairs) == (0.2, 10, 2, 8)
+    assert second.success == wilson(5, 8)
+    assert second.difference == paired_difference(5, 0, 2, 1)  # 1-5 both, 6-7 the baseline alone, 8 neither
+    assert second.paper_ratio == pytest.approx(0.25) and second.exact_ratio == pytest.approx(0.4)
+    assert second.keyframes == pytest.approx(2 / 22) and second.kept == 139.5
+
+
+def test_labels_show_what_is_not_the_default():
+    choices = {"keep": 0.5, "fuse": 0.0, "cut": 3, "late_layers": [0, -2, -1], "every": 8}
+    assert method_label({"pruner": "safe", "choices": choices}) == "safe fuse=0.0 every=8"
+    assert method_label({"pruner": "mine", "choices": {"a": 1}}) == "mine a=1"
+    assert safe(keep=0.5).name == "safe"
+
+
+def test_latency_ratio_needs_one_device():
+    assert typical_ms(record()) == pytest.approx((2 * 20 + 20 * 10) / 22)
+    assert typical_ms(record(infer_ms={"keyframe": None, "pruned": None})) is None
+    assert typical_ms(record(calls=0, keyframes=0)) is None
+    base = group(FULL, 8, keyframes=22)
+    here, there = (summarise(base + group(CONFIGURATION, 6, device=d))[1].ms_ratio for d in ("cpu", "gpu"))
+    assert here == pytest.approx((2 * 20 + 20 * 10) / 22 / 20) and there is None
+
+
+def test_other_conditions_are_another_table():
+    other = dataclasses.replace(CONFIGURATION, checkpoint="another")
+    rows = summarise(group(FULL, 8) + group(CONFIGURATION, 6) + group(other, 6))
+    assert [row.pairs for row in rows] == [0, 10, 0]
+    text = markdown(rows)
+    assert text.count("| method |") == 2 and "checkpoint another" in text
+    assert len(report_figures(rows)) == 6
+    with pytest.raises(ValueError, match="equal conditions"):
+        success_by_keep(rows)
+
+
+def test_suites_and_all_of_them():
+    rows = summarise(group(FULL, 8) + group(FULL, 2, suite="libero_goal"))
+    assert [(row.suite, row.episodes) for row in rows] == [("libero_goal", 10), ("libero_object", 10), (ALL, 20)]
+    assert rows[-1].success == wilson(10, 20)
+
+
+def test_baseline_by_label():
+    records = group(CONFIGURATION, 6)
+    assert summarise(records)[0].difference is None
+    assert summarise(records + group(FULL, 8), "safe late_layers=[0, -1]")[1].difference is not None
+    with pytest.raises(ValueError, match=r"baseline: expected one of safe late_layers=\[0, -1\], got 'fulll'"):
+        summarise(records, "fulll")
+    with pytest.raises(ValueError, match="no records"):
+        summarise([])
+
+
+def test_episodes_that_all_end_in_errors_have_no_rate():
+    nothing = {"calls": 0, "keyframes": 0, "kept": None, "alive": None, "paper_flops": None, "exact_flops": None}
+    nothing["infer_ms"] = {"keyframe": None, "pruned": None}
+    rows = summarise([record(k, "error", **nothing) for k in range(3)] + group(FULL, 8))
+    assert rows[1].success is None and rows[1].errors == rows[1].episodes == 3
+    assert "| 3 | 3 | – | – | – |" in markdown(rows)
+    report_figures(rows)
+
+
+def test_markdown_and_csv_say_the_same():
+    rows = summarise(group(FULL, 8, keyframes=22) + group(CONFIGURATION, 6))
+    cells = [line.strip("| ").split(" | ") for line in markdown(rows).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in cells}) == 1
+    assert cells[3][:6] == ["safe late_layers=[0, -1]", "20 %", "libero_object", "10", "0", "60.0 [31.3, 83.2] %"]
+    assert cells[3][6].startswith("-20.0 [") and cells[3][7] == "10"
+    read = list(csv.DictReader(io.StringIO(table_csv(rows))))
+    assert read[1]["checkpoint"] == "0123456789ab" and float(read[1]["success"]) == 0.6
+    assert float(read[1]["difference_low"]) == pytest.approx(rows[1].difference.low)
+
+
+def test_figures_show_every_method_with_its_interval():
+    rows = summarise(group(FULL, 8) + group(CONFIGURATION, 6))
+    for figure in (success_by_keep(rows), success_by_flops(rows), success_by_flops(rows, exact=False)):
+        (ax,) = figure.axes
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["full", "safe late_layers=[0, -1]"]
+    with pytest.raises(ValueError, match="at least one"):
+        success_by_keep([])
