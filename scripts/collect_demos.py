@@ -38,7 +38,6 @@ class Args:
       episodes: successful episodes wanted per task.
       noise: standard deviation of the Gaussian noise on the six executed motion commands.
       size: pixels per side of the stored frames.
-      render_size: pixels per side of the rendered frames; 256 are the evaluation's pictures, less is faster.
       workers: processes; as many as there are cores.
       seed: runs with different seeds have different episodes.
       out: folder.
@@ -49,7 +48,6 @@ class Args:
     episodes: int = 50
     noise: float = 0.08
     size: int = 224
-    render_size: int = 256
     workers: int = 2
     seed: int = 0
     out: Path = Path("demos")
@@ -144,7 +142,7 @@ class Collection:
 
     def _check_settings(self) -> None:
         """Episodes of different settings do not belong in one folder."""
-        keep = ("suite", "noise", "size", "render_size")
+        keep = ("suite", "noise", "size")
         settings = {key: getattr(self._args, key) for key in keep}
         file = self._folder / "settings.json"
         if not file.exists():
@@ -167,8 +165,8 @@ class Collection:
     def _feed(self) -> None:
         """One worker's life: gives it attempts, starts it again if it dies."""
         process, deaths = None, 0
-        while (job := self._job()) is not None:
-            ledger, seed = job
+        while (attempt := self._job()) is not None:
+            ledger, seed = attempt
             reply: dict[str, Any] = {}
             try:
                 if process is None or process.poll() is not None:
@@ -177,8 +175,8 @@ class Collection:
                     )
                     self._processes.append(process)
                 settings = {"suite": self._args.suite, "noise": self._args.noise, "size": self._args.size}
-                settings |= {"render_size": self._args.render_size, "path": str(ledger.folder / f"{seed}.hdf5")}
-                print(json.dumps({"task": ledger.task, "seed": seed, **settings}), file=process.stdin, flush=True)
+                job = {"task": ledger.task, "seed": seed, "path": str(ledger.folder / f"{seed}.hdf5"), **settings}
+                print(json.dumps(job), file=process.stdin, flush=True)
                 line = process.stdout.readline()
                 reply = json.loads(line) if line.endswith("\n") else {}
             except (OSError, ValueError) as error:
@@ -241,13 +239,13 @@ def work() -> None:
         job, start = json.loads(line), time.perf_counter()
         reply: dict[str, Any] = {"outcome": "error"}
         try:
-            wanted = (job["suite"], job["task"], job["size"], job["render_size"])
+            wanted = (job["suite"], job["task"], job["size"])
             if built != wanted:
                 if env is not None:
                     env.close()
                 env, built = None, None
                 task = load_task(job["suite"], job["task"])
-                env = LiberoEnv(task, image_size=job["render_size"], observed_size=job["size"])
+                env = LiberoEnv(task, observed_size=job["size"])
                 built = wanted
             demo, steps = demonstrate(env, job["seed"], noise=job["noise"])
             if demo is not None:

@@ -102,7 +102,8 @@ def load_any_grid(address: str, model) -> Params:
     """Parameters of a checkpoint whose image size may be another: the grid that fits its position embedding."""
     folder = fetch(address)
     errors = []
-    for size in sorted({model.image_size, 112, 224}, key=lambda s: s != model.image_size):
+    likely = lambda size: (size != model.image_size, size not in (112, 224), size)
+    for size in sorted(range(model.vision.patch, 449, model.vision.patch), key=likely):
         try:
             return load_params(folder, model.replace(image_size=size), dtype="float32")
         except ValueError as error:
