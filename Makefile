@@ -19,8 +19,10 @@ demo: libero
 test: libero lint
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(ARGS)
 
+# openpi's pins matter for serving; training and evaluation are tested on the newest versions
+NOT_PINNED := training evaluate records report demonstrations expert libero demo
 test-pinned: $(PINNED)/.ready
-	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(ARGS)
+	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(NOT_PINNED:%=--ignore=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
