@@ -7,7 +7,7 @@
 
 HDF5 files hold frames as LIBERO has them (upside down), a `Demo` as openpi's client sends them (rotated by 180°). The
 archive is a zip with one H.264 video per episode and camera, one .npz with the exact numbers, and an index; reading it
-needs no HDF5. numpy only; no device.
+needs no h5py. numpy only; no device.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ CAMERAS = {"observation/image": "agentview_rgb", "observation/wrist_image": "eye
 
 EXTRA = {"states": "states", "robot_states": "robot_states", "joint_states": "obs/joint_states"}
 """Key of `Demo.extra` -> dataset of LIBERO's files."""
-
 _FORMAT = "safe-pruner-jax demonstrations 1"
 _CONTROL_RATE = 20  # Hz; the frame rate of packed videos
 _LABELS = ("prompt", "suite", "task", "name", "seed")
@@ -95,13 +94,12 @@ class Packed(NamedTuple):
 def write_demos(path: str | Path, demos: Iterable[Demo], env_args: dict[str, Any] | None = None) -> None:
     """Writes a task's episodes as one of LIBERO's files, replacing it in one step when everything is on disk.
 
+    After an exception, such as OSError when the disk is full, what was at `path` before is still there.
+
     Args:
       path: `<task name>_demo.hdf5` is what LIBERO's tools look for.
       demos: of one task.
       env_args: how the simulator was built, for LIBERO's attribute of that name; JSON.
-
-    Raises:
-      OSError: e.g. when the disk is full; what was at `path` before is still there.
     """
     with _new_hdf5(path) as file:
         data = file.create_group("data")
@@ -115,7 +113,7 @@ def write_demos(path: str | Path, demos: Iterable[Demo], env_args: dict[str, Any
 def merge_demos(paths: Iterable[str | Path], path: str | Path) -> int:
     """Copies the episodes of files of one task into one file, each seed once; returns how many there are.
 
-    Frames are copied as they are, compressed. `path` itself may be among the sources; it is replaced at the end.
+    `path` itself may be among the sources; it is replaced at the end.
     """
     import h5py
 
@@ -147,12 +145,10 @@ def read_demos(path: str | Path, *, size: int | None = None) -> Iterator[Demo]:
     """The episodes of one of LIBERO's files, human or scripted, in order.
 
     Args:
-      path: an HDF5 file in LIBERO's layout.
       size: S of the images, resized if the file has others; None keeps the file's.
 
     Raises:
-      OSError: for a file that is missing or not HDF5.
-      ValueError: for one without LIBERO's datasets.
+      OSError, ValueError: for a file that is not HDF5, for one without LIBERO's datasets.
     """
     import h5py
 
@@ -167,7 +163,6 @@ def read_demos(path: str | Path, *, size: int | None = None) -> Iterator[Demo]:
 
 @contextlib.contextmanager
 def _new_hdf5(path: str | Path) -> Iterator[Any]:
-    """A file that appears at `path` complete or not at all."""
     import h5py
 
     with _replacing(Path(path)) as partial, h5py.File(partial, "w") as file:
@@ -198,12 +193,8 @@ def _count(data: Any) -> None:
 
 
 def _write_attributes(data: Any, demo: Demo, env_args: dict[str, Any]) -> None:
-    problem = {
-        "problem_name": env_args.get("problem_name", ""),
-        "domain_name": "robosuite",
-        "language_instruction": demo.prompt,
-    }
-    data.attrs["problem_info"] = json.dumps(problem)
+    problem = {"problem_name": env_args.get("problem_name", ""), "domain_name": "robosuite"}
+    data.attrs["problem_info"] = json.dumps({**problem, "language_instruction": demo.prompt})
     data.attrs["env_args"] = json.dumps(env_args)
     data.attrs["env_name"] = env_args.get("env_name", "")
     data.attrs["bddl_file_name"] = env_args.get("bddl_file", "")
@@ -270,14 +261,9 @@ def pack(
     """Packs the episodes of LIBERO's files into one archive, which appears at `out` when it is complete.
 
     Args:
-      paths: HDF5 files.
-      out: the archive (.zip).
       size: S of the packed frames; None keeps the files'.
       crf: H.264's constant rate factor: 18 to 24, less is better and larger.
-      on_demo: called after every episode.
-
-    Returns:
-      Size and fidelity of every episode, in order.
+      on_demo: called with each episode's size and fidelity; the list of them is returned.
     """
     done: list[Packed] = []
     index: list[dict[str, Any]] = []
@@ -310,10 +296,9 @@ def packed_index(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_packed(path: str | Path, *, size: int | None = None, only: Iterable[int] | None = None) -> Iterator[Demo]:
-    """The episodes of an archive; decoding one takes about a tenth of a second.
+    """The episodes of an archive; decoding one takes about 0.3 s.
 
     Args:
-      path: written by `pack`.
       size: S of the images, resized if the archive has others; None keeps the archive's.
       only: positions in `packed_index`, e.g. one worker's share; None reads all.
     """
@@ -324,10 +309,8 @@ def read_packed(path: str | Path, *, size: int | None = None, only: Iterable[int
             with np.load(io.BytesIO(archive.read(f"{entry['folder']}/numbers.npz"))) as file:
                 numbers = dict(file)
             shape = (len(numbers["actions"]), entry["side"], entry["side"], 3)
-            images = {
-                key: _resized(_decode(archive.read(f"{entry['folder']}/{name}.mp4"), shape), size)
-                for key, name in CAMERAS.items()
-            }
+            video = lambda name, folder=entry["folder"]: archive.read(f"{folder}/{name}.mp4")
+            images = {key: _resized(_decode(video(name), shape), size) for key, name in CAMERAS.items()}
             state, actions = numbers.pop("state"), numbers.pop("actions")
             yield Demo(images, state, actions, **{key: entry[key] for key in _LABELS}, extra=numbers)
 
@@ -337,17 +320,9 @@ def _encode(frames: np.ndarray, crf: int) -> bytes:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "video.mp4")
-        options = ["-crf", str(crf), "-preset", "slow", "-threads", "1"]
-        with imageio.get_writer(
-            file,
-            fps=_CONTROL_RATE,
-            codec="libx264",
-            pixelformat="yuv420p",
-            quality=None,
-            macro_block_size=1,
-            output_params=options,
-            ffmpeg_log_level="error",
-        ) as writer:
+        options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": None, "macro_block_size": 1}
+        options["output_params"] = ["-crf", str(crf), "-preset", "slow", "-threads", "1"]
+        with imageio.get_writer(file, fps=_CONTROL_RATE, ffmpeg_log_level="error", **options) as writer:
             for frame in frames:
                 writer.append_data(frame)
         return file.read_bytes()
@@ -356,8 +331,7 @@ def _encode(frames: np.ndarray, crf: int) -> bytes:
 def _decode(video: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """An H.264 file -> frames uint8 of a known shape [T, S, S, 3].
 
-    Raises:
-      ValueError: for a video with another number of frames.
+    Raises ValueError for a video with another number of frames.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "video.mp4")
