@@ -17,3 +17,11 @@ Array = jax.Array
 
 Layers = tuple[int, ...]
 """Layer indices, 0 is the first layer of the language model (and of the expert)."""
+
+
+def dense(x: Array, w: Array) -> Array:
+    """x [..., D] times w [D, E], as one product of two matrices.
+
+    The same numbers as `x @ w`; XLA's CPU backend differentiates a product with several leading axes 3 times slower.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])

@@ -34,7 +34,7 @@ EXTRA = {"states": "states", "robot_states": "robot_states", "joint_states": "ob
 """Key of `Demo.extra` -> dataset of LIBERO's files."""
 _FORMAT = "safe-pruner-jax demonstrations 1"
 _CONTROL_RATE = 20  # Hz; the frame rate of packed videos
-_LABELS = ("prompt", "suite", "task", "name", "seed")
+_LABELS = ("prompt", "suite", "task", "name", "seed", "every")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Demo:
     """One successful episode of T steps; row t is what was seen before the t-th action.
 
     Args:
-      images: CAMERAS' keys -> uint8 [T, S, S, 3], in openpi's orientation.
+      images: CAMERAS' keys -> uint8 [F, S, S, 3], in openpi's orientation.
       state: float32 [T, 8], end-effector position (m) 3, rotation vector (rad) 3, fingers (m) 2.
       actions: float32 [T, 7], translation 3, rotation 3, gripper (-1 open, 1 closed).
       prompt: what the robot was told.
@@ -50,6 +50,7 @@ class Demo:
       task: the task's index in its suite; -1 if the file does not say.
       name: the task's name.
       seed: of the episode; -1 if there is none (human demonstrations).
+      every: there is a frame of every so many-th step, F = ceil(T / every); 1 in LIBERO's own files.
       extra: EXTRA's keys -> float64 [T, n], where known: the simulator's flattened state (time, positions, velocities);
         fingers 2, end-effector position 3 and quaternion (x y z w) 4; the arm's joint angles (rad) 7.
     """
@@ -62,6 +63,7 @@ class Demo:
     task: int = -1
     name: str = ""
     seed: int = -1
+    every: int = 1
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -69,7 +71,7 @@ class Demo:
         shapes = {"actions": (self.actions.shape, (steps, 7)), "state": (self.state.shape, (steps, 8))}
         shapes |= {key: (rows.shape[:1], (steps,)) for key, rows in self.extra.items()}
         for key, frames in self.images.items():
-            shapes[key] = (frames.shape, (steps, *frames.shape[1:2] * 2, 3))
+            shapes[key] = (frames.shape, (-(-steps // self.every), *frames.shape[1:2] * 2, 3))
         wrong = [f"{key} {list(found)}" for key, (found, expected) in shapes.items() if found != expected]
         if steps == 0 or wrong or set(self.images) != set(CAMERAS):
             raise ValueError(f"not a demonstration of {steps} steps: cameras {sorted(self.images)}, {', '.join(wrong)}")
@@ -220,7 +222,7 @@ def _write_episode(group: Any, demo: Demo) -> None:
     group.attrs["num_samples"] = steps
     if "states" in demo.extra:
         group.attrs["init_state"] = demo.extra["states"][0]
-    group.attrs.update({"suite": demo.suite, "task": demo.task, "name": demo.name, "seed": demo.seed})
+    group.attrs.update({key: getattr(demo, key) for key in ("suite", "task", "name", "seed", "every")})
 
 
 def _read_episode(group: Any, about: Any, path: Path, size: int | None) -> Demo:
@@ -237,6 +239,7 @@ def _read_episode(group: Any, about: Any, path: Path, size: int | None) -> Demo:
         task=int(attrs.get("task", -1)),
         name=str(attrs.get("name", path.stem.removesuffix("_demo"))),
         seed=int(attrs.get("seed", -1)),
+        every=int(attrs.get("every", 1)),
         extra={key: group[name][:] for key, name in EXTRA.items() if name in group},
     )
 
@@ -308,7 +311,8 @@ def read_packed(path: str | Path, *, size: int | None = None, only: Iterable[int
             entry = index[position]
             with np.load(io.BytesIO(archive.read(f"{entry['folder']}/numbers.npz"))) as file:
                 numbers = dict(file)
-            shape = (len(numbers["actions"]), entry["side"], entry["side"], 3)
+            entry.setdefault("every", 1)
+            shape = (-(-len(numbers["actions"]) // entry["every"]), entry["side"], entry["side"], 3)
             video = lambda name, folder=entry["folder"]: archive.read(f"{folder}/{name}.mp4")
             images = {key: _resized(_decode(video(name), shape), size) for key, name in CAMERAS.items()}
             state, actions = numbers.pop("state"), numbers.pop("actions")

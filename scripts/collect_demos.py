@@ -24,6 +24,7 @@ import tyro
 from safe_pruner_jax.demonstrations import merge_demos, seeds, write_demos
 
 SEEDS_PER_RUN = 1_000_000  # episode k of a run has the seed `seed` · this + k
+SETTINGS = ("suite", "noise", "size", "every")  # of one folder
 DEATHS_IN_A_ROW = 3  # of one worker, before the run is given up
 SPACE = 2**30  # bytes that must be free before an episode is started
 
@@ -38,6 +39,8 @@ class Args:
       episodes: successful episodes wanted per task.
       noise: standard deviation of the Gaussian noise on the six executed motion commands.
       size: pixels per side of the stored frames.
+      every: frames of every so many-th step only; rendering is most of the cost, and more episodes teach more than more
+        frames of one. LIBERO's own files, and what reads them, have 1.
       workers: processes; as many as there are cores.
       seed: runs with different seeds have different episodes.
       out: folder.
@@ -48,6 +51,7 @@ class Args:
     episodes: int = 50
     noise: float = 0.08
     size: int = 224
+    every: int = 1
     workers: int = 2
     seed: int = 0
     out: Path = Path("demos")
@@ -142,8 +146,7 @@ class Collection:
 
     def _check_settings(self) -> None:
         """Episodes of different settings do not belong in one folder."""
-        keep = ("suite", "noise", "size")
-        settings = {key: getattr(self._args, key) for key in keep}
+        settings = {key: getattr(self._args, key) for key in SETTINGS}
         file = self._folder / "settings.json"
         if not file.exists():
             file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
@@ -174,7 +177,7 @@ class Collection:
                         self._worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
                     )
                     self._processes.append(process)
-                settings = {"suite": self._args.suite, "noise": self._args.noise, "size": self._args.size}
+                settings = {key: getattr(self._args, key) for key in SETTINGS}
                 job = {"task": ledger.task, "seed": seed, "path": str(ledger.folder / f"{seed}.hdf5"), **settings}
                 print(json.dumps(job), file=process.stdin, flush=True)
                 line = process.stdout.readline()
@@ -247,7 +250,7 @@ def work() -> None:
                 task = load_task(job["suite"], job["task"])
                 env = LiberoEnv(task, observed_size=job["size"])
                 built = wanted
-            demo, steps = demonstrate(env, job["seed"], noise=job["noise"])
+            demo, steps = demonstrate(env, job["seed"], noise=job["noise"], every=job["every"])
             if demo is not None:
                 env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}
                 env_args |= {"problem_name": env.simulator.problem_name, "noise": job["noise"], **provenance()}

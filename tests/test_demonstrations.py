@@ -1,5 +1,6 @@
 """Demonstrations on disk, and the collector with workers that are scripts of three lines."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -27,7 +28,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "collect_demos.py"
 STEPS, SIDE = 5, 32
 
 
-def demo(seed=0, steps=STEPS, side=SIDE) -> Demo:
+def demo(seed=0, steps=STEPS, side=SIDE, every=1) -> Demo:
     """Smooth moving pictures, different in every corner, and random numbers."""
     generator = np.random.default_rng(seed)
     y, x, t = np.meshgrid(np.arange(side), np.arange(side), np.arange(steps), indexing="ij")
@@ -38,7 +39,7 @@ def demo(seed=0, steps=STEPS, side=SIDE) -> Demo:
         "joint_states": generator.normal(size=(steps, 7)),
     }
     return Demo(
-        {"observation/image": picture, "observation/wrist_image": picture[:, :, ::-1].copy()},
+        {"observation/image": picture[::every], "observation/wrist_image": picture[::every, :, ::-1].copy()},
         generator.normal(size=(steps, 8)).astype(np.float32),
         generator.normal(size=(steps, 7)).astype(np.float32),
         "pick up the butter",
@@ -46,13 +47,14 @@ def demo(seed=0, steps=STEPS, side=SIDE) -> Demo:
         task=6,
         name="pick_up_the_butter",
         seed=seed,
+        every=every,
         extra=extra,
     )
 
 
 def assert_same(a: Demo, b: Demo, images=True) -> None:
-    assert [getattr(a, k) for k in ("prompt", "suite", "task", "name", "seed")] == [
-        getattr(b, k) for k in ("prompt", "suite", "task", "name", "seed")
+    assert [getattr(a, k) for k in ("prompt", "suite", "task", "name", "seed", "every")] == [
+        getattr(b, k) for k in ("prompt", "suite", "task", "name", "seed", "every")
     ]
     pairs = [(a.state, b.state), (a.actions, b.actions), *((a.extra[k], b.extra[k]) for k in a.extra)]
     for x, y in pairs + ([(a.images[k], b.images[k]) for k in CAMERAS] if images else []):
@@ -159,6 +161,17 @@ def test_pack_round_trip(tmp_path, side):
     assert [entry["seed"] for entry in packed_index(tmp_path / "a.zip")] == [0, 1]
     (one,) = read_packed(tmp_path / "a.zip", size=16, only=[1])
     assert one.seed == 1 and one.images["observation/image"].shape == (9, 16, 16, 3)
+
+
+def test_frames_of_every_third_step_survive_both_formats(tmp_path):
+    sparse = demo(every=3)
+    assert len(sparse) == STEPS and len(sparse.images["observation/image"]) == -(-STEPS // 3)
+    write_demos(tmp_path / "a.hdf5", [sparse])
+    assert_same(sparse, next(read_demos(tmp_path / "a.hdf5")))
+    pack([tmp_path / "a.hdf5"], tmp_path / "a.zip")
+    assert_same(sparse, next(read_packed(tmp_path / "a.zip")), images=False)
+    with pytest.raises(ValueError, match="not a demonstration"):
+        dataclasses.replace(sparse, every=1)
 
 
 def test_a_video_with_another_number_of_frames_is_refused():

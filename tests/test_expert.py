@@ -89,8 +89,9 @@ def test_a_demonstration_records_the_expert_not_the_noise(env, tmp_path, monkeyp
     assert list(demo.images["observation/image"][:3, 0, 0, 0]) == [0, 2, 4]
     (read,) = read_demos(tmp_path / "a.hdf5")
     np.testing.assert_array_equal(read.images["observation/wrist_image"], demo.images["observation/wrist_image"])
-    again, _ = demonstrate(env, 1, noise=0.08)
+    again, _ = demonstrate(env, 1, noise=0.08, every=4)
     np.testing.assert_array_equal(again.state, demo.state)
+    assert len(again.images["observation/image"]) == -(-steps // 4)
     env.randomize(1)
     np.testing.assert_array_equal(Expert(env).act().astype(np.float32), demo.actions[0])
     for action in demo.actions[:5]:

@@ -38,6 +38,7 @@ def demo(length: int, seed: int, size: int = 28, prompt: str = "pick up the bowl
         state=rng.normal(size=(length, 8)),
         actions=rng.uniform(-1, 1, (length, 7)),
         prompt=prompt,
+        every=1,
     )
 
 
@@ -91,6 +92,18 @@ def test_times_are_betas():
 
 
 # data
+
+
+def test_samples_of_sparse_frames_are_the_dense_ones_of_those_steps(samples):
+    config = dataclasses.replace(get_config("mini_libero"), model=tiny())
+    tokenizer = Tokenizer(DATA / "toy_sentencepiece.model", 200)
+    dense = demo(8, 3)
+    sparse = SimpleNamespace(**vars(dense) | {"every": 3, "images": {k: v[::3] for k, v in dense.images.items()}})
+    stats = data.norm_stats([dense])
+    a, b = (data.make_samples([d], config, stats, tokenizer) for d in (dense, sparse))
+    assert len(b.prompt) == 3
+    for name in ("frames", "state", "actions", "prompt", "episode"):
+        np.testing.assert_array_equal(getattr(a, name)[::3], getattr(b, name))
 
 
 def test_chunks_follow_the_step_and_repeat_the_last_action(samples):

@@ -217,8 +217,8 @@ def _hand(site: np.ndarray, yaw: float) -> np.ndarray:
     return site + local @ np.stack([across, along, np.array([0, 0, 1.0])])
 
 
-def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0) -> tuple[Demo | None, int]:
-    """Plays one episode from a random initial state and records it, rendering both cameras at every step.
+def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0, every: int = 1) -> tuple[Demo | None, int]:
+    """Plays one episode from a random initial state and records it.
 
     The arm executes the expert's action plus Gaussian noise, the record holds the expert's action: what it would do
     in the state that the noise led to (DART, Laskey et al. 2017). The gripper command is never disturbed.
@@ -227,29 +227,36 @@ def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0) -> tuple[Demo 
       env: any episode may be running; `env.task` must be one that the expert plays.
       seed: decides the initial state and the noise; the same seed gives the same episode.
       noise: standard deviation of what is added to the six motion commands, which are in [-1, 1].
+      every: both cameras are rendered at every so many-th step, which is most of the cost.
 
     Returns:
       The demonstration, None if the episode did not succeed; the number of steps.
     """
     env.randomize(seed)
     expert, generator, rows = Expert(env), np.random.default_rng([seed, env.task.index, 1]), []
+    images: dict[str, list[np.ndarray]] = {key: [] for key in CAMERAS}
     success, done = False, False
     while not done:
-        seen, action, more = env.observe(), expert.act(), expert.scene.proprioception()
-        rows.append((seen, action, more))
+        if len(rows) % every == 0:
+            seen = env.observe()
+            for key, frames in images.items():
+                frames.append(seen[key])
+        action = expert.act()
+        rows.append((env.proprioception(), action, expert.scene.proprioception()))
         disturbed = action + noise * np.append(generator.standard_normal(6), 0.0)
         success, done = env.step(np.clip(disturbed, -1, 1))
     if not success:
         return None, env.steps
     demo = Demo(
-        images={key: np.stack([seen[key] for seen, _, _ in rows]) for key in CAMERAS},
-        state=np.stack([seen["observation/state"] for seen, _, _ in rows]).astype(np.float32),
+        images={key: np.stack(frames) for key, frames in images.items()},
+        state=np.stack([state for state, _, _ in rows]).astype(np.float32),
         actions=np.stack([action for _, action, _ in rows]).astype(np.float32),
         prompt=env.task.language,
         suite=env.task.suite,
         task=env.task.index,
         name=env.task.name,
         seed=seed,
+        every=every,
         extra={key: np.stack([more[key] for _, _, more in rows]) for key in EXTRA},
     )
     return demo, env.steps

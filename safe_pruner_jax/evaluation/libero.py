@@ -238,9 +238,15 @@ class LiberoEnv:
         """
         size = self._observed_size
         images = {key: resize_with_pad(self.render(camera), size, size) for key, camera in CAMERAS.items()}
-        seen = self._seen
-        pose = (seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"])
-        return {**images, "observation/state": np.concatenate(pose), "prompt": self.task.language}
+        return {**images, "observation/state": self.proprioception(), "prompt": self.task.language}
+
+    def proprioception(self) -> np.ndarray:
+        """`observe()["observation/state"]` alone, without rendering: float64 [8]."""
+        if self._seen is None:
+            raise RuntimeError("there is nothing to sense: call reset()")
+        pose = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+        position, quaternion, fingers = (self._seen[key] for key in pose)
+        return np.concatenate([position, axis_angle(quaternion), fingers])
 
     def render(self, camera: str = "agentview") -> np.ndarray:
         """One camera's frame at the last step, rotated by 180°: uint8 [image_size, image_size, 3]."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, dense
 from safe_pruner_jax.model.config import GemmaConfig
 
 MASKED = -2.3819763e38  # what openpi writes over masked logits; a fully masked row becomes uniform
@@ -100,7 +100,7 @@ def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> t
 def project_qkv(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
     """q [B, S, N, H] rotated and scaled by H^-1/2, k [B, S, K, H] rotated, v [B, S, K, H]."""
     N, K = c.num_heads, c.num_kv_heads
-    heads = (x @ w.qkv).reshape(*x.shape[:2], N + 2 * K, c.head_dim)
+    heads = dense(x, w.qkv).reshape(*x.shape[:2], N + 2 * K, c.head_dim)
     q, k, v = jnp.split(heads, (N, N + K), axis=2)
     return _rotate(q, cos_sin) * c.head_dim**-0.5, _rotate(k, cos_sin), v
 
@@ -117,23 +117,24 @@ def attend(q: Array, segments: tuple[Segment, ...]) -> tuple[Array, Array]:
     """
     B, R, N, H = q.shape
     K = segments[0].k.shape[2]
-    q = q.reshape(B, R, K, N // K, H)
-    logits = [
-        jnp.where(
-            s.mask[:, None, None],
-            jnp.einsum("brkgh,bskh->bkgrs", q, s.k, preferred_element_type=jnp.float32),
-            MASKED,
-        )
-        for s in segments
-    ]
+    G = N // K
+    # the G heads of a group are rows of one product: their keys are the same
+    q = q.reshape(B, R, K, G, H).swapaxes(1, 2).reshape(B, K, R * G, H)
+
+    def scores(s: Segment) -> Array:
+        x = jnp.einsum("bkxh,bskh->bkxs", q, s.k, preferred_element_type=jnp.float32)
+        return jnp.where(s.mask[:, None, :, None], x.reshape(B, K, R, G, -1), MASKED)
+
+    logits = [scores(s) for s in segments]
     logits = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
-    probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(B, K, R * G, -1)
     out, start = 0, 0
     for s in segments:
         stop = start + s.k.shape[1]
-        out += jnp.einsum("bkgrs,bskh->brkgh", probs[..., start:stop], s.v)
+        out += jnp.einsum("bkxs,bskh->bkxh", probs[..., start:stop], s.v)
         start = stop
-    return out.reshape(B, R, N * H), logits.reshape(B, N, R, -1)
+    out = out.reshape(B, K, R, G, H).swapaxes(1, 2).reshape(B, R, N * H)
+    return out, logits.swapaxes(2, 3).reshape(B, N, R, -1)
 
 
 def layer(
@@ -162,16 +163,16 @@ def layer(
     h, gate = rms_norm(x, w.gain1, None if mod is None else mod.attn)
     q, k, v = project_qkv(c, w, h, cos_sin)
     out, logits = attend(q, (*cache, Segment(k, v, mask)))
-    x = x + gate * (out @ w.out)
+    x = x + gate * dense(out, w.out)
     h, gate = rms_norm(x, w.gain2, None if mod is None else mod.mlp)
-    g, u = jnp.split(h @ w.gate_up, 2, axis=-1)
-    x = x + gate * ((jax.nn.gelu(g) * u) @ w.down)
+    g, u = jnp.split(dense(h, w.gate_up), 2, axis=-1)
+    x = x + gate * dense(jax.nn.gelu(g) * u, w.down)
     return x, (k, v), logits
 
 
 def keys_and_values(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
     """Only k and v [B, S, K, H] of a layer: all that the last prefix layer is needed for."""
     h, _ = rms_norm(x, w.gain1)
-    kv = (h @ w.qkv[:, c.num_heads * c.head_dim :]).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)
+    kv = dense(h, w.qkv[:, c.num_heads * c.head_dim :]).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)
     k, v = jnp.split(kv, 2, axis=2)
     return _rotate(k, cos_sin), v

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, dense
 from safe_pruner_jax.model.config import Pi0Config
 
 
@@ -92,7 +92,7 @@ def encode(w: VisionWeights, config: Pi0Config, images: Array) -> Array:
     p, g, dtype = config.vision.patch, config.grid, jnp.dtype(config.dtype)
     x = images.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if images.dtype == jnp.uint8 else images
     x = x.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
-    x = (x @ w.patch.w + w.patch.b + w.positions).astype(dtype)
+    x = (_dense(x, w.patch) + w.positions).astype(dtype)
     for block in w.blocks:
         x = _block(block, x, config.vision.num_heads)
     return _dense(_layer_norm(x, w.norm), w.head)
@@ -111,7 +111,7 @@ def _block(w: BlockWeights, x: Array, heads: int) -> Array:
 
 
 def _dense(x: Array, a: Affine) -> Array:
-    return x @ a.w + a.b
+    return dense(x, a.w) + a.b
 
 
 def _layer_norm(x: Array, a: Affine) -> Array:

@@ -95,12 +95,12 @@ def make_samples(
     chunks = []
     for demo in demos:
         T = len(demo.actions)
-        ahead = np.minimum(np.arange(T)[:, None] + np.arange(model.action_horizon), T - 1)
+        ahead = np.minimum(np.arange(0, T, demo.every)[:, None] + np.arange(model.action_horizon), T - 1)
         chunks.append(padded(demo.actions, "actions")[ahead])
-    lengths = [len(d.actions) for d in demos]
+    lengths = [len(chunk) for chunk in chunks]
     return Samples(
         frames=np.concatenate([np.stack([d.images[k] for k in CAMERA_KEYS], axis=1) for d in demos]),
-        state=np.concatenate([padded(d.state, "state") for d in demos]),
+        state=np.concatenate([padded(d.state[:: d.every], "state") for d in demos]),
         actions=np.concatenate(chunks),
         tokens=tokens,
         token_mask=mask,
