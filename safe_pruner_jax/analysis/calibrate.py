@@ -117,7 +117,7 @@ def table(proposal: dict[str, Any]) -> str:
     recall = f"core tokens kept at {proposal['keep']:.0%}"
     head = ["queries, λ", recall, "κ within", "κ across", share, "boundaries below γ", "separation"]
     chosen = " ".join(f"--pruner.{name} {value}" for name, value in proposal["choices"].items())
-    of = f"From {proposal['episodes']} episodes, {proposal['calls']} pruned calls."
+    of = f"Episodes: {proposal['episodes']}, pruned calls: {proposal['calls']}."
     return f"{markdown(head, lines)}\n{of} Proposed: `--pruner=safe {chosen}`.\n"
 
 

@@ -271,7 +271,7 @@ def _leave(out: Path, name: str, table: str, figure: Figure) -> None:
     (out / f"{name}.md").write_text(table, encoding="utf-8")
     figure.savefig(out / f"{name}.png")
     print(table, end="")
-    print(f"\nrows, table and figure: {out / name}.jsonl, .md, .png")
+    print(f"\nrows are in {out}, this table and its figure in {out / name}.md and .png")
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {

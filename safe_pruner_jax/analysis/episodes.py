@@ -124,17 +124,27 @@ def _played(place: tuple[str, int, int], replan: int, infer: Callable | None) ->
 
     suite, task, trial = place
     with LiberoEnv(load_task(suite, task)) as env:
-        request, done = env.reset(trial), False
-        expert = Expert(env) if infer is None else None
-        while not done:
-            actions = _expert(expert, replan) if expert else iter(np.asarray(infer(request)["actions"])[:replan])
-            for number, action in enumerate(actions):
-                if number == 0:
-                    yield Call(request, float(action[6]))
-                if done := env.step(action).done:
-                    break
-            request = None if done else env.observe()
+        request = env.reset(trial)
+        if infer is None:
+            expert = Expert(env)
+            yield from play(env, request, lambda _: (expert.act() for _ in range(replan)))
+        else:
+            yield from play(env, request, lambda request: infer(request)["actions"][:replan])
 
 
-def _expert(expert: Any, replan: int) -> Iterator[np.ndarray]:
-    return (expert.act() for _ in range(replan))
+def play(env: Any, request: dict[str, Any], chunk: Callable[[dict[str, Any]], Iterable[np.ndarray]]) -> Iterator[Call]:
+    """An episode as it is played, call after call.
+
+    Args:
+      env: a `LiberoEnv` whose episode has just begun.
+      request: its first observation.
+      chunk: request to the actions executed until the next call, [7] each; computed one by one if it is lazy.
+    """
+    while request is not None:
+        done = False
+        for number, action in enumerate(chunk(request)):
+            if number == 0:
+                yield Call(request, float(action[6]))
+            if done := env.step(np.asarray(action)).done:
+                break
+        request = None if done else env.observe()

@@ -104,5 +104,6 @@ def figure(rows: Sequence[Row]) -> Figure:
                     label = {"label": name} if within else {}
                     ax.plot(*zip(*points, strict=True), line, color=f"C{place}", lw=1.3, ms=3, marker="o", **label)
         ax.set(xlabel="calls since the keyframe", title=title)
-    axes[0, 0].legend(fontsize=7, frameon=False, title="solid: within a subtask\ndashed: across", title_fontsize=7)
+    told = {"title": "solid: within a subtask\ndashed: across a boundary", "title_fontsize": 8, "fontsize": 8}
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, **told)
     return drawn

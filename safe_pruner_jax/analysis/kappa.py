@@ -98,5 +98,5 @@ def figure(rows: Sequence[Row], threshold: float) -> Figure:
             ax.set_xlabel("call", fontsize=8)
             ax.set_title(part if q == queries[0] else "", fontsize=8)
         line[0].set_ylabel(f"κ, {q}")
-    drawn.suptitle("dashed: γ · points: keyframes after the first · vertical: gripper command changes", fontsize=9)
+    drawn.suptitle("dashed: γ · points: keyframes after the first\nvertical: the gripper command changes", fontsize=9)
     return drawn
