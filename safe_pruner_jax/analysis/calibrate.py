@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis import forecast
 from safe_pruner_jax.analysis.measures import separation
 from safe_pruner_jax.analysis.recall import QUERIES, label, mean_loss
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels
+from safe_pruner_jax.analysis.rows import Row, Table, form, markdown, panels
 
 
 def gammas(rows: Sequence[Row], share: float = 0.1) -> dict[str, dict[str, float | None]]:
@@ -118,7 +118,7 @@ def table(proposal: dict[str, Any]) -> str:
     head = ["queries, λ", recall, "κ within", "κ across", share, "boundaries below γ", "separation"]
     chosen = " ".join(f"--pruner.{name} {value}" for name, value in proposal["choices"].items())
     of = f"Episodes: {proposal['episodes']}, pruned calls: {proposal['calls']}."
-    return f"{markdown(head, lines)}\n{of} Proposed: `--pruner=safe {chosen}`.\n"
+    return Table(f"{markdown(head, lines)}\n{of} Proposed: `--pruner=safe {chosen}`.\n")
 
 
 def figure(forecasts: Sequence[Row], proposal: dict[str, Any]) -> Figure:

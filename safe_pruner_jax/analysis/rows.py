@@ -122,11 +122,18 @@ def rounded(values: Iterable[float], digits: int = 6) -> list[float | None]:
     return [round(float(v), digits) if abs(float(v)) < float("inf") else None for v in values]
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+class Table(str):
+    """Markdown that notebooks show as a table; a string everywhere else."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """A table; the first column is text, the others are aligned to the right; None is a dash."""
     cell = lambda value: "–" if value is None else str(value)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([cell(v) for v in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return Table("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
 
 
 def form(value: float | None, pattern: str) -> str | None:
