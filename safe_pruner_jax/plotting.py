@@ -244,6 +244,7 @@ def saliency_figure(
     if not rows or wrong:
         raise ValueError(f"rows: expected saliencies of {n} slots, got {wrong or 'none'}")
     figure = _figure(2.1 * len(images) + 1.2, 2.1 * len(rows) + 0.7)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots(len(rows), len(images), squeeze=False)
     for line, (label, s) in zip(axes, rows.items(), strict=True):
         for ax, (camera, image), part in zip(line, images.items(), np.reshape(s, (-1, g, g)), strict=True):
@@ -254,7 +255,6 @@ def saliency_figure(
             ax.set_title(camera if label == next(iter(rows)) else "", fontsize=9)
         line[0].set_ylabel(label, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     return figure
 
 
