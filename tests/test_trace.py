@@ -1,5 +1,6 @@
 """Episodes and traces: what is asked about when, and that a replay decides what a session decides."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -144,3 +145,11 @@ def test_saliencies_are_distributions_over_alive_tokens(watched):
     )
     with pytest.raises(ValueError, match="last prompt row only"):
         watched.captured(Capture(0, "text", over="all"))
+
+
+def test_a_method_that_needs_more_than_a_trace_is_refused(watched):
+    other = dataclasses.replace(PRUNERS["random"](), name="other")
+    with pytest.raises(ValueError, match="which needs more evidence"):
+        replay(other, watched)
+    selections = replay(PRUNERS["full"](), watched)
+    assert all(s.keyframe for s in selections) and len(selections) == len(watched)

@@ -9,7 +9,7 @@ The noise is that of a session with the same seed, so a replay sees what the eng
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
@@ -25,6 +25,9 @@ from safe_pruner_jax.policy import Policy, layout_of, pack
 from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 from safe_pruner_jax.tokens import PrefixLayout, saliency
+
+REPLAYED = ("full", "safe", "fastv", "random")
+"""Pruners that decide on what a trace holds: visual tokens, saliency, and the late saliency of full passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,22 +187,25 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
       One `Selection` of NumPy arrays per call; at keyframes `index` is the top-K that was not used.
 
     Raises:
-      ValueError: a plan that does not fit the model, or wants a saliency that a trace does not have.
+      ValueError: a pruner that needs more than a trace holds, or a plan that does not fit the model.
     """
+    if pruner.name not in REPLAYED:
+        raise ValueError(f"replay: expected one of {', '.join(REPLAYED)}, got {pruner.name}, which needs more evidence")
     plan = pruner.plan.for_depth(trace.depth)
     captured = [trace.captured(c) for c in plan.capture]
     late = trace.late(plan.late_steps)[:, list(plan.late_layers)]
 
     def evidence(t: int, since: int, reference: int) -> Evidence:
-        return Evidence(
-            since_full=np.int32(since),
-            visual=trace.visual[t],
-            alive=trace.alive[t],
-            camera=trace.camera,
-            saliency=tuple(s[t] for s in captured),
-            late=late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),
-            key=trace.keys[t],
-        )
+        recorded = {
+            "since_full": np.int32(since),
+            "visual": trace.visual[t],
+            "alive": trace.alive[t],
+            "camera": trace.camera,
+            "saliency": tuple(s[t] for s in captured),
+            "late": late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),
+            "key": trace.keys[t],
+        }
+        return Evidence(**{field.name: recorded.get(field.name) for field in fields(Evidence)})
 
     step, selections, since, reference = jax.jit(pruner.step), [], NO_HISTORY, 0
     state = pruner.init(evidence(0, NO_HISTORY, 0))
