@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -24,6 +23,7 @@ from safe_pruner_jax.cli import main as openpi
 from safe_pruner_jax.evaluation.evaluate import episodes
 from safe_pruner_jax.evaluation.libero import num_tasks
 from safe_pruner_jax.evaluation.records import METHOD, RecordsError, differences, read_records
+from safe_pruner_jax.pruners import PRUNERS
 
 RUN = "import sys; from safe_pruner_jax.cli import main; sys.exit(main())"
 
@@ -37,11 +37,12 @@ class Sweep:
       tasks: of the suite; all of them by default.
       trials: episodes per task and cell.
       keeps: shares of the visual tokens kept.
-      methods: of METHODS, beside `full`, which is always played.
+      methods: names of pruners, `safe-shallow` (λ = 0, "w/o forecast") and `safe-every` (a keyframe at a fixed
+        interval, "w/o division"); `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell.
       out: folder; one records file per cell and shard in it, then the report.
-      evaluate: further arguments of `openpi evaluate`, its policy among them, as one string.
+      evaluate: the policy and further arguments of `openpi evaluate`, as one string that begins with the policy.
       report_only: plays nothing.
     """
 
@@ -49,13 +50,7 @@ class Sweep:
     tasks: tuple[int, ...] = ()
     trials: int = 50
     keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
-    methods: tuple[Literal["safe", "safe-shallow", "safe-every", "fastv", "random"], ...] = (
-        "safe",
-        "safe-shallow",
-        "safe-every",
-        "fastv",
-        "random",
-    )
+    methods: tuple[str, ...] = ("safe", "safe-shallow", "safe-every", "fastv", "random")
     every: int = 10
     shard: str = "1/1"
     out: Path = Path("out/sweep")
@@ -72,14 +67,16 @@ class Cell:
 
 
 def cells(sweep: Sweep) -> list[Cell]:
-    """`full` first, then method after method, in the order of the shares."""
-    choices = {
-        "safe": ("--pruner=safe",),
-        "safe-shallow": ("--pruner=safe", "--pruner.fuse", "0.0"),
-        "safe-every": ("--pruner=safe", "--pruner.every", str(sweep.every)),
-        "fastv": ("--pruner=fastv",),
-        "random": ("--pruner=random",),
-    }
+    """`full` first, then method after method, in the order of the shares.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    choices = {name: (f"--pruner={name}",) for name in PRUNERS if name != "full"}
+    choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
+    choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
+    if unknown := set(sweep.methods) - set(choices):
+        raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
     made = [Cell(f"{m}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs]
     return [Cell("full", ("--pruner=full",)), *made]

@@ -90,5 +90,7 @@ def test_a_cell_that_fails_stops_the_sweep_and_the_next_run_goes_on_there(sweep,
 
 
 def test_a_report_of_nothing_says_so(sweep, tmp_path, capsys):
+    assert sweep.main(sweep.Sweep(methods=("saef",), tasks=(0,), out=tmp_path)) == 2
+    assert "methods: expected some of safe" in capsys.readouterr().err
     assert sweep.main(sweep.Sweep(out=tmp_path, report_only=True)) == 2
     assert "expected records" in capsys.readouterr().err
