@@ -4,23 +4,27 @@
     session = policy.session()
     reply = session.infer(request)        # openpi's request and reply, plus reply["pruning"]
 
-`Session` is the one mutable object of the project: it holds the control state between control steps, and starts
-afresh on `"reset": True`, on a changed prompt and on a changed set of cameras.
+A control step has two halves: `Policy.read` turns a request into the network's input on the host, `Policy.advance` runs
+one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts afresh on
+`"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet` has many.
 """
 
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.engine import ControlState, Engine, Inputs
+from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.observation import Example
+from safe_pruner_jax.outcome import NonFinite, Outcome
 from safe_pruner_jax.pruners.base import Selection
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
@@ -72,6 +76,48 @@ def pack(examples: Sequence[Example], layout: PrefixLayout) -> Inputs:
     )
 
 
+@dataclass
+class Episode:
+    """What one robot remembers between its control steps.
+
+    Args:
+      seed: of the noise.
+      control: state on the device, leading axis 1; None before the first step.
+      prompt, cameras: of the last step; others start afresh.
+    """
+
+    seed: int
+    control: ControlState | None = None
+    prompt: Any = None
+    cameras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request, ready for the network.
+
+    Args:
+      example: the network's input.
+      context: what `Transform.finish` needs.
+      layout: static shape it runs in.
+      prompt: as it came.
+      reset: a new episode is asked for.
+      noise: [A, action_dim] float32 to start the flow from; None draws it.
+    """
+
+    example: Example
+    context: Any
+    layout: PrefixLayout
+    prompt: Any
+    reset: bool
+    noise: np.ndarray | None
+
+    @property
+    def group(self) -> Hashable:
+        """Requests of one group can share a device step."""
+        return self.layout, self.noise is None
+
+
 class Policy:
     """An engine behind one robot's transforms; safe to share between sessions.
 
@@ -104,8 +150,12 @@ class Policy:
         """A fresh episode of one robot."""
         return Session(self)
 
-    def warmup(self) -> None:
-        """Compiles and runs every program of `prompt_lengths` for one robot with its usual cameras."""
+    def warmup(self, sizes: Sequence[int] = (1,)) -> None:
+        """Compiles and runs every program of `prompt_lengths` for robots with their usual cameras.
+
+        Args:
+          sizes: robots per device step, ascending.
+        """
         config = self.engine.config
         request = self.transform.config.robot.example(np.random.default_rng(0))
         example, _ = self.transform.prepare(request | {"prompt": "warm up"})
@@ -114,9 +164,94 @@ class Policy:
             start = time.perf_counter()
             layout = PrefixLayout(cameras, config.tokens_per_camera, text)
             short = dataclasses.replace(example, tokens=example.tokens[:text])
-            self.engine.warmup(self.engine.init((self.seed,), len(cameras)), jax.device_put(pack([short], layout)))
+            for rows in sizes:
+                alone = self.engine.init((self.seed,), len(cameras))
+                control = alone if rows == 1 else _stack((alone,) * rows)
+                self.engine.warmup(control, jax.device_put(pack([short] * rows, layout)))
+                jax.block_until_ready(_row(control, jax.device_put(np.int32(0))))
             seconds = time.perf_counter() - start
             logger.info("compiled for %d cameras, prompt length %d in %.1f s", len(cameras), text, seconds)
+
+    def read(self, request: dict, noise: np.ndarray | None = None) -> Asked:
+        """The host's half of a control step: pure, and safe to call from several threads.
+
+        Args:
+          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode.
+          noise: [A, action_dim] float32 to start the flow from; None draws it.
+
+        Raises:
+          RequestError: a bad request.
+        """
+        example, context = self.transform.prepare(request)
+        layout = layout_of(example, self.engine.config, self.prompt_lengths)
+        noise = None if noise is None else np.asarray(noise, np.float32)
+        return Asked(example, context, layout, request.get("prompt"), bool(request.get("reset", False)), noise)
+
+    def advance(self, episodes: Sequence[Episode], asked: Sequence[Asked]) -> list[Outcome]:
+        """One device step of robots whose requests are of one group, padded to a compiled size by repeating them.
+
+        A pruned row whose score, κ or actions are not finite is computed again on the full path, from an empty memory
+        and with the same noise.
+
+        Args:
+          episodes: one per robot, changed in place.
+          asked: their requests, from `read`.
+
+        Returns:
+          One outcome per robot. Where also the full path gives actions that are not finite, its error is `NonFinite`
+          and the episode starts afresh.
+        """
+        engine, layout = self.engine, asked[0].layout
+        afresh = [_afresh(episode, a) for episode, a in zip(episodes, asked, strict=True)]
+        controls = [
+            engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
+            for episode, new in zip(episodes, afresh, strict=True)
+        ]
+        rows = np.resize(np.arange(len(asked)), batch_size(len(asked)))
+        before = controls[0] if len(rows) == 1 else _stack(tuple(controls[row] for row in rows))
+        inputs = pack([asked[row].example for row in rows], layout)
+
+        start = time.perf_counter()
+        noise = None if asked[0].noise is None else jax.device_put(np.stack([asked[row].noise for row in rows]))
+        actions, control, info = engine.step(before, jax.device_put(inputs), noise)
+        actions, selection = jax.device_get((actions, info.selection))
+        end = time.perf_counter()
+
+        outcomes = []
+        for row, (episode, a) in enumerate(zip(episodes, asked, strict=True)):
+            own = control if len(rows) == 1 else _row(control, jax.device_put(np.int32(row)))
+            chosen = jax.tree.map(lambda leaf, row=row: leaf[row], selection)
+            keyframe, acts = bool(info.keyframe[row]), actions[row]
+            alive = np.repeat(inputs.camera_mask[row], engine.config.tokens_per_camera)
+            sound = np.isfinite(chosen.score[alive]).all() and not np.isinf(chosen.kappa)
+            fallback = not sound
+            if not keyframe and not (sound and np.isfinite(acts).all()):
+                logger.warning("a pruned step was not finite: computed again on the full path")
+                acts, own = self._again(controls[row], episode.seed, a)
+                keyframe = fallback = True
+                end = time.perf_counter()
+            pruning = _describe(keyframe, chosen, alive)
+            if fallback:
+                pruning |= {"kappa": None, "fallback": True}
+            if not np.isfinite(acts).all():
+                episode.control = None
+                outcomes.append(Outcome(None, NonFinite(), pruning, afresh[row]))
+                continue
+            episode.control, episode.prompt, episode.cameras = own, a.prompt, layout.cameras
+            reply = self.transform.finish(acts, a.context)
+            reply["policy_timing"] = _timing(start, info.decided_at, end)
+            if self.describe:
+                reply["pruning"] = pruning
+            outcomes.append(Outcome(reply, None, pruning, afresh[row]))
+        return outcomes
+
+    def _again(self, control: ControlState, seed: int, asked: Asked) -> tuple[np.ndarray, ControlState]:
+        """One robot's step on the full path, from an empty memory: actions on the host, the state after it."""
+        empty = self.engine.init((seed,), len(asked.layout.cameras)).replace(key=control.key)
+        noise = None if asked.noise is None else jax.device_put(asked.noise[None])
+        inputs = jax.device_put(pack([asked.example], asked.layout))
+        actions, control, _ = self.engine.step(empty, inputs, noise, full=True)
+        return jax.device_get(actions)[0], control
 
 
 class Session:
@@ -128,13 +263,11 @@ class Session:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self._control: ControlState | None = None
-        self._cameras: tuple[str, ...] = ()
-        self._prompt: Any = None
+        self._episode = Episode(policy.seed)
 
     def reset(self) -> None:
         """Forgets the episode: the next step is a keyframe and the noise starts from the policy's seed."""
-        self._control = None
+        self._episode.control = None
 
     def infer(self, request: dict, *, noise: np.ndarray | None = None) -> dict:
         """One control step.
@@ -147,41 +280,38 @@ class Session:
           "actions" float64 [A, robot's action width]; "policy_timing" in milliseconds, measured until the actions
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
-          `kappa` (None where undefined) and `index`, the kept visual slots in ascending order.
+          `kappa` (None where undefined), `index`, the kept visual slots in ascending order, and `fallback` (True) if
+          the step had to be computed on the full path because something was not finite.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
-          FloatingPointError: the model returned non-finite actions; the session is reset.
+          NonFinite: the model returned non-finite actions also on the full path; the session is reset.
         """
-        policy, config = self.policy, self.policy.engine.config
-        example, context = policy.transform.prepare(request)
-        layout = layout_of(example, config, policy.prompt_lengths)
-        prompt = request.get("prompt")
-        started_afresh = (
-            self._control is None
-            or bool(request.get("reset", False))
-            or prompt != self._prompt
-            or layout.cameras != self._cameras
-        )
-        control = policy.engine.init((policy.seed,), len(layout.cameras)) if started_afresh else self._control
-        inputs = pack([example], layout)
-        alive = np.repeat(inputs.camera_mask[0], config.tokens_per_camera)
+        (outcome,) = self.policy.advance([self._episode], [self.policy.read(request, noise)])
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.reply
 
-        start = time.perf_counter()
-        noise = None if noise is None else jax.device_put(np.asarray(noise, np.float32)[None])
-        actions, control, info = policy.engine.step(control, jax.device_put(inputs), noise)
-        actions, selection = jax.device_get((actions, info.selection))
-        end = time.perf_counter()
 
-        if not np.isfinite(actions).all():
-            self.reset()
-            raise FloatingPointError("the model returned non-finite actions; the session was reset, check the weights")
-        self._control, self._prompt, self._cameras = control, prompt, layout.cameras
-        reply = policy.transform.finish(actions[0], context)
-        reply["policy_timing"] = _timing(start, info.decided_at, end)
-        if policy.describe:
-            reply["pruning"] = _describe(bool(info.keyframe[0]), jax.tree.map(lambda a: a[0], selection), alive)
-        return reply
+def _afresh(episode: Episode, asked: Asked) -> bool:
+    return (
+        episode.control is None
+        or asked.reset
+        or asked.prompt != episode.prompt
+        or asked.layout.cameras != episode.cameras
+    )
+
+
+@jax.jit
+def _stack(controls: tuple[ControlState, ...]) -> ControlState:
+    """Control states of single robots → of a batch."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *controls)
+
+
+@jax.jit
+def _row(control: ControlState, row: jax.Array) -> ControlState:
+    """One robot's control state out of a batch, still with its batch axis."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), control)
 
 
 def _timing(start: float, decided: float | None, end: float) -> dict[str, float]:

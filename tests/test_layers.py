@@ -8,13 +8,13 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
     ("arrays",),
-    ("tokens", "temporal"),
+    ("tokens", "temporal", "outcome"),
     ("model", "pruners", "observation"),
     ("robots",),
     ("engine",),
     ("flops",),
     ("configs", "policy"),
-    ("loading", "parity"),
+    ("loading", "parity", "fleet"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
     ("training",),
