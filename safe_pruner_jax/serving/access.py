@@ -31,7 +31,7 @@ class Access:
     key: str | None = None
     tls: ssl.SSLContext | None = None
     insecure: bool = False
-    per_address: int = 32
+    per_address: int = 64
     connections: int = 256
 
     def admits(self, authorization: str | None) -> bool:

@@ -40,7 +40,7 @@ class Serving:
     max_robots: int = 256
     max_age_s: float = 3600.0
     max_message_mib: int = 64
-    per_address: int = 32
+    per_address: int = 64
     connections: int = 256
     api_key_file: str | None = None
     insecure: bool = False
