@@ -1,7 +1,7 @@
 """Compares openpi's policy with the same policy unpruned behind `openpi_patch.prune(policy, "full")`.
 
-    python scripts/check_patch.py --config pi05_libero --dir /path/to/checkpoint            # with openpi installed
-    python scripts/check_patch.py --policy module:function                                  # any policy of its interface
+    python scripts/check_patch.py --config pi05_libero --dir /path/to/checkpoint   # with openpi installed
+    python scripts/check_patch.py --policy module:function                         # any policy of its interface
 
 Both get the same requests and the same noise, step by step. Exit code 0 if every difference is within the tolerance,
 1 if not, 2 if nothing could be compared.
@@ -91,9 +91,8 @@ def main() -> int:
     print(f"{robot.name}, activations in {dtype}; milliseconds of first steps contain compilation")
     print(table(rows))
     worst = max(difference / spread for difference, spread, *_ in rows)
-    print(
-        f"largest relative difference {worst:.1e}, tolerance {tolerance:.0e}: {'equal' if worst <= tolerance else 'NOT equal'}"
-    )
+    verdict = "equal" if worst <= tolerance else "NOT equal"
+    print(f"largest relative difference {worst:.1e}, tolerance {tolerance:.0e}: {verdict}")
     return 0 if worst <= tolerance else 1
 
 
