@@ -37,6 +37,8 @@ TOLERANCE = 1e-4
 """Largest difference to the run alone, relative to the range of the actions; a shared device step rounds otherwise."""
 GROWTH = 0.10
 """Largest growth of the server's memory between the first and the last third of a life, as a share."""
+SENDERS = 4
+"""Clients that send malformed frames at the same time."""
 Broken = (ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError)
 
 
@@ -183,9 +185,9 @@ class Soak:
             connection.close()
             self.alone[robot] = replies
 
-    def send_malformed(self, count: int) -> None:
+    def send_malformed(self, sender: int, count: int) -> None:
         """Malformed frames, one connection each: an explanation or a reply, and never silence."""
-        rng = random.Random(self.seed)
+        rng = random.Random(f"{self.seed}/malformed/{sender}")
         while self.tally.counts["malformed frames"] < count and not self.over.is_set():
             try:
                 connection = self.server.connect()
@@ -247,7 +249,10 @@ class Soak:
         start_s = self.server.start()
         self.play_alone()
         robots = [Robot(number, self) for number in self.episodes]
-        workers = [threading.Thread(target=self.send_malformed, args=(self.args.frames,), daemon=True)]
+        workers = [
+            threading.Thread(target=self.send_malformed, args=(sender, self.args.frames), daemon=True)
+            for sender in range(SENDERS)
+        ]
         workers.append(threading.Thread(target=self.send_oversized, daemon=True))
         begun, seconds = time.monotonic(), self.args.minutes * 60
         for thread in (*robots, *workers):
