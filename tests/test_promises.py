@@ -356,11 +356,14 @@ def test_what_is_no_episode_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_sigterm_answers_what_waits_and_exits_0(live):
     """The last test of this server."""
-    robots = [live.raw() for _ in range(4)]
-    for number, robot in enumerate(robots):
+    robots = [live.raw() for _ in range(12)]
+    messages = [pack(request(number)) for number in range(12)]
+    done = live.metric("batch_robots_sum")
+    for robot, message in zip(robots, messages, strict=True):
         robot.recv()
-        robot.send(pack(request(number)))
-    time.sleep(0.05)  # received, most still waiting
+        robot.send(message)
+    # all are received, two of them run, and most wait
+    until(lambda: live.metric("waiting_requests") + live.metric("batch_robots_sum") - done >= 10)
     live.process.send_signal(signal.SIGTERM)
     for robot in robots:
         assert unpack(robot.recv(DEADLINE_S))["actions"].shape == (10, 7)

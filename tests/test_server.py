@@ -18,6 +18,7 @@ import websockets.sync.client
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed
 
+from safe_pruner_jax.outcome import NonFinite
 from safe_pruner_jax.serving import Recorder, ServerError, Step, WireError, pack, running, unpack
 
 DEADLINE_S = 5.0
@@ -44,6 +45,8 @@ class FakeSession:
                 raise Mistake("expected 2 cameras, got 1; send observation/wrist_image \N{SNOWMAN}")
             case "crash":
                 raise KeyError("a secret detail")
+            case "not finite":
+                raise NonFinite
             case "stop iteration":
                 raise StopIteration
             case "unpackable":
@@ -223,6 +226,15 @@ def test_an_internal_error_is_in_the_log_not_on_the_wire(connect, caplog, fault)
     assert "Traceback" in caplog.text and record.exc_info[2] is not None
     assert fault != "crash" or "a secret detail" in caplog.text
     assert bystander.infer({})["actions"][0, 0] == 1
+
+
+def test_actions_that_are_not_finite_are_told_counted_and_nobody_elses(connect, server):
+    bystander, client = connect(), connect()
+    bystander.infer({})
+    with pytest.raises(RuntimeError, match=r"expected finite actions.*check its observation"):
+        client.infer({"do": "not finite"})
+    assert server.metrics.errors.labels("non_finite")._value.get() == 1
+    assert bystander.infer({})["actions"][0, 0] == 2
 
 
 @pytest.mark.parametrize(

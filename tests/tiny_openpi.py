@@ -15,7 +15,7 @@ POLICY = ["policy:checkpoint", f"--policy.config={CONFIG}", f"--policy.dir={DATA
 MODEL = ["--tokenizer", str(DATA / "toy_sentencepiece.model"), "--num-steps", "2", "--prompt-lengths", "16"]
 
 
-def start(*argv: str, cwd: Path, timeout_s: float = 120.0, **environment: str) -> subprocess.Popen:
+def start(*argv: str, cwd: Path, timeout_s: float = 900.0, **environment: str) -> subprocess.Popen:
     """`openpi serve` of the tiny model with stdout and stderr in `cwd/log`; killed after `timeout_s`."""
     root = str(Path(__file__).parents[1])
     command = [sys.executable, __file__, "serve", *POLICY, *MODEL, "--port", "0", *argv]
