@@ -198,6 +198,8 @@ class Evaluate(Model):
       out: records file; one per method, policy and simulator.
       replan: actions executed per policy call.
       max_steps: per episode, if fewer than the suite's limit.
+      delay: control steps from an observation until its actions are used, in which the robot executes the old ones.
+      rtc: real-time chunking: actions continue the old ones.
       retry_errors: play episodes again that ended in an error.
     """
 
@@ -211,6 +213,8 @@ class Evaluate(Model):
     out: Path = Path("records.jsonl")
     replan: int = 5
     max_steps: int | None = None
+    delay: int = 0
+    rtc: bool = False
     retry_errors: bool = False
 
 
@@ -222,7 +226,7 @@ def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int 
     tasks = args.tasks or range(num_tasks(args.suite))
     for task in tasks:
         load_task(args.suite, task)
-    protocol = {"replan": args.replan, "max_steps": args.max_steps}
+    protocol = {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
     jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
     source: sources.Source | None = None
     if args.server:

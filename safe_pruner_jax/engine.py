@@ -24,6 +24,7 @@ from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Plan, Pruner, Selection, State
+from safe_pruner_jax.rtc import Guide
 from safe_pruner_jax.tokens import gather, saliency
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -80,6 +81,7 @@ class Carry:
     state: Array
     selection: Selection
     control: ControlState
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def finish(
         visual_alive=control.alive,
         late_layers=() if pruned else plan.late_layers,
         late_steps=plan.late_steps,
+        guide=carry.guide,
     )
     if pruned:
         return actions, control
@@ -284,7 +287,13 @@ class Engine:
         )
 
     def step(
-        self, control: ControlState, inputs: Inputs, noise: Array | None = None, *, full: bool = False
+        self,
+        control: ControlState,
+        inputs: Inputs,
+        noise: Array | None = None,
+        *,
+        full: bool = False,
+        guide: Guide | None = None,
     ) -> tuple[Array, ControlState, StepInfo]:
         """One control step of a batch of robots, each with its own keyframe decision.
 
@@ -293,11 +302,13 @@ class Engine:
           inputs: observations on the device.
           noise: [B, A, action_dim] float32 on the device; None draws it from each robot's key.
           full: run the full path whatever the pruner decides.
+          guide: chunks that the new ones shall agree with, on the device; the second half of the step is then another
+            program.
 
         Returns:
           actions [B, A, action_dim] float32 (not yet ready), the next control state, and what happened.
         """
-        carry = self.shallow(self.weights, control, inputs, noise)
+        carry = self.shallow(self.weights, control, inputs, noise).replace(guide=guide)
         if self.plan.cut is None:
             keyframe, decided = np.ones(inputs.tokens.shape[0], bool), None
         else:
@@ -310,9 +321,9 @@ class Engine:
             actions, control = self._mixed(carry, keyframe)
         return actions, control, StepInfo(keyframe, carry.selection, decided)
 
-    def warmup(self, control: ControlState, inputs: Inputs) -> None:
+    def warmup(self, control: ControlState, inputs: Inputs, guide: Guide | None = None) -> None:
         """Compiles every program a batch of this shape needs, its robots agreeing or not, and waits for it."""
-        carry = self.shallow(self.weights, control, inputs, None)
+        carry = self.shallow(self.weights, control, inputs, None).replace(guide=guide)
         programs = (self.full,) if self.plan.cut is None else (self.full, self.pruned)
         jax.block_until_ready([program(self.weights, carry, None) for program in programs])
         B, splits = inputs.tokens.shape[0], {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from safe_pruner_jax.engine import BATCH_SIZES, batch_size
 from safe_pruner_jax.outcome import Outcome
 from safe_pruner_jax.policy import Asked, Episode, Policy
+from safe_pruner_jax.robots import RequestError
 
 
 class Fleet:
@@ -26,6 +27,7 @@ class Fleet:
         larger batch they equal them up to rounding.
       max_robots: memories kept; the one unused for longest is dropped first.
       max_age_s: a memory unused for longer is dropped, seconds.
+      real_time: requests may ask for real-time chunking (`rtc`); its programs are part of the warm-up.
       clock: seconds, monotonic.
 
     Attributes:
@@ -42,6 +44,7 @@ class Fleet:
         *,
         max_robots: int | None = None,
         max_age_s: float = math.inf,
+        real_time: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         if limit < 1:
@@ -50,6 +53,7 @@ class Fleet:
             raise ValueError(f"max_robots: expected at least the batch limit {limit}, got {max_robots}; raise it")
         self.policy, self.limit, self.evicted = policy, limit, 0
         self._max_robots, self._max_age_s, self._clock = max_robots, max_age_s, clock
+        self._real_time = real_time
         self._episodes: OrderedDict[Hashable, Episode] = OrderedDict()
         self._used: dict[Hashable, float] = {}
 
@@ -66,7 +70,8 @@ class Fleet:
     def warmup(self) -> None:
         """Compiles every program for every number of robots up to the limit."""
         largest = batch_size(self.limit)
-        self.policy.warmup(sorted({size for size in (*BATCH_SIZES, largest) if size <= largest}))
+        sizes = sorted({size for size in (*BATCH_SIZES, largest) if size <= largest})
+        self.policy.warmup(sizes, real_time=self._real_time)
 
     def start(self, robot: Hashable, seed: int) -> None:
         """A new episode of a robot, with the noise of a seed."""
@@ -80,7 +85,12 @@ class Fleet:
 
     def prepare(self, robot: Hashable, request: dict) -> Asked:
         """The host's half of a robot's step. Raises RequestError."""
-        return self.policy.read(request)
+        asked = self.policy.read(request)
+        if asked.overlap is not None and not self._real_time:
+            raise RequestError(
+                "rtc", "a request without it", "one", "start the server with --serving.real-time to use it"
+            )
+        return asked
 
     def step(self, jobs: Sequence[tuple[Hashable, Asked]]) -> list[Outcome]:
         """One device step.

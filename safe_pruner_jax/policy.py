@@ -26,6 +26,8 @@ from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.observation import Example
 from safe_pruner_jax.outcome import NonFinite, Outcome
 from safe_pruner_jax.pruners.base import Selection
+from safe_pruner_jax.robots import RequestError, brief
+from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
 logger = logging.getLogger(__name__)
@@ -84,12 +86,16 @@ class Episode:
       seed: of the noise.
       control: state on the device, leading axis 1; None before the first step.
       prompt, cameras: of the last step; others start afresh.
+      chunk: [A, action_dim] float32, the network's actions of the last step.
+      sent: [A, robot's width], the same as the robot was told them.
     """
 
     seed: int
     control: ControlState | None = None
     prompt: Any = None
     cameras: tuple[str, ...] = ()
+    chunk: np.ndarray | None = None
+    sent: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +109,7 @@ class Asked:
       prompt: as it came.
       reset: a new episode is asked for.
       noise: [A, action_dim] float32 to start the flow from; None draws it.
+      overlap: how the new chunk lies on the last one, which it shall continue; None: it need not.
     """
 
     example: Example
@@ -111,11 +118,12 @@ class Asked:
     prompt: Any
     reset: bool
     noise: np.ndarray | None
+    overlap: Overlap | None = None
 
     @property
     def group(self) -> Hashable:
         """Requests of one group can share a device step."""
-        return self.layout, self.noise is None
+        return self.layout, self.noise is None, self.overlap is None
 
 
 class Policy:
@@ -150,11 +158,12 @@ class Policy:
         """A fresh episode of one robot."""
         return Session(self)
 
-    def warmup(self, sizes: Sequence[int] = (1,)) -> None:
+    def warmup(self, sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
         """Compiles and runs every program of `prompt_lengths` for robots with their usual cameras.
 
         Args:
           sizes: robots per device step, ascending.
+          real_time: also the programs of requests with `rtc`.
         """
         config = self.engine.config
         request = self.transform.config.robot.example(np.random.default_rng(0))
@@ -167,7 +176,10 @@ class Policy:
             for rows in sizes:
                 alone = self.engine.init((self.seed,), len(cameras))
                 control = alone if rows == 1 else _stack((alone,) * rows)
-                self.engine.warmup(control, jax.device_put(pack([short] * rows, layout)))
+                inputs = jax.device_put(pack([short] * rows, layout))
+                self.engine.warmup(control, inputs)
+                if real_time:
+                    self.engine.warmup(control, inputs, jax.device_put(self._guide([None] * rows)))
                 jax.block_until_ready(_row(control, jax.device_put(np.int32(0))))
             seconds = time.perf_counter() - start
             logger.info("compiled for %d cameras, prompt length %d in %.1f s", len(cameras), text, seconds)
@@ -176,7 +188,8 @@ class Policy:
         """The host's half of a control step: pure, and safe to call from several threads.
 
         Args:
-          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode.
+          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"rtc": {"executed":
+            n, "delay": d}` makes its actions continue the last ones (`rtc`).
           noise: [A, action_dim] float32 to start the flow from; None draws it.
 
         Raises:
@@ -185,7 +198,8 @@ class Policy:
         example, context = self.transform.prepare(request)
         layout = layout_of(example, self.engine.config, self.prompt_lengths)
         noise = None if noise is None else np.asarray(noise, np.float32)
-        return Asked(example, context, layout, request.get("prompt"), bool(request.get("reset", False)), noise)
+        reset, overlap = bool(request.get("reset", False)), _overlap(request.get("rtc"))
+        return Asked(example, context, layout, request.get("prompt"), reset, noise, overlap)
 
     def advance(self, episodes: Sequence[Episode], asked: Sequence[Asked]) -> list[Outcome]:
         """One device step of robots whose requests are of one group, padded to a compiled size by repeating them.
@@ -210,10 +224,14 @@ class Policy:
         rows = np.resize(np.arange(len(asked)), batch_size(len(asked)))
         before = controls[0] if len(rows) == 1 else _stack(tuple(controls[row] for row in rows))
         inputs = pack([asked[row].example for row in rows], layout)
+        guide, targets = None, [None] * len(asked)
+        if asked[0].overlap is not None:
+            targets = [None if new else self._target(*one) for new, *one in zip(afresh, episodes, asked, strict=True)]
+            guide = jax.device_put(self._guide([targets[row] for row in rows]))
 
         start = time.perf_counter()
         noise = None if asked[0].noise is None else jax.device_put(np.stack([asked[row].noise for row in rows]))
-        actions, control, info = engine.step(before, jax.device_put(inputs), noise)
+        actions, control, info = engine.step(before, jax.device_put(inputs), noise, guide=guide)
         actions, selection = jax.device_get((actions, info.selection))
         end = time.perf_counter()
 
@@ -227,7 +245,7 @@ class Policy:
             fallback = not sound
             if not keyframe and not (sound and np.isfinite(acts).all()):
                 logger.warning("a pruned step was not finite: computed again on the full path")
-                acts, own = self._again(controls[row], episode.seed, a)
+                acts, own = self._again(controls[row], episode.seed, a, targets[row])
                 keyframe = fallback = True
                 end = time.perf_counter()
             pruning = _describe(keyframe, chosen, alive)
@@ -239,18 +257,42 @@ class Policy:
                 continue
             episode.control, episode.prompt, episode.cameras = own, a.prompt, layout.cameras
             reply = self.transform.finish(acts, a.context)
+            episode.chunk, episode.sent = acts, np.asarray(reply["actions"])
             reply["policy_timing"] = _timing(start, info.decided_at, end)
+            if a.overlap is not None:
+                reply["rtc"] = _describe_overlap(a.overlap, 0 if targets[row] is None else len(acts))
             if self.describe:
                 reply["pruning"] = pruning
             outcomes.append(Outcome(reply, None, pruning, afresh[row]))
         return outcomes
 
-    def _again(self, control: ControlState, seed: int, asked: Asked) -> tuple[np.ndarray, ControlState]:
+    def _target(self, episode: Episode, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """What a chunk shall agree with, [A, action_dim], and how much, [A]."""
+        finish = lambda actions: np.asarray(self.transform.finish(actions, asked.context)["actions"])
+        chunk = rebase(episode.chunk, episode.sent, finish)
+        return remaining(chunk, asked.overlap), soft_mask(len(chunk), asked.overlap)
+
+    def _guide(self, targets: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> Guide:
+        """Targets of a batch, None where there is none, as NumPy arrays with leading axis B."""
+        config, B = self.engine.config, len(targets)
+        target = np.zeros((B, config.action_horizon, config.action_dim), np.float32)
+        weight = np.zeros((B, config.action_horizon), np.float32)
+        for row, one in enumerate(targets):
+            if one is not None:
+                target[row], weight[row] = one
+        # with few denoise steps β would carry the flow beyond its target
+        limit = min(MAX_GUIDANCE, self.engine.weights.schedule.times.shape[0])
+        return Guide(target, weight, np.full(B, limit, np.float32))
+
+    def _again(
+        self, control: ControlState, seed: int, asked: Asked, target: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray, ControlState]:
         """One robot's step on the full path, from an empty memory: actions on the host, the state after it."""
         empty = self.engine.init((seed,), len(asked.layout.cameras)).replace(key=control.key)
         noise = None if asked.noise is None else jax.device_put(asked.noise[None])
         inputs = jax.device_put(pack([asked.example], asked.layout))
-        actions, control, _ = self.engine.step(empty, inputs, noise, full=True)
+        guide = None if asked.overlap is None else jax.device_put(self._guide([target]))
+        actions, control, _ = self.engine.step(empty, inputs, noise, full=True, guide=guide)
         return jax.device_get(actions)[0], control
 
 
@@ -281,7 +323,9 @@ class Session:
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
           `kappa` (None where undefined), `index`, the kept visual slots in ascending order, and `fallback` (True) if
-          the step had to be computed on the full path because something was not finite.
+          the step had to be computed on the full path because something was not finite; with an `rtc` request "rtc":
+          `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how many of them
+          are executed meanwhile.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
@@ -291,6 +335,24 @@ class Session:
         if outcome.error is not None:
             raise outcome.error
         return outcome.reply
+
+
+def _overlap(asked: Any) -> Overlap | None:
+    """The request's `rtc`."""
+    if asked is None:
+        return None
+    advice = 'send {"executed": steps since the last observation, "delay": steps until the reply}'
+    expected = "a map with two whole numbers of control steps, executed and delay"
+    if not isinstance(asked, dict) or not {"executed", "delay"} <= set(asked):
+        raise RequestError("rtc", expected, brief(asked), advice)
+    try:
+        return Overlap(asked["executed"], asked["delay"])
+    except ValueError as error:
+        raise RequestError("rtc", expected, str(error), advice) from error
+
+
+def _describe_overlap(overlap: Overlap, horizon: int) -> dict:
+    return {"frozen": overlap.frozen(horizon), "overlap": overlap.left(horizon)}
 
 
 def _afresh(episode: Episode, asked: Asked) -> bool:

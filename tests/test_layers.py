@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
     ("arrays",),
-    ("tokens", "temporal", "outcome"),
+    ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
     ("robots",),
     ("engine",),
@@ -98,7 +98,7 @@ def test_the_engine_alone_joins_model_and_pruners():
         if part(name) == "pruners":
             assert {part(t) for t in imports(name)} <= {"pruners", "arrays", "tokens", "temporal"}
         if part(name) == "model":
-            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens"}
+            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens", "rtc"}
 
 
 def test_sizes_and_names_are_at_the_bottom_of_the_model():

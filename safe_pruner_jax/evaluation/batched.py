@@ -16,7 +16,6 @@ from safe_pruner_jax.evaluation.workers import PolicyFailed
 from safe_pruner_jax.fleet import Fleet
 from safe_pruner_jax.outcome import Outcome
 from safe_pruner_jax.policy import Asked, Policy
-from safe_pruner_jax.tokens import PrefixLayout
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Robots:
 
     def __init__(self, policy: Policy, limit: int = 8):
         self.policy, self.limit = policy, limit
-        self._fleet = Fleet(policy, limit)
+        self._fleet = Fleet(policy, limit, real_time=True)
         self._compiled: set[tuple] = set()
 
     def start(self, name: Hashable, seed: int) -> None:
@@ -45,7 +44,7 @@ class Robots:
         self._fleet.start(name, seed)
 
     def step(self, requests: Mapping[Hashable, dict[str, Any]]) -> Replies:
-        """One control step of the robots that ask; robots of one layout share device steps.
+        """One control step of the robots that ask; those of one `Asked.group` share device steps.
 
         Args:
           requests: robot → request.
@@ -56,27 +55,27 @@ class Robots:
           but the layout: `views` and `text` slots.
         """
         replies: Replies = {}
-        groups: dict[PrefixLayout, list[tuple[Hashable, Asked]]] = {}
+        groups: dict[Hashable, list[tuple[Hashable, Asked]]] = {}
         for name, request in requests.items():
             try:
                 asked = self._fleet.prepare(name, request)
             except Exception as error:  # this robot's episode, and no other's
                 replies[name] = _failed(error)
                 continue
-            groups.setdefault(asked.layout, []).append((name, asked))
-        for layout, group in groups.items():
+            groups.setdefault(asked.group, []).append((name, asked))
+        for group in groups.values():
             for first in range(0, len(group), self.limit):
                 part = group[first : first + self.limit]
                 try:
-                    replies |= self._together(layout, part)
+                    replies |= self._together(part)
                 except Exception as error:  # the device refuses: an outcome of these episodes
                     replies |= {name: _failed(error) for name, _ in part}
         return replies
 
-    def _together(self, layout: PrefixLayout, part: Part) -> Replies:
-        """One device step of robots with one layout."""
-        outcomes = self._fleet.step(part)
-        compiled = self._compiles(layout, outcomes)
+    def _together(self, part: Part) -> Replies:
+        """One device step of robots of one group."""
+        outcomes, (_, first) = self._fleet.step(part), part[0]
+        layout, compiled = first.layout, self._compiles(first.group, outcomes)
         replies: Replies = {}
         for (name, _), outcome in zip(part, outcomes, strict=True):
             if outcome.error is not None:
@@ -88,11 +87,11 @@ class Robots:
             replies[name] = outcome.reply | {"policy_timing": timing, "pruning": pruning}
         return replies
 
-    def _compiles(self, layout: PrefixLayout, outcomes: Sequence[Outcome]) -> bool:
+    def _compiles(self, group: Hashable, outcomes: Sequence[Outcome]) -> bool:
         """Whether this step was the first of its shapes."""
         rows = np.resize([outcome.pruning["keyframe"] for outcome in outcomes], batch_size(len(outcomes)))
         full = int(rows.sum())
-        programs = (layout, len(rows), *(batch_size(n) if n else 0 for n in (full, len(rows) - full)))
+        programs = (group, len(rows), *(batch_size(n) if n else 0 for n in (full, len(rows) - full)))
         first = programs not in self._compiled
         self._compiled.add(programs)
         return first

@@ -23,6 +23,7 @@ class Serving:
       drain_s: how long a stopping server goes on answering what waits.
       max_robots: memories kept; the one unused for longest is dropped first.
       max_age_s: a memory unused for longer is dropped.
+      real_time: take requests with `rtc`, whose actions continue the last ones; compiles their programs too.
       max_message_mib: largest request.
       per_address: connections from one address.
       connections: connections altogether.
@@ -39,6 +40,7 @@ class Serving:
     drain_s: float = 20.0
     max_robots: int = 256
     max_age_s: float = 3600.0
+    real_time: bool = False
     max_message_mib: int = 64
     per_address: int = 64
     connections: int = 256
@@ -68,4 +70,5 @@ class Serving:
         limit = self.max_batch
         if limit is None:
             limit = 1 if jax.default_backend() == "cpu" else 8
-        return Fleet(policy, limit, max_robots=self.max_robots, max_age_s=self.max_age_s)
+        memories = {"max_robots": self.max_robots, "max_age_s": self.max_age_s}
+        return Fleet(policy, limit, real_time=self.real_time, **memories)
