@@ -7,6 +7,7 @@ openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe
 openpi report full.jsonl safe.jsonl --out report/
 openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
+openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from safe_pruner_jax import pruners
+from safe_pruner_jax.analysis import command as analysis
 from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
@@ -336,6 +338,24 @@ COMMANDS = {
     "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
 }
+
+
+def _analyze(name: str) -> Command:
+    """`openpi analyze NAME`: the analysis' own arguments and those of the model."""
+    options, run = analysis.COMMANDS[name]
+    arguments = dataclasses.make_dataclass(name.title(), [], bases=(options, Model), frozen=True, kw_only=True)
+    arguments.__doc__ = options.__doc__
+
+    def run_analysis(args: Any) -> None:
+        keep_all = pruners.make("full")
+        about = args.describe("LIBERO", keep_all, {}).as_json()
+        told = {key: about[key] for key in ("policy", "checkpoint", "precision", "num_steps")} | {"seed": args.seed}
+        run(args, lambda: args.load("LIBERO", keep_all), told)
+
+    return Command(arguments, run_analysis, pruner=False)
+
+
+COMMANDS |= {f"analyze {name}": _analyze(name) for name in analysis.COMMANDS}
 ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
 """What is a person's to mend: told in one line."""
 
@@ -343,6 +363,8 @@ ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, eva
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `openpi`; the exit code: 0 done, 2 told in one line what is wrong, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["analyze"]:
+        argv[:2] = [" ".join(argv[:2])]
     if not argv or argv[0] not in COMMANDS:
         asked = not argv or argv[0] in ("-h", "--help")
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; pruners: none, {', '.join(pruners.PRUNERS)}")
@@ -356,7 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command.pruner:
             return command.run(*parse(command.arguments, argv[1:], prog)) or 0
-        return command.run(tyro.cli(command.arguments, args=argv[1:], prog=prog)) or 0
+        args = tyro.cli(command.arguments, args=argv[1:], prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
+        return command.run(args) or 0
     except ERRORS as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return 2

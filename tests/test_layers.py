@@ -17,7 +17,7 @@ FLOORS = (
     ("loading", "parity", "fleet"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
-    ("training",),
+    ("training", "analysis"),
     ("cli",),
 )
 """From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""
