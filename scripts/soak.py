@@ -4,9 +4,10 @@
     python scripts/soak.py --minutes 10 --frames 10000 --robots 8 --out soak.json          # the embedded policy
 
 Robots play scripted episodes whose replies are known from a run alone: a still scene, a frozen and a black camera, a
-scene cut, another prompt. Meanwhile they disconnect, die in mid-call, send NaN and bursts; others send malformed and
-oversized messages or take no replies; the server is stopped (SIGTERM) and killed (SIGKILL) and started again. Loopback
-only, seeded. Exit code 0 if no answer was wrong, none was another robot's, memory stayed flat and the server came back.
+scene cut, another prompt, chunks that continue one another. Meanwhile they disconnect, die in mid-call, send NaN and
+bursts; others send malformed and oversized messages or take no replies; the server is stopped (SIGTERM) and killed
+(SIGKILL) and started again. Loopback only, seeded. Exit code 0 if no answer was wrong, none was another robot's, memory
+stayed flat and the server came back.
 """
 
 import argparse
@@ -191,6 +192,10 @@ class Soak:
         while self.tally.counts["malformed frames"] < count and not self.over.is_set():
             try:
                 connection = self.server.connect()
+            except Broken:
+                time.sleep(0.1)  # the server is being started again
+                continue
+            try:
                 with contextlib.closing(connection):
                     connection.send(mutate(self.episodes[0][0], rng))
                     answer = connection.recv(WAIT_S)
@@ -202,7 +207,7 @@ class Soak:
             except TimeoutError:
                 self.tally.problem("malformed frames badly answered", "not at all")
             except Broken:
-                time.sleep(0.1)  # the server is being started again
+                continue  # the server was stopped meanwhile
 
     def send_oversized(self) -> None:
         """Messages over the limit, and clients that take no replies."""

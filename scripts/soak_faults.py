@@ -9,7 +9,7 @@ from safe_pruner_jax.serving import pack
 
 
 def episode(robot: int, seed: int) -> list[dict]:
-    """A robot's scripted requests; its first starts afresh."""
+    """A robot's scripted requests; its first starts afresh, and every fourth robot continues its chunks (`rtc`)."""
     rng = np.random.default_rng([seed, robot])
 
     def scene() -> np.ndarray:
@@ -19,6 +19,7 @@ def episode(robot: int, seed: int) -> list[dict]:
     moved = np.roll(first, 14, axis=1)
     black = np.zeros_like(first)
     frames = [first, moved, moved, black, black, first, second, second]
+    overlap = {"rtc": {"executed": 4, "delay": 3}} if robot % 4 == 3 else {}
     return [
         {
             "observation/image": frame,
@@ -27,6 +28,7 @@ def episode(robot: int, seed: int) -> list[dict]:
             "prompt": "open the drawer" if step == len(frames) - 1 else "pick up the bowl",
             "reset": step == 0,
         }
+        | overlap
         for step, frame in enumerate(frames)
     ]
 

@@ -40,6 +40,7 @@ class Server:
             str(MESSAGE_MIB),
             "--serving.max-robots",
             "64",
+            "--serving.real-time",
         ]
         self._command += ["serve", *model, "--pruner=safe", "--port", str(self.port), *serving]
         self.log, self.lives, self.exit_codes = folder / "log", 0, []

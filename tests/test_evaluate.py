@@ -85,7 +85,8 @@ def test_a_robot_in_a_batch_equals_the_same_robot_alone(tiny, limit):
 
 def test_robots_of_one_layout_share_device_steps(tiny, monkeypatch):
     together = []
-    monkeypatch.setattr(Robots, "_together", lambda self, layout, part: together.append((layout.text, part)) or {})
+    note = lambda self, part: together.append((part[0][1].layout.text, part)) or {}
+    monkeypatch.setattr(Robots, "_together", note)
     robots = Robots(tiny, limit=2)
     for name in range(5):
         robots.start(name, name)

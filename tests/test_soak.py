@@ -43,6 +43,7 @@ def test_episodes_are_seeded_and_each_robots_own():
     assert [step["reset"] for step in one] == [True] + [False] * 7
     assert np.array_equal(one[1]["observation/image"], one[2]["observation/image"])  # frozen
     assert not one[3]["observation/image"].any() and one[7]["prompt"] != one[6]["prompt"]
+    assert ["rtc" in soak_faults.episode(robot, 0)[1] for robot in range(5)] == [False, False, False, True, False]
 
 
 def test_mutated_messages_are_seeded_various_and_mostly_refused():
