@@ -10,6 +10,7 @@ would run both for everybody. Nothing else crosses between host and device impli
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,7 @@ from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Plan, Pruner, Selection, State
+from safe_pruner_jax.rtc import Guide
 from safe_pruner_jax.tokens import gather, saliency
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -79,6 +81,7 @@ class Carry:
     state: Array
     selection: Selection
     control: ControlState
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -174,21 +177,18 @@ def _capture(config, plan: Plan, weights, segments, logits, count, inputs, noise
 
 
 def finish(
-    config: Pi0Config, plan: Plan, pruned: bool, weights: pi0.Weights, carry: Carry, rows: Array | None
+    config: Pi0Config, plan: Plan, pruned: bool, weights: pi0.Weights, carry: Carry
 ) -> tuple[Array, ControlState]:
-    """The step from the cut to the actions, for some rows of the batch.
+    """The step from the cut to the actions.
 
     Args:
       config, plan, pruned: static; `pruned` keeps only the selected visual tokens.
       weights: prepared weights.
       carry: from `shallow`.
-      rows: [b] int32 rows to run, repeats allowed; None runs all of them.
 
     Returns:
-      actions [b, A, action_dim] float32 and the control state of these rows after the step.
+      actions [B, A, action_dim] float32 and the control state after the step.
     """
-    if rows is not None:
-        carry = jax.tree.map(lambda a: a[rows], carry)
     control, mask, pos, x = carry.control, carry.mask, carry.positions, carry.x
     n = control.alive.shape[1]
     count = mask.sum(1, dtype=jnp.int32)
@@ -210,11 +210,17 @@ def finish(
         visual_alive=control.alive,
         late_layers=() if pruned else plan.late_layers,
         late_steps=plan.late_steps,
+        guide=carry.guide,
     )
     if pruned:
         return actions, control
     late = control.late if late is None else late
     return actions, control.replace(since_full=jnp.zeros_like(control.since_full), late=late)
+
+
+def _take(carry: Carry, rows: Array) -> Carry:
+    """Some rows of a batch: rows [b] int32, repeats allowed."""
+    return jax.tree.map(lambda a: a[rows], carry)
 
 
 def _merge(full, pruned, source: Array):
@@ -239,9 +245,13 @@ class Engine:
         self.plan = pruner.plan.for_depth(config.depth)
         self.pruner = Pruner(pruner.name, self.plan, pruner.init, pruner.step)
         self.shallow = jax.jit(partial(shallow, config, self.pruner))
-        self.full = jax.jit(partial(finish, config, self.plan, False))
-        self.pruned = jax.jit(partial(finish, config, self.plan, True))
-        self._merge = jax.jit(_merge)
+        self._take, self._merge = jax.jit(_take), jax.jit(_merge)
+        self.full, self.pruned = self._second_half(False), self._second_half(True)
+
+    def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
+        """`finish` for rows [b] of a carry, None for all; compiled per number of rows, whatever the batch was."""
+        program = jax.jit(partial(finish, self.config, self.plan, pruned))
+        return lambda weights, carry, rows: program(weights, carry if rows is None else self._take(carry, rows))
 
     def init(self, seeds: tuple[int, ...], cameras: int) -> ControlState:
         """State of fresh robots, one per seed, for a layout of `cameras` encoded cameras.
@@ -277,7 +287,13 @@ class Engine:
         )
 
     def step(
-        self, control: ControlState, inputs: Inputs, noise: Array | None = None
+        self,
+        control: ControlState,
+        inputs: Inputs,
+        noise: Array | None = None,
+        *,
+        full: bool = False,
+        guide: Guide | None = None,
     ) -> tuple[Array, ControlState, StepInfo]:
         """One control step of a batch of robots, each with its own keyframe decision.
 
@@ -285,15 +301,18 @@ class Engine:
           control: state of every robot, from `init` or the step before.
           inputs: observations on the device.
           noise: [B, A, action_dim] float32 on the device; None draws it from each robot's key.
+          full: run the full path whatever the pruner decides.
+          guide: chunks that the new ones shall agree with, on the device; the second half of the step is then another
+            program.
 
         Returns:
           actions [B, A, action_dim] float32 (not yet ready), the next control state, and what happened.
         """
-        carry = self.shallow(self.weights, control, inputs, noise)
+        carry = self.shallow(self.weights, control, inputs, noise).replace(guide=guide)
         if self.plan.cut is None:
             keyframe, decided = np.ones(inputs.tokens.shape[0], bool), None
         else:
-            keyframe, decided = jax.device_get(carry.selection.keyframe), time.perf_counter()
+            keyframe, decided = jax.device_get(carry.selection.keyframe) | full, time.perf_counter()
         if keyframe.all():
             actions, control = self.full(self.weights, carry, None)
         elif not keyframe.any():
@@ -302,11 +321,16 @@ class Engine:
             actions, control = self._mixed(carry, keyframe)
         return actions, control, StepInfo(keyframe, carry.selection, decided)
 
-    def warmup(self, control: ControlState, inputs: Inputs) -> None:
-        """Compiles every program a batch of this shape needs when its robots agree, and waits for it."""
-        carry = self.shallow(self.weights, control, inputs, None)
+    def warmup(self, control: ControlState, inputs: Inputs, guide: Guide | None = None) -> None:
+        """Compiles every program a batch of this shape needs, its robots agreeing or not, and waits for it."""
+        carry = self.shallow(self.weights, control, inputs, None).replace(guide=guide)
         programs = (self.full,) if self.plan.cut is None else (self.full, self.pruned)
         jax.block_until_ready([program(self.weights, carry, None) for program in programs])
+        B, splits = inputs.tokens.shape[0], {}
+        for keyframes in range(1, B if self.plan.cut else 1):
+            splits[batch_size(keyframes), batch_size(B - keyframes)] = keyframes
+        for keyframes in splits.values():
+            jax.block_until_ready(self._mixed(carry, np.arange(B) < keyframes))
 
     def _mixed(self, carry: Carry, keyframe: np.ndarray) -> tuple[Array, ControlState]:
         source = np.empty(len(keyframe), np.int32)

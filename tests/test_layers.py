@@ -8,13 +8,13 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
     ("arrays",),
-    ("tokens", "temporal"),
+    ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
     ("robots",),
     ("engine",),
     ("flops",),
     ("configs", "policy"),
-    ("loading", "parity"),
+    ("loading", "parity", "fleet"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
     ("training", "analysis"),
@@ -98,7 +98,7 @@ def test_the_engine_alone_joins_model_and_pruners():
         if part(name) == "pruners":
             assert {part(t) for t in imports(name)} <= {"pruners", "arrays", "tokens", "temporal"}
         if part(name) == "model":
-            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens"}
+            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens", "rtc"}
 
 
 def test_sizes_and_names_are_at_the_bottom_of_the_model():

@@ -21,6 +21,7 @@ from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.rtc import Guide, guided
 from safe_pruner_jax.tokens import saliency
 
 
@@ -300,6 +301,7 @@ def sample(
     visual_alive: Array | None = None,
     late_layers: Layers = (),
     late_steps: str = "half",
+    guide: Guide | None = None,
 ) -> tuple[Array, Array | None]:
     """Euler integration of the flow from noise (t=1) to actions (t=0).
 
@@ -312,6 +314,7 @@ def sample(
       visual_alive: [B, n] bool, needed with `late_layers`.
       late_layers: layers L_d whose saliency is wanted, action tokens as queries.
       late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
+      guide: chunks that the new ones shall agree with (`rtc`).
 
     Returns:
       actions [B, A, action_dim] float32, and late saliency [B, |L_d|, n] float32 (None without layers).
@@ -324,7 +327,8 @@ def sample(
     def step(carry, inputs):
         x, late = carry
         at, share = inputs
-        v, logits = velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
             now = [action_saliency(config, logits[i], visual_alive) for i in late_layers]
             # a step without weight may not bring in its NaN either
