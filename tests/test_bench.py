@@ -134,7 +134,7 @@ def test_robots_at_a_keyframe_are_those_asked_for(tiny):
     weights, example = modes.random_weights(tiny), modes.example_of(tiny, 1, 9)
     layout = layout_of(example, tiny)
     pruner = lambda: safe(keep=0.25, cut=2, threshold=-1.0)
-    mixed = modes.step_mode("x", weights, tiny, layout, example, pruner(), robots=4, keyframes=1)
+    mixed = modes.step_mode("x", weights, tiny, layout, example, pruner(), robots=2, keyframes=1)
     assert mixed.facts["keyframes"] == 1 and not mixed.marks
     alone = modes.step_mode("x", weights, tiny, layout, example, full(), robots=2, phases=False)
     assert alone.facts["keyframes"] == 2
@@ -159,9 +159,10 @@ for number, line in enumerate(sys.stdin):
 
 def stand_in(tmp_path: Path, program: str) -> str:
     """An interpreter that runs `program` whatever it is asked to run."""
-    script = tmp_path / "program.py"
+    number = len(list(tmp_path.iterdir()))
+    script = tmp_path / f"program{number}.py"
     script.write_text(program)
-    python = tmp_path / "python"
+    python = tmp_path / f"python{number}"
     python.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" "{script}" "$@"\n')
     python.chmod(0o755)
     return str(python)
@@ -169,14 +170,15 @@ def stand_in(tmp_path: Path, program: str) -> str:
 
 def test_the_command_measures_and_leaves_table_figure_and_numbers(tiny_libero, tmp_path, capsys):
     python = stand_in(tmp_path, STAND_IN)
-    options = {"keeps": (0.25,), "pruners": ("random",), "batches": (1, 2), "rounds": 2, "prompt": 9}
+    options = {"keeps": (0.25,), "pruners": ("safe",), "batches": (1, 2), "rounds": 2, "prompt": 9}
     run_bench(Bench(config="mini_libero", out=tmp_path, openpi_python=python, **options))
     report = json.loads((tmp_path / "bench.json").read_text())
-    wanted = {"all slots", "full", "random 0.25", "random keyframe", "full ×2", "random 0.25 ×2", "openpi"}
-    assert wanted <= set(report["modes"]) and report["baseline"] == "openpi"
+    wanted = {"openpi", "all slots", "full", "safe 0.25", "safe keyframe", "full ×2", "safe 0.25 ×2"}
+    wanted |= {"safe 0.25 ×2, 1 at a keyframe"}
+    assert wanted == set(report["modes"]) and report["baseline"] == "openpi"
     for name, row in report["modes"].items():
         assert row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"], name
-    ours = report["modes"]["random 0.25"]
+    ours = report["modes"]["safe 0.25"]
     assert (
         ours["roofline_share"] > 0 and ours["times_full"]["median"] > 0 and set(ours["phases_ms"]) == set(modes.PHASES)
     )

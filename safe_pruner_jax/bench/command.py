@@ -157,11 +157,13 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
         for pruner in args.pruners:
             for keep in args.keeps:
                 add(f"{pruner} {keep:g}{times}", alive, make(pruner, keep), **alone)
+            if not modes[-1].facts["refreshes"]:
+                continue
             if robots == 1:
                 add(f"{pruner} keyframe", alive, make(pruner, args.keeps[0]), keyframes=1, **alone)
             else:
                 some = max(1, robots // 4)
-                name = f"{pruner} {args.keeps[0]:g}{times}, {some} keyframes"
+                name = f"{pruner} {args.keeps[0]:g}{times}, {some} at a keyframe"
                 add(name, alive, make(pruner, args.keeps[0]), robots=robots, keyframes=some, phases=False)
     steps: dict[str, Step] = {}
     for mode in modes:

@@ -15,6 +15,7 @@ prefixes of that step, each a program of its own, so they add up to the whole by
 """
 
 import dataclasses
+import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,9 @@ class Mode:
       robots: per step.
       step: the whole step.
       marks: programs whose times `phases` takes differences of; empty where phases are not asked for.
-      facts: tokens per layer, counts of FLOPs and bytes, compile times: plain numbers.
+      facts: tokens per layer, counts of FLOPs and bytes, seconds of the first steps
+        (compilation), and whether the method has keyframes
+        ("refreshes"): plain numbers.
     """
 
     name: str
@@ -151,12 +154,15 @@ def step_mode(
     host = pack([example] * B, layout)
     fresh = engine.init(tuple(range(B)), len(layout.cameras))
     start = time.perf_counter()
-    control = _mix(fresh, _settled(engine, fresh, host), keyframes) if keyframes < B else fresh
+    settled = fresh if plan.cut is None else _settled(engine, fresh, host)
+    refreshes = plan.cut is not None and settled is not fresh
+    control = _mix(fresh, settled, keyframes)
     inputs = jax.device_put(host)
     _, _, info = engine.step(control, inputs)
     if int(info.keyframe.sum()) != keyframes:
         raise ValueError(f"{name}: expected {keyframes} of {B} robots on the full path, got {int(info.keyframe.sum())}")
     facts: dict[str, Any] = {"first_steps_s": time.perf_counter() - start, "robots": B, "keyframes": keyframes}
+    facts["refreshes"] = refreshes
 
     def step() -> None:
         actions, _, _ = engine.step(control, jax.device_put(host))
@@ -186,56 +192,59 @@ def _settled(engine: Engine, control: Any, host: Inputs, tries: int = 4) -> Any:
 
 def _mix(fresh: Any, settled: Any, keyframes: int) -> Any:
     """The first robots fresh, the others settled."""
-    if not keyframes:
+    if not keyframes or fresh is settled:
         return settled
     return jax.tree.map(lambda a, b: jnp.concatenate([a[:keyframes], b[keyframes:]]), fresh, settled)
 
 
 def _marks(engine: Engine, control: Any, inputs: Inputs, layers: Sequence[int], pruned: bool, facts: dict) -> dict:
-    """Programs for the phases, compiled; XLA's own counts and the compile times go into `facts`."""
-    config, weights, plan = engine.config, engine.weights, engine.plan
-    before = range(plan.cut.layer if plan.cut else 0)
+    """Programs for the phases, compiled; XLA's own counts go into `facts`."""
+    config, weights = engine.config, engine.weights
+    carry = engine.shallow(weights, control, inputs, None)
+    B, c = inputs.tokens.shape[0], config.prefix
+    ones = lambda n: jnp.ones((B, n, c.num_kv_heads, c.head_dim), config.dtype)
+    segments = tuple(Segment(ones(n), ones(n), jnp.ones((B, 1, n), bool)) for n in layers)
+    noise, count = jnp.ones((B, config.action_horizon, config.action_dim)), jnp.full(B, max(layers), jnp.int32)
+    programs: dict[str, tuple[Any, tuple]] = {
+        "vision": (_vision(config), (weights, inputs)),
+        "before": (_before(config, engine.plan.cut.layer if engine.plan.cut else 0), (weights, inputs)),
+        "decided": (engine.shallow, (weights, control, inputs, None)),
+        "second": (engine.second[pruned], (weights, carry)),
+        "denoise": (_denoise(config), (weights, segments, count, inputs.state, noise)),
+    }
+    facts["xla_flops"], facts["xla_bytes"], marks = {}, {}, {}
+    for name, (program, arguments) in programs.items():
+        # of the program as it is written, before XLA's own simplifications
+        cost = program.lower(*arguments).cost_analysis() or {}
+        facts["xla_flops"][name], facts["xla_bytes"][name] = cost.get("flops"), cost.get("bytes accessed")
+        marks[name] = partial(_wait, program, arguments)
+    return marks
 
-    def prefix(weights, inputs):
+
+@functools.cache
+def _vision(config: Pi0Config) -> Callable:
+    return jax.jit(lambda weights, inputs: pi0.embed_images(weights, config, inputs.images))
+
+
+@functools.cache
+def _before(config: Pi0Config, cut: int) -> Callable:
+    def run(weights: pi0.Weights, inputs: Inputs) -> Any:
         z = pi0.embed_images(weights, config, inputs.images)
         x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
         alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
         mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
-        return pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, before)[:2]
+        return pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(cut))[:2]
 
-    carry = engine.shallow(weights, control, inputs, None)
-    B, c = inputs.tokens.shape[0], config.prefix
-    segments = tuple(
-        Segment(*(jnp.ones((B, n, c.num_kv_heads, c.head_dim), config.dtype) for _ in "kv"), jnp.ones((B, 1, n), bool))
-        for n in layers
-    )
-    noise = jnp.ones((B, config.action_horizon, config.action_dim))
-    denoise = lambda weights, segments, state: pi0.sample(
-        weights, config, segments, jnp.full(B, max(layers), jnp.int32), state, noise
-    )[0]
-    programs: dict[str, tuple[Callable, tuple]] = {
-        "vision": (lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),
-        "before": (prefix, (weights, inputs)),
-        "decided": (engine.shallow, (weights, control, inputs, None)),
-        "second": (engine.second[pruned], (weights, carry)),
-        "denoise": (denoise, (weights, segments, inputs.state)),
-    }
-    facts["xla_flops"], facts["xla_bytes"], facts["compile_s"] = {}, {}, {}
-    marks = {}
-    for name, (program, arguments) in programs.items():
-        start = time.perf_counter()
-        program = program if hasattr(program, "lower") else jax.jit(program)
-        compiled = program.lower(*arguments).compile()
-        facts["compile_s"][name] = time.perf_counter() - start
-        cost = compiled.cost_analysis() or {}
-        cost = cost[0] if isinstance(cost, list) else cost
-        facts["xla_flops"][name], facts["xla_bytes"][name] = cost.get("flops"), cost.get("bytes accessed")
-        marks[name] = partial(_wait, compiled, arguments)
-    return marks
+    return jax.jit(run)
 
 
-def _wait(compiled: Callable, arguments: tuple) -> None:
-    jax.block_until_ready(compiled(*arguments))
+@functools.cache
+def _denoise(config: Pi0Config) -> Callable:
+    return jax.jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
+
+
+def _wait(program: Callable, arguments: tuple) -> None:
+    jax.block_until_ready(program(*arguments))
 
 
 def weight_bytes(weights: pi0.Weights) -> dict[str, int]:
