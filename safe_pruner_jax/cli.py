@@ -372,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"openpi: expected a command, one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
         return 0 if asked and argv else 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    for library in ("jax", "websockets"):
+    for library in ("absl", "jax", "orbax", "websockets"):
         logging.getLogger(library).setLevel(logging.WARNING)
     command, prog = COMMANDS[argv[0]], f"openpi {argv[0]}"
     try:
