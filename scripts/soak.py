@@ -173,6 +173,7 @@ class Soak:
         self.episodes = {robot: episode(robot, args.seed) for robot in range(args.robots)}
         self.alone: dict[int, list[tuple[np.ndarray, bool]]] = {}
         self.recovery: list[dict] = []
+        self.signals = [signal.SIGTERM, signal.SIGKILL] if args.restarts else []
 
     def play_alone(self) -> None:
         """What every robot is answered when nobody else is there."""
@@ -262,9 +263,9 @@ class Soak:
         begun, seconds = time.monotonic(), self.args.minutes * 60
         for thread in (*robots, *workers):
             thread.start()
-        signals = [signal.SIGTERM, signal.SIGKILL]
-        for part, number in enumerate([*signals, None]):
-            while time.monotonic() - begun < seconds * (part + 1) / 3:
+        parts = [*self.signals, None]
+        for part, number in enumerate(parts, 1):
+            while time.monotonic() - begun < seconds * part / len(parts):
                 time.sleep(0.5)
                 self.server.sample()
             if number is not None:
@@ -296,7 +297,7 @@ class Soak:
             and not counts["malformed frames badly answered"],
             "no oversized message accepted": not counts["oversized messages accepted"],
             "memory flat": bool(memory) and all(life["growth"] <= GROWTH for life in memory),
-            "came back after both signals": len(self.recovery) == 2,
+            "came back after each signal": len(self.recovery) == len(self.signals),
             "stopped with exit code 0": self.server.exit_codes[-1] == 0 and not counts["bad exit"],
         }
         return {
@@ -323,6 +324,7 @@ def main() -> int:
     parser.add_argument("--robots", type=int, default=6)
     parser.add_argument("--frames", type=int, default=10_000, help="malformed frames to send")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--restarts", action=argparse.BooleanOptionalAction, default=True, help="signals in between")
     parser.add_argument("--note", default="", help="about the machine, for the result file")
     parser.add_argument("--out", type=Path, help="result file, JSON")
     args = parser.parse_args()
