@@ -50,15 +50,18 @@ def describe(ms: list[float]) -> dict:
     return {"count": len(ms), "p50": q(0.5), "p90": q(0.9), "p99": q(0.99), "max": q(1), "histogram": bins}
 
 
-def bare(pruner: str, requests: int) -> list[float]:
-    """Milliseconds of `session.infer` in this process."""
-    session = load_policy(EMBEDDED, pruner=make(pruner), prompt_lengths=(16,)).session()
-    rng, times = np.random.default_rng(0), []
+def bare(pruner: str, requests: int) -> dict[str, list[float]]:
+    """Milliseconds of `session.infer` in this process, in turns: plain, and continuing the last chunk (`rtc`)."""
+    policy = load_policy(EMBEDDED, pruner=make(pruner), prompt_lengths=(16,))
+    kinds = {"plain": {}, "rtc": {"rtc": {"executed": 5, "delay": 4}}}
+    sessions, rng = {kind: policy.session() for kind in kinds}, np.random.default_rng(0)
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step in range(requests + WARM):
-        request, start = asked(rng, 0, step), time.perf_counter()
-        session.infer(request)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times[WARM:]
+        for kind, more in kinds.items():
+            request, start = asked(rng, 0, step) | more, time.perf_counter()
+            sessions[kind].infer(request)
+            times[kind].append((time.perf_counter() - start) * 1e3)
+    return {kind: ms[WARM:] for kind, ms in times.items()}
 
 
 class Server:
@@ -117,19 +120,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pruner", default="safe")
     parser.add_argument("--requests", type=int, default=200, help="altogether, for each number of robots")
-    parser.add_argument("--robots", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--robots", type=int, nargs="*", default=[1, 4, 16], help="none: the bare step alone")
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the result file")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     alone = bare(args.pruner, min(args.requests, 100))
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(args.pruner, Path(folder), args.max_batch)
-        try:
-            driven = [server.drive(robots, -(-args.requests // robots)) for robots in args.robots]
-        finally:
-            server.process.terminate()
-            server.process.wait(60)
+    driven = []
+    if args.robots:
+        with tempfile.TemporaryDirectory() as folder:
+            server = Server(args.pruner, Path(folder), args.max_batch)
+            try:
+                driven = [server.drive(robots, -(-args.requests // robots)) for robots in args.robots]
+            finally:
+                server.process.terminate()
+                server.process.wait(60)
     result = {
         "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -137,7 +142,8 @@ def main() -> None:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "model": EMBEDDED,
-        "bare_step_ms": describe(alone),
+        "bare_step_ms": describe(alone["plain"]),
+        "bare_rtc_step_ms": describe(alone["rtc"]),
         "served": driven,
     }
     text = json.dumps(result, indent=2)
