@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from safe_pruner_jax.pruners import make
 from safe_pruner_jax.serving import pack, unpack
 
 EDGES_MS = [round(float(edge), 1) for edge in np.geomspace(10, 10_000, 25)]
-"""Borders of the histograms, milliseconds; the first and the last bin are open."""
+"""Borders of the histograms, milliseconds; what is below or above them all falls into the outermost bins."""
 WARM = 3
 """Requests of each robot that are not counted: the first is a keyframe."""
 
@@ -44,19 +45,23 @@ def asked(rng: np.random.Generator, robot: int, step: int) -> dict:
 def describe(ms: list[float]) -> dict:
     """Quantiles and the histogram of some milliseconds."""
     q = lambda share: round(float(np.quantile(ms, share)), 3)
-    counts = np.histogram(ms, [0.0, *EDGES_MS, np.inf])[0]
-    return {"count": len(ms), "p50": q(0.5), "p90": q(0.9), "p99": q(0.99), "max": q(1), "histogram": counts.tolist()}
+    counts = np.histogram(np.clip(ms, EDGES_MS[0], EDGES_MS[-1]), EDGES_MS)[0]
+    bins = {f"{low:g}-{high:g}": int(n) for (low, high), n in zip(pairwise(EDGES_MS), counts, strict=True) if n}
+    return {"count": len(ms), "p50": q(0.5), "p90": q(0.9), "p99": q(0.99), "max": q(1), "histogram": bins}
 
 
-def bare(pruner: str, requests: int) -> list[float]:
-    """Milliseconds of `session.infer` in this process."""
-    session = load_policy(EMBEDDED, pruner=make(pruner), prompt_lengths=(16,)).session()
-    rng, times = np.random.default_rng(0), []
+def bare(pruner: str, requests: int) -> dict[str, list[float]]:
+    """Milliseconds of `session.infer` in this process, in turns: plain, and continuing the last chunk (`rtc`)."""
+    policy = load_policy(EMBEDDED, pruner=make(pruner), prompt_lengths=(16,))
+    kinds = {"plain": {}, "rtc": {"rtc": {"executed": 5, "delay": 4}}}
+    sessions, rng = {kind: policy.session() for kind in kinds}, np.random.default_rng(0)
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step in range(requests + WARM):
-        request, start = asked(rng, 0, step), time.perf_counter()
-        session.infer(request)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times[WARM:]
+        for kind, more in kinds.items():
+            request, start = asked(rng, 0, step) | more, time.perf_counter()
+            sessions[kind].infer(request)
+            times[kind].append((time.perf_counter() - start) * 1e3)
+    return {kind: ms[WARM:] for kind, ms in times.items()}
 
 
 class Server:
@@ -94,7 +99,6 @@ class Server:
         """Several robots at the same time."""
         rounds: list[dict] = []
         threads = [threading.Thread(target=self.robot, args=(n, requests, rounds)) for n in range(robots)]
-        start = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -102,9 +106,8 @@ class Server:
         middle = lambda values: round(statistics.median(values), 3)
         return {
             "robots": robots,
-            "replies_per_s": round(robots * (requests + WARM) / (time.perf_counter() - start), 2),
             "round_trip_ms": describe([r["ms"] for r in rounds]),
-            "queue_ms": describe([r["queue_ms"] for r in rounds]),
+            "queue_ms": middle([r["queue_ms"] for r in rounds]),
             "device_ms": middle([r["device_ms"] for r in rounds]),
             "server_step_ms": middle([r["infer_ms"] for r in rounds]),
             "beside_device_and_queue_ms": middle([r["ms"] - r["device_ms"] - r["queue_ms"] for r in rounds]),
@@ -117,19 +120,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pruner", default="safe")
     parser.add_argument("--requests", type=int, default=200, help="altogether, for each number of robots")
-    parser.add_argument("--robots", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--robots", type=int, nargs="*", default=[1, 4, 16], help="none: the bare step alone")
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the result file")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     alone = bare(args.pruner, min(args.requests, 100))
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(args.pruner, Path(folder), args.max_batch)
-        try:
-            driven = [server.drive(robots, -(-args.requests // robots)) for robots in args.robots]
-        finally:
-            server.process.terminate()
-            server.process.wait(60)
+    driven = []
+    if args.robots:
+        with tempfile.TemporaryDirectory() as folder:
+            server = Server(args.pruner, Path(folder), args.max_batch)
+            try:
+                driven = [server.drive(robots, -(-args.requests // robots)) for robots in args.robots]
+            finally:
+                server.process.terminate()
+                server.process.wait(60)
     result = {
         "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -137,8 +142,8 @@ def main() -> None:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "model": EMBEDDED,
-        "bare_step_ms": describe(alone),
-        "histogram_edges_ms": EDGES_MS,
+        "bare_step_ms": describe(alone["plain"]),
+        "bare_rtc_step_ms": describe(alone["rtc"]),
         "served": driven,
     }
     text = json.dumps(result, indent=2)

@@ -53,7 +53,7 @@ class Fleet:
             raise ValueError(f"max_robots: expected at least the batch limit {limit}, got {max_robots}; raise it")
         self.policy, self.limit, self.evicted = policy, limit, 0
         self._max_robots, self._max_age_s, self._clock = max_robots, max_age_s, clock
-        self._real_time = real_time
+        self.real_time = real_time
         self._episodes: OrderedDict[Hashable, Episode] = OrderedDict()
         self._used: dict[Hashable, float] = {}
 
@@ -71,7 +71,7 @@ class Fleet:
         """Compiles every program for every number of robots up to the limit."""
         largest = batch_size(self.limit)
         sizes = sorted({size for size in (*BATCH_SIZES, largest) if size <= largest})
-        self.policy.warmup(sizes, real_time=self._real_time)
+        self.policy.warmup(sizes, real_time=self.real_time)
 
     def start(self, robot: Hashable, seed: int) -> None:
         """A new episode of a robot, with the noise of a seed."""
@@ -86,7 +86,7 @@ class Fleet:
     def prepare(self, robot: Hashable, request: dict) -> Asked:
         """The host's half of a robot's step. Raises RequestError."""
         asked = self.policy.read(request)
-        if asked.overlap is not None and not self._real_time:
+        if asked.overlap is not None and not self.real_time:
             raise RequestError(
                 "rtc", "a request without it", "one", "start the server with --serving.real-time to use it"
             )

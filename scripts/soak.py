@@ -36,8 +36,8 @@ from safe_pruner_jax.serving import pack, unpack
 
 TOLERANCE = 1e-4
 """Largest difference to the run alone, relative to the range of the actions; a shared device step rounds otherwise."""
-GROWTH = 0.10
-"""Largest growth of the server's memory between the first and the last third of a life, as a share."""
+GROWTH = 0.05
+"""Largest growth of the server's memory between the middle and the last third of a life, as a share."""
 SENDERS = 4
 """Clients that send malformed frames at the same time."""
 Broken = (ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError)
@@ -173,6 +173,7 @@ class Soak:
         self.episodes = {robot: episode(robot, args.seed) for robot in range(args.robots)}
         self.alone: dict[int, list[tuple[np.ndarray, bool]]] = {}
         self.recovery: list[dict] = []
+        self.signals = [signal.SIGTERM, signal.SIGKILL] if args.restarts else []
 
     def play_alone(self) -> None:
         """What every robot is answered when nobody else is there."""
@@ -262,9 +263,9 @@ class Soak:
         begun, seconds = time.monotonic(), self.args.minutes * 60
         for thread in (*robots, *workers):
             thread.start()
-        signals = [signal.SIGTERM, signal.SIGKILL]
-        for part, number in enumerate([*signals, None]):
-            while time.monotonic() - begun < seconds * (part + 1) / 3:
+        parts = [*self.signals, None]
+        for part, number in enumerate(parts, 1):
+            while time.monotonic() - begun < seconds * part / len(parts):
                 time.sleep(0.5)
                 self.server.sample()
             if number is not None:
@@ -282,9 +283,10 @@ class Soak:
         """Figures and verdicts."""
         memory = []
         for life in (life for life in self.server.memory if len(life) >= 6):
-            third = len(life) // 3
-            first, last = statistics.median(life[:third]), statistics.median(life[-third:])
-            memory.append({"first_third_mb": first, "last_third_mb": last, "growth": last / first - 1})
+            third = len(life) // 3  # in the first one allocators take what they will need
+            thirds = [statistics.median(part) for part in (life[:third], life[third:-third], life[-third:])]
+            series = [round(mb) for mb in life[:: max(1, len(life) // 30)]]
+            memory.append({"median_of_thirds_mb": thirds, "growth": thirds[2] / thirds[1] - 1, "series_mb": series})
         counts, latencies = self.tally.counts, sorted(self.tally.latencies)
         quantile = lambda q: latencies[min(int(q * len(latencies)), len(latencies) - 1)] * 1e3 if latencies else None
         checks = {
@@ -295,13 +297,14 @@ class Soak:
             and not counts["malformed frames badly answered"],
             "no oversized message accepted": not counts["oversized messages accepted"],
             "memory flat": bool(memory) and all(life["growth"] <= GROWTH for life in memory),
-            "came back after both signals": len(self.recovery) == 2,
+            "came back after each signal": len(self.recovery) == len(self.signals),
             "stopped with exit code 0": self.server.exit_codes[-1] == 0 and not counts["bad exit"],
         }
         return {
             "command": " ".join(["python", "scripts/soak.py", *sys.argv[1:]]),
             "model": "tiny (tests)" if self.args.tiny else "embedded",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "note": self.args.note,
             "seconds": seconds,
             "robots": self.args.robots,
             "first_start_s": start_s,
@@ -321,6 +324,8 @@ def main() -> int:
     parser.add_argument("--robots", type=int, default=6)
     parser.add_argument("--frames", type=int, default=10_000, help="malformed frames to send")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--restarts", action=argparse.BooleanOptionalAction, default=True, help="signals in between")
+    parser.add_argument("--note", default="", help="about the machine, for the result file")
     parser.add_argument("--out", type=Path, help="result file, JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ import pytest
 
 from safe_pruner_jax import cli
 from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Evaluate, Serve, parse, split_pruner
+from safe_pruner_jax.serving.options import Serving
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,14 @@ def test_help_shows_the_pruners_own_choices(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--pruner.threshold" in text and "γ" in text and "policy:embedded" in text
+
+
+def test_delays_and_real_time_chunking_are_chosen_in_words():
+    options = ["--suite", "libero_object", "--delay", "4", "--rtc", "policy:embedded"]
+    args, *_ = parse(Evaluate, options, "openpi evaluate")
+    assert (args.delay, args.rtc) == (4, True)
+    args, *_ = parse(Serve, ["--serving.real-time", "policy:embedded"], "openpi serve")
+    assert args.serving.real_time and not Serving().real_time
 
 
 def test_evaluates_arguments():

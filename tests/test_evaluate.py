@@ -120,8 +120,8 @@ def test_a_robot_that_fails_does_not_fail_the_others(tiny):
 def test_not_finite_actions_end_one_episode(tiny, monkeypatch):
     robots, step, calls = Robots(tiny, 1), tiny.engine.step, []
 
-    def poisoned(*args):
-        actions, control, info = step(*args)
+    def poisoned(*args, **options):
+        actions, control, info = step(*args, **options)
         calls.append(1)
         return actions * (np.nan if len(calls) == 1 else 1), control, info
 
@@ -133,7 +133,7 @@ def test_not_finite_actions_end_one_episode(tiny, monkeypatch):
 
 
 def test_a_device_that_refuses_is_an_error_of_every_episode_in_the_step(tiny, monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(tiny.engine, "step", refuse)

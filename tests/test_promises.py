@@ -130,6 +130,7 @@ def test_info_tells_version_and_configuration(live):
     status, text = live.get("/info", Authorization=f"Api-Key {KEY}")
     info = json.loads(text)
     assert status == 200 and info["version"] and info["ready"] and info["max_batch"] == 2 and info["authentication"]
+    assert info["real_time"] is False
     assert info["metadata"]["safe_pruner"]["configuration"]["pruner"] == "safe"
     assert KEY not in text
 

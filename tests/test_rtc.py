@@ -1,6 +1,8 @@
 """Real-time chunking: the mask, the guidance, chunks that continue one another, robots that ask for it."""
 
+import json
 import threading
+import urllib.request
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -273,6 +275,8 @@ def test_a_fleet_that_is_not_prepared_for_it_refuses(tiny):
 
 def test_over_the_wire_it_is_the_session(tiny, played):
     with running(Fleet(tiny, limit=1, real_time=True), client_errors=(RequestError,)) as server:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/info") as info:
+            assert json.load(info)["real_time"]
         clients = [WebsocketClientPolicy("127.0.0.1", server.port) for _ in range(2)]
 
         def play(robot):

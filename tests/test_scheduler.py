@@ -102,6 +102,20 @@ def test_the_newest_observation_wins_and_keeps_its_place():
     assert steps == [[("r", 0)], [("r", 3)], [("s", 10)]]
 
 
+def test_who_has_left_takes_no_place_in_a_step():
+    async def scenario(scheduler, backend):
+        backend.gate = asyncio.Event()
+        running, there = scheduler.submit("run", Job()), [True, True, True]
+        await asyncio.sleep(0.01)
+        answers = [scheduler.submit(f"r{i}", Job(number=i), None, lambda i=i: there[i]) for i in range(3)]
+        there[1] = False
+        backend.gate.set()
+        return [await outcome(a) for a in (running, *answers)], backend.steps
+
+    outcomes, steps = play(scenario, backend=Backend(limit=2))
+    assert outcomes == [0, 0, "rejected", 2] and steps[1:] == [[("r0", 0), ("r2", 2)]]
+
+
 def test_a_full_queue_rejects_at_once_but_not_a_newer_observation():
     async def scenario(scheduler, backend):
         backend.gate = asyncio.Event()

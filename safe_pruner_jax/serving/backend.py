@@ -21,11 +21,13 @@ class Backend(Protocol):
     Attributes:
       metadata: greets each client; it must be packable (see `wire.pack`).
       limit: robots per step.
+      real_time: whether requests may ask for chunks that continue the last ones.
       evicted: memories dropped so far because of their age or number.
     """
 
     metadata: dict
     limit: int
+    real_time: bool
     evicted: int
 
     def warmup(self) -> None:
@@ -73,7 +75,7 @@ class Sessions:
       maker: makes the sessions.
     """
 
-    limit, evicted = 1, 0
+    limit, real_time, evicted = 1, True, 0
 
     def __init__(self, maker: SessionMaker):
         self.metadata, self.warmup = maker.metadata, maker.warmup

@@ -16,6 +16,7 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
+from websockets.protocol import State
 
 from safe_pruner_jax.outcome import NonFinite
 from safe_pruner_jax.serving.backend import Backend, Job
@@ -121,7 +122,8 @@ class Conversation:
             failed.set_exception(error)
             return _Due(None, since, received, 0.0, failed)
         prepared_s = time.monotonic() - received
-        answer = self._desk.scheduler.submit(asked.robot, asked.job, asked.deadline_s)
+        there = lambda: self._socket.state is State.OPEN
+        answer = self._desk.scheduler.submit(asked.robot, asked.job, asked.deadline_s, there)
         return _Due(asked, since, received, prepared_s, answer)
 
     def _prepare(self, message: bytes | str) -> Addressed:
@@ -237,4 +239,4 @@ async def first(wanted: Any, *others: Any) -> bool:
         rest = [task for task in tasks if not task.done()]
         for task in rest:
             task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

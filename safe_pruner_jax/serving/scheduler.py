@@ -72,6 +72,7 @@ class _Ticket:
     since: float
     answer: asyncio.Future
     timer: asyncio.TimerHandle
+    wanted: Callable[[], bool]
 
 
 class Scheduler:
@@ -104,13 +105,20 @@ class Scheduler:
         """Requests in the queue."""
         return len(self._waiting)
 
-    def submit(self, robot: Hashable, job: Any, deadline_s: float | None = None) -> asyncio.Future:
+    def submit(
+        self,
+        robot: Hashable,
+        job: Any,
+        deadline_s: float | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> asyncio.Future:
         """Queues a request.
 
         Args:
           robot: whose it is; an older request of the same robot that still waits is superseded.
           job: from `Backend.prepare`.
           deadline_s: seconds it may wait, at most the server's.
+          wanted: asked before it is run; False if its client has left.
 
         Returns:
           Future of `Served`; its exception is `Turned`, or what the step raised.
@@ -124,7 +132,7 @@ class Scheduler:
             return answer
         limit = self._terms.deadline_s if deadline_s is None else min(deadline_s, self._terms.deadline_s)
         timer = loop.call_later(limit, self._expire, robot, answer, limit)
-        ticket = _Ticket(robot, job, time.monotonic(), answer, timer)
+        ticket = _Ticket(robot, job, time.monotonic(), answer, timer, wanted)
         if older is not None:  # the newer observation takes its place in the queue
             self._turn(older, "superseded", "a newer request of this robot came before this one was run")
         self._waiting[robot] = ticket
@@ -173,6 +181,8 @@ class Scheduler:
 
     def _take(self) -> list[_Ticket]:
         """The first request, and those behind it that can share its step; none if all have gone meanwhile."""
+        for ticket in [ticket for ticket in self._waiting.values() if not ticket.wanted()]:
+            self.cancel(ticket.answer)
         tickets = list(self._waiting.values())
         tickets = [ticket for ticket in tickets if ticket.job.group == tickets[0].job.group][: self._backend.limit]
         for ticket in tickets:

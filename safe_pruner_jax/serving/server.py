@@ -234,6 +234,7 @@ class Server:
             "limits": dataclasses.asdict(self._limits),
             "terms": dataclasses.asdict(self._terms),
             "max_batch": self._backend.limit,
+            "real_time": self._backend.real_time,
             "authentication": self._access.key is not None,
             "tls": self._access.tls is not None,
         }
