@@ -2,7 +2,7 @@
 
     shallow   images, prompt → layers before the cut → evidence → vmap(pruner.step)      one keyframe bit per robot
     full      the rest of the step with all alive tokens; leaves late saliency behind
-    pruned    the rest of the step with the selected tokens
+    pruned    the rest of the step with the selected tokens, through the later cuts of the plan if it has any
 
 Each is a pure function of (weights, control state, inputs). The host reads the keyframe bits and runs `full` on
 the rows that are keyframes and `pruned` on the others, padded to a few batch sizes: under `vmap` a `lax.cond`
@@ -10,7 +10,7 @@ would run both for everybody. Nothing else crosses between host and device impli
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -19,57 +19,25 @@ import numpy as np
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.control import ControlState, Inputs
+from safe_pruner_jax.evidence import captured_shape, everybody, patches, read
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
-from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Plan, Pruner, Selection, State
-from safe_pruner_jax.tokens import gather, saliency
+from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection
+from safe_pruner_jax.tokens import saliency
 
 BATCH_SIZES = (1, 2, 4, 8)
 """Row counts the second half of a step is compiled for; larger batches take the next power of two."""
 
 
 @struct.dataclass
-class Inputs:
-    """What the network reads at one control step, padded to a static layout.
-
-    Args:
-      images: [B, C, S, S, 3] uint8.
-      camera_mask: [B, C] bool.
-      tokens: [B, T] int32, padding 0.
-      token_mask: [B, T] bool.
-      state: [B, action_dim] float32, normalised and padded; only π0 reads it.
-    """
-
-    images: Array
-    camera_mask: Array
-    tokens: Array
-    token_mask: Array
-    state: Array
-
-
-@struct.dataclass
-class ControlState:
-    """What travels from one control step to the next, every leaf with leading axis B.
-
-    Args:
-      pruner: the pruner's own state.
-      since_full: [B] int32 steps since the last full pass (0: the last step was one), `NO_HISTORY` before any.
-      alive: [B, n] bool visual tokens of the last step; another set makes the history void.
-      late: [B, |L_d|, n] float32 late saliency of the last full pass.
-      key: [B] PRNG keys.
-    """
-
-    pruner: State
-    since_full: Array
-    alive: Array
-    late: Array
-    key: Array
-
-
-@struct.dataclass
 class Carry:
-    """Everything `shallow` hands to the second half of the step."""
+    """Everything `shallow` hands to the second half of the step.
+
+    `past` are the remembered captures of layers before the cut, {place in the plan: array}; `evidence` is there for
+    later cuts only.
+    """
 
     x: Array
     segments: tuple[Segment, ...]
@@ -79,6 +47,8 @@ class Carry:
     state: Array
     selection: Selection
     control: ControlState
+    past: dict[int, Array]
+    evidence: Evidence | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +57,7 @@ class StepInfo:
 
     Args:
       keyframe: [B] bool on the host: which robots ran the full path.
-      selection: what the pruner chose, with score and κ, leading axis B.
+      selection: what the pruner chose at the first cut, with score and κ, leading axis B.
       decided_at: `time.perf_counter()` when the keyframe bits were on the host; None without a decision.
     """
 
@@ -123,19 +93,23 @@ def shallow(
     mask = jnp.concatenate([visual_alive, inputs.token_mask], axis=1)
     pos = pi0.positions(mask)
     before = range(plan.cut.layer if plan.cut else 0)
-    wanted = tuple(c.layer for c in plan.capture if c.rows != "action")
+    wanted = _layers(plan.capture + plan.remember, before)
     x = jnp.concatenate([z, prompt], axis=1)
     x, segments, logits = pi0.prefix_layers(weights, config, x, pos, mask, before, wanted)
+    rows = everybody(x, pos, mask, visual_alive.shape[1])
+    see = lambda c: read(c, logits[c.layer], rows, visual_alive.shape[1], visual_alive)
 
     keys = jax.vmap(jax.random.split)(control.key)
     if noise is None:
         shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
         noise = jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
     count = mask.sum(1, dtype=jnp.int32)
-    captured = _capture(config, plan, weights, segments, logits, count, inputs, noise, visual_alive)
+    action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
+    captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
 
     kept_history = (control.since_full != NO_HISTORY) & (control.alive == visual_alive).all(1)
     since = jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32)
+    known = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
     camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
     evidence = Evidence(
         since_full=since,
@@ -143,43 +117,52 @@ def shallow(
         alive=visual_alive,
         camera=jnp.broadcast_to(camera, visual_alive.shape),
         saliency=captured,
-        late=jnp.where(kept_history[:, None, None], control.late, 0.0),
+        late=known(control.late),
         key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
+        text=prompt,
+        text_alive=inputs.token_mask,
+        hidden=x[:, : visual_alive.shape[1]],
+        patches=patches(inputs.images, config.vision.patch),
+        past=jax.tree.map(known, control.past),
+        actions=known(control.actions),
     )
     state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
-    control = ControlState(state, since, visual_alive, control.late, keys[:, 0])
-    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control)
+    control = control.replace(pruner=state, since_full=since, alive=visual_alive, key=keys[:, 0])
+    past = {i: see(c) for i, c in enumerate(plan.remember) if c.layer in before}
+    kept = evidence if plan.later else None
+    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control, past, kept)
 
 
-def _capture(config, plan: Plan, weights, segments, logits, count, inputs, noise, visual_alive) -> tuple[Array, ...]:
-    """One [B, n] saliency per `plan.capture`."""
-    n = visual_alive.shape[1]
+def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
+    """Layers of a range whose prefix logits are wanted."""
+    return tuple(c.layer for c in captures if c.rows != "action" and c.layer in layers)
+
+
+def _action_saliency(config, plan: Plan, weights, segments, count, state, noise, visual_alive) -> dict:
+    """{layer: over → [B, n] saliency of the action tokens at flow time 1} for the captures that ask for it."""
     actions = tuple(c.layer for c in plan.capture if c.rows == "action")
-    if actions:
-        first = jax.tree.map(lambda a: a[0], weights.schedule)
-        tokens = pi0.suffix_tokens(weights, config, inputs.state, noise, first.mix)
-        upto = segments[: max(actions) + 1]
-        _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
-    out = []
-    for c in plan.capture:
-        if c.rows == "action":
-            source = expert[c.layer][:, :, -config.action_horizon :]
-            rows = jnp.ones((source.shape[0], config.action_horizon), bool)
-        else:
-            source, rows = logits[c.layer][:, :, n:], inputs.token_mask
-            if c.rows == "last":
-                rows = jnp.arange(rows.shape[1]) == rows.sum(1, keepdims=True) - 1
-        out.append(jax.vmap(partial(saliency, over=c.over))(source, rows, visual_alive))
-    return tuple(out)
+    if not actions:
+        return {}
+    first = jax.tree.map(lambda a: a[0], weights.schedule)
+    tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
+    upto = segments[: max(actions) + 1]
+    _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
+    rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
+
+    def of(layer: int, over: str) -> Array:
+        source = expert[layer][:, :, -config.action_horizon :]
+        return jax.vmap(partial(saliency, over=over))(source, rows, visual_alive)
+
+    return {layer: partial(of, layer) for layer in actions}
 
 
 def finish(
-    config: Pi0Config, plan: Plan, pruned: bool, weights: pi0.Weights, carry: Carry, rows: Array | None
+    config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry, rows: Array | None
 ) -> tuple[Array, ControlState]:
     """The step from the cut to the actions, for some rows of the batch.
 
     Args:
-      config, plan, pruned: static; `pruned` keeps only the selected visual tokens.
+      config, pruner, pruned: static; `pruned` keeps only the selected visual tokens.
       weights: prepared weights.
       carry: from `shallow`.
       rows: [b] int32 rows to run, repeats allowed; None runs all of them.
@@ -189,32 +172,71 @@ def finish(
     """
     if rows is not None:
         carry = jax.tree.map(lambda a: a[rows], carry)
-    control, mask, pos, x = carry.control, carry.mask, carry.positions, carry.x
+    plan, control = pruner.plan, carry.control
     n = control.alive.shape[1]
-    count = mask.sum(1, dtype=jnp.int32)
-    if pruned:
-        chosen = carry.selection
-        keep = lambda a, v: jnp.concatenate([v, a[:, n:]], axis=1)
-        x = keep(x, gather(x, chosen.index))
-        pos = keep(pos, gather(pos, chosen.index))
-        mask = keep(mask, chosen.alive)
-    after = range(plan.cut.layer if plan.cut else 0, config.depth)
-    _, segments, _ = pi0.prefix_layers(weights, config, x, pos, mask, after)
+    segments, past, state, columns = _deep(config, pruner, pruned, weights, carry)
+    asked = not pruned or plan.late_from == "every"
     actions, late = pi0.sample(
         weights,
         config,
         carry.segments + segments,
-        count,
+        carry.mask.sum(1, dtype=jnp.int32),
         carry.state,
         carry.noise,
         visual_alive=control.alive,
-        late_layers=() if pruned else plan.late_layers,
+        columns=columns,
+        late_layers=plan.late_layers if asked else (),
         late_steps=plan.late_steps,
     )
-    if pruned:
-        return actions, control
-    late = control.late if late is None else late
-    return actions, control.replace(since_full=jnp.zeros_like(control.since_full), late=late)
+    control = control.replace(
+        pruner=state,
+        late=control.late if late is None else late,
+        past=tuple(past[i] for i in range(len(plan.remember))),
+        actions=actions,
+        kv=tuple((s.k[:, :n], s.v[:, :n]) for s in segments) if plan.dropped == "reuse" else (),
+    )
+    return actions, control if pruned else control.replace(since_full=jnp.zeros_like(control.since_full))
+
+
+def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights, carry: Carry):
+    """The prefix layers from the first cut on, cut by cut.
+
+    Returns:
+      segments of these layers, remembered captures {place in the plan: array}, the pruner's state, and for layers
+      that have dropped tokens {layer: (slots, alive) of their first keys}.
+    """
+    plan, control = pruner.plan, carry.control
+    n, state, past, columns = control.alive.shape[1], control.pruner, dict(carry.past), {}
+    rows = everybody(carry.x, carry.positions, carry.mask, n)
+    reused = pruned and plan.dropped == "reuse"
+    cuts = plan.cuts if pruned else plan.cuts[:1]
+    starts = [c.layer for c in cuts] or [0]
+    selection, segments = carry.selection, ()
+    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], config.depth], strict=True)):
+        if pruned:
+            rows = rows.select(selection.index, selection.alive, selection.rows, n)
+        layers = range(start, stop)
+        captures = plan.later[i].capture if i < len(cuts) - 1 else ()
+        reuse = None
+        if reused:
+            kv = {l: control.kv[l - plan.cut.layer] for l in layers}
+            reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.mask)
+        wanted = _layers(captures + plan.remember, layers)
+        x, more, logits = pi0.prefix_layers(weights, config, rows.x, rows.positions, rows.mask, layers, wanted, reuse)
+        rows, segments = rows.replace(x=x), segments + more
+        keys = control.alive if reused else rows.alive
+        see = lambda c, logits=logits, rows=rows, keys=keys: read(c, logits[c.layer], rows, n, keys)
+        past |= {j: see(c) for j, c in enumerate(plan.remember) if c.layer in layers}
+        if pruned and not reused:
+            columns |= {l: (rows.slots, rows.alive) for l in layers}
+        if i < len(cuts) - 1:
+            evidence = carry.evidence.replace(
+                alive=rows.in_slots(rows.alive, n),
+                hidden=rows.in_slots(x[:, : rows.slots.shape[1]], n),
+                saliency=tuple(map(see, captures)),
+            )
+            state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
+    return segments, past, state, columns
 
 
 def _merge(full, pruned, source: Array):
@@ -237,10 +259,10 @@ class Engine:
     def __init__(self, weights: pi0.Weights, config: Pi0Config, pruner: Pruner):
         self.weights, self.config = weights, config
         self.plan = pruner.plan.for_depth(config.depth)
-        self.pruner = Pruner(pruner.name, self.plan, pruner.init, pruner.step)
+        self.pruner = replace(pruner, plan=self.plan)
         self.shallow = jax.jit(partial(shallow, config, self.pruner))
-        self.full = jax.jit(partial(finish, config, self.plan, False))
-        self.pruned = jax.jit(partial(finish, config, self.plan, True))
+        self.full = jax.jit(partial(finish, config, self.pruner, False))
+        self.pruned = jax.jit(partial(finish, config, self.pruner, True))
         self._merge = jax.jit(_merge)
 
     def init(self, seeds: tuple[int, ...], cameras: int) -> ControlState:
@@ -249,31 +271,47 @@ class Engine:
         Raises:
           ValueError: the pruner's `keep` is a count above the number of visual tokens.
         """
-        n, B = cameras * self.config.tokens_per_camera, len(seeds)
-        keep = self.plan.cut.keep if self.plan.cut else 1
+        config, pruner = self.config, self.pruner
+        plan = pruner.plan
+        n, B, shape = cameras * config.tokens_per_camera, len(seeds), jax.ShapeDtypeStruct
+        keep = max((c.keep for c in plan.cuts), default=1)
         if keep > n:
             raise ValueError(
-                f"keep: expected at most {n} visual tokens ({cameras} cameras × {self.config.tokens_per_camera}), "
+                f"keep: expected at most {n} visual tokens ({cameras} cameras × {config.tokens_per_camera}), "
                 f"got {keep}; lower keep or give a share in (0, 1]"
             )
-        late = jnp.zeros((len(self.plan.late_layers), n), jnp.float32)
-        shape = jax.ShapeDtypeStruct
+        late = jnp.zeros((len(plan.late_layers), n), jnp.float32)
+        past = tuple(jnp.zeros(() if c.rows == "entropy" else n, jnp.float32) for c in plan.remember)
+        actions = jnp.zeros((config.action_horizon, config.action_dim), jnp.float32)
+        kept = jnp.zeros((n, config.prefix.num_kv_heads, config.prefix.head_dim), config.dtype)
+        kv = tuple((kept, kept) for _ in range(plan.cut.layer, config.depth)) if plan.dropped == "reuse" else ()
+        rows = shape((n, config.prefix.width), config.dtype)
+        T = config.max_token_len  # the longest prompt; no state may depend on it
         evidence = Evidence(
             since_full=shape((), jnp.int32),
-            visual=shape((n, self.config.prefix.width), self.config.dtype),
+            visual=rows,
             alive=shape((n,), bool),
             camera=shape((n,), jnp.int32),
-            saliency=tuple(shape((n,), jnp.float32) for _ in self.plan.capture),
+            saliency=tuple(shape(captured_shape(c, n, T), jnp.float32) for c in plan.capture),
             late=late,
             key=jax.eval_shape(lambda: jax.random.key(0)),
+            text=shape((T, config.prefix.width), config.dtype),
+            text_alive=shape((T,), bool),
+            hidden=rows,
+            patches=shape((n, 3 * config.vision.patch**2), jnp.uint8),
+            past=past,
+            actions=actions,
         )
         batched = lambda a: jnp.broadcast_to(a, (B, *a.shape))
         return ControlState(
-            pruner=jax.tree.map(batched, self.pruner.init(evidence)),
+            pruner=jax.tree.map(batched, pruner.init(evidence)),
             since_full=jnp.full(B, NO_HISTORY, jnp.int32),
             alive=jnp.zeros((B, n), bool),
             late=batched(late),
             key=jnp.stack([jax.random.key(s) for s in seeds]),
+            past=jax.tree.map(batched, past),
+            actions=batched(actions),
+            kv=jax.tree.map(batched, kv),
         )
 
     def step(

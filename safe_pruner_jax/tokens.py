@@ -99,17 +99,22 @@ def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") 
     Returns:
       [n] float32; dead tokens have 0. Without alive rows or tokens everything is 0.
     """
-    n = alive.shape[0]
-    logits = logits.astype(jnp.float32)
-    if over == "visual":
-        # a huge number, not -inf: with no token alive the row stays finite and is zeroed below
-        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
-    else:
-        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
-    heads = probs.reshape(-1, *probs.shape[-2:]).mean(0)
+    heads = visual_attention(logits, alive, over)
     weight = rows.astype(jnp.float32)
     s = (weight[:, None] * heads).sum(0) / jnp.maximum(weight.sum(), 1.0)
     return jnp.where(alive, s, 0.0)
+
+
+def visual_attention(logits: Array, alive: Array, over: str) -> Array:
+    """Head-mean attention of every row to the visual tokens, arguments as in `saliency`: [R, n] float32."""
+    n = alive.shape[0]
+    logits = logits.astype(jnp.float32)
+    if over == "visual":
+        # a huge number, not -inf: with no token alive the row stays finite, and its sum over rows is zeroed later
+        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
+    else:
+        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
+    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
 
 
 def budget(keep: float, n: int) -> int:
@@ -169,6 +174,11 @@ def top_k(
     # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
     packed = jnp.sort(chosen * 2 + kept)
     return packed // 2, (packed % 2).astype(bool)
+
+
+def spread(x: Array, slots: Array, alive: Array, n: int) -> Array:
+    """The inverse of a gather, for one robot: x [k, ...] back in its slots [k] of n; 0 where nothing alive [k] lies."""
+    return jnp.zeros((n, *x.shape[1:]), x.dtype).at[jnp.where(alive, slots, n)].set(x, mode="drop")
 
 
 def gather(x: Array, index: Array) -> Array:

@@ -22,6 +22,7 @@ from safe_pruner_jax.pruners import PRUNERS, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 
 N, D, CAMERAS, STEPS, DEPTH = 24, 8, 2, 9, 6
+T, PIXELS, HORIZON, ACTION = 5, 12, 3, 7
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,31 @@ def episode(
     visual = np.swapaxes(move(visual), 1, 2) + 0.0
     visual[:, mask] = 1e4 * rng.normal(size=(steps, mask.sum(), D))  # what a dead slot holds must not matter
     camera = np.repeat(np.arange(CAMERAS), -(-n // CAMERAS))[:n]
+    captured = {
+        "each": lambda: np.stack([attention() / T for _ in range(T)], axis=1) * text_alive[:, None],
+        "entropy": lambda: rng.uniform(0.5, 3.0, steps).astype(np.float32),
+    }
+    text_alive = np.arange(T) < T - 1
+    patches = np.broadcast_to(rng.integers(0, 256, (n, PIXELS)), (steps, n, PIXELS)).astype(np.uint8)
+    changing = rng.integers(0, n, (steps, 2))  # two tokens of a static scene differ from the step before
+    patches = patches.copy()
+    for t in range(1, steps):
+        patches[t] = patches[t - 1]
+        patches[t, changing[t]] = rng.integers(0, 256, (2, PIXELS))
     return Evidence(
         since_full=np.full(steps, NO_HISTORY, np.int32),
         visual=visual.astype(np.float32),
         alive=alive,
         camera=np.broadcast_to(camera.astype(np.int32), (steps, n)),
-        saliency=tuple(attention() for _ in plan.capture),
+        saliency=tuple(captured.get(c.rows, attention)() for c in plan.capture),
         late=attention(len(plan.late_layers)),
         key=jax.random.split(jax.random.key(seed), steps),
+        text=rng.normal(size=(steps, T, D)).astype(np.float32),
+        text_alive=np.broadcast_to(text_alive, (steps, T)),
+        hidden=(visual + noise * rng.normal(size=visual.shape)).astype(np.float32),
+        patches=patches,
+        past=tuple(captured.get(c.rows, attention)() for c in plan.remember),
+        actions=rng.uniform(-1, 1, (steps, HORIZON, ACTION)).astype(np.float32),
     )
 
 
@@ -170,19 +188,22 @@ def put(a: np.ndarray, where, value) -> np.ndarray:
 
 
 def fresh(pruner: Pruner, seen: Evidence):
-    """Carry of a robot that has seen nothing: pruner state, steps since full, alive mask, late saliency."""
-    return host(pruner.init(seen)), np.int32(NO_HISTORY), np.zeros_like(seen.alive), np.zeros_like(seen.late)
+    """Carry of a robot that has seen nothing: pruner state, steps since full, alive mask, late saliency, the rest."""
+    rest = jax.tree.map(np.zeros_like, (seen.past, seen.actions))
+    return host(pruner.init(seen)), np.int32(NO_HISTORY), np.zeros_like(seen.alive), np.zeros_like(seen.late), rest
 
 
 def control_step(pruner: Pruner, carry, seen: Evidence):
     """One control step: evidence with the feedback of earlier steps in, the pruner's choice and new feedback out."""
-    state, since, alive, late = carry
+    state, since, alive, late, rest = carry
     history = (since != NO_HISTORY) & (alive == seen.alive).all()
     since = jnp.where(history, since + 1, NO_HISTORY).astype(jnp.int32)
-    state, selection = pruner.step(state, seen.replace(since_full=since, late=late))
+    known = lambda tree: jax.tree.map(lambda a: jnp.where(history, a, 0.0), tree)
+    evidence = seen.replace(since_full=since, late=known(late), past=known(rest[0]), actions=known(rest[1]))
+    state, selection = pruner.step(state, evidence)
     since = jnp.where(selection.keyframe, 0, since)
-    late = jnp.where(selection.keyframe, seen.late, late)
-    return (state, since, seen.alive, late), selection
+    late = jnp.where(selection.keyframe | (pruner.plan.late_from == "every"), seen.late, late)
+    return (state, since, seen.alive, late, (seen.past, seen.actions)), selection
 
 
 TRACES: dict[Case, int] = {}
@@ -253,7 +274,7 @@ def state_keeps_structure_shapes_and_dtypes(case: Case):
         e = at(episode(0, p, steps=1), 0)
         e = e.replace(visual=e.visual.astype(dtype))
         shapes = jax.eval_shape(lambda e: e, e)
-        state = p.init(shapes)  # shapes are enough
+        state = p.init(shapes)  # shapes are enough, and the prompt may be shorter than they say
         before = jax.eval_shape(lambda s: s, state)
         after, selection = jax.eval_shape(p.step, state, shapes)
         assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -317,7 +338,8 @@ def without_history_it_is_safe(case: Case):
     junk = np.full_like(last.late, 7.0)
     first_state, first = run(case, fresh(case.pruner, last), last)
     for state in (carries[-2][0], jax.tree.map(lambda a: a + 1, carries[3][0])):
-        carry, selection = run(case, (state, np.int32(NO_HISTORY), last.alive, junk), last)
+        rest = jax.tree.map(lambda a: np.full_like(a, 7.0), (last.past, last.actions))
+        carry, selection = run(case, (state, np.int32(NO_HISTORY), last.alive, junk, rest), last)
         same(carry[0], first_state[0])
         same(selection.keyframe, first.keyframe)
         assert np.isnan(selection.kappa)
@@ -325,7 +347,7 @@ def without_history_it_is_safe(case: Case):
             same(selection, first)
             # a robot that is no keyframe without history never looks at history
             for since in (0, 1, 100):
-                same(run(case, (state, np.int32(since), last.alive, junk), last)[1], first)
+                same(run(case, (state, np.int32(since), last.alive, junk, rest), last)[1], first)
 
 
 def keep_one_keeps_everything(case: Case):
@@ -377,7 +399,14 @@ def non_finite_late_gives_a_keyframe_or_is_unused(case: Case):
     assert not clean.keyframe or case.pruner.plan.cut is None
     for layer in range(seen.late.shape[1]):
         for value in (math.nan, math.inf, -math.inf):
-            _, selection = run(case, (*carry[:3], put(carry[3], layer, value)), at(seen, 1))
+            _, selection = run(case, (*carry[:3], put(carry[3], layer, value), carry[4]), at(seen, 1))
+            if not selection.keyframe:
+                same(selection, clean)
+    for i in range(len(seen.past)):
+        for value in (math.nan, math.inf, -math.inf):
+            sick = put(carry[4][0][i], ..., value)
+            past = (*carry[4][0][:i], sick, *carry[4][0][i + 1 :])
+            _, selection = run(case, (*carry[:4], (past, carry[4][1])), at(seen, 1))
             if not selection.keyframe:
                 same(selection, clean)
 
@@ -413,6 +442,9 @@ def permuting_tokens_permutes_scores(case: Case):
         camera=shuffle(seen.camera),
         saliency=jax.tree.map(shuffle, seen.saliency),
         late=shuffle(seen.late),
+        hidden=seen.hidden[:, perm],
+        patches=seen.patches[:, perm],
+        past=jax.tree.map(lambda a: shuffle(a) if a.ndim > 1 else a, seen.past),
     )
     for a, b in zip(play(case, seen)[1], play(case, shuffled)[1], strict=True):
         same(a.score[perm], b.score)

@@ -137,9 +137,9 @@ def seen(monkeypatch):
     log = []
     layer, keys, encode = gemma.layer, gemma.keys_and_values, siglip.encode
 
-    def spy_layer(c, w, x, cos_sin, mask, cache=(), mod=None):
+    def spy_layer(c, w, x, cos_sin, mask, cache=(), mod=None, place=None):
         log.append(("expert" if cache else "prefix", x.shape[1], sum(s.k.shape[1] for s in cache)))
-        return layer(c, w, x, cos_sin, mask, cache, mod)
+        return layer(c, w, x, cos_sin, mask, cache, mod, place)
 
     def spy_keys(c, w, x, cos_sin):
         log.append(("keys", x.shape[1], 0))

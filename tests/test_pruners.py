@@ -243,7 +243,7 @@ def test_plans_know_their_model():
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: Cut(0, 0.2), "cut: expected .* got 0"),
+        (lambda: Cut(-1, 0.2), "cut: expected .* got -1"),
         (lambda: Cut(3, 0), "keep: expected .* got 0"),
         (lambda: Plan(late_steps="first"), "late_steps: expected .* got 'first'"),
         (lambda: Plan(Cut(3, 0.2), (Capture(2, "rows"),)), "queries: expected .* got 'rows'"),

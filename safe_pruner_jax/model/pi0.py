@@ -10,7 +10,8 @@ layer: that is all pruning needs. Time enters through a `Schedule` that depends 
 weights only; it is computed once when weights are prepared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.tokens import saliency
+from safe_pruner_jax.tokens import saliency, spread
 
 
 @struct.dataclass
@@ -169,6 +170,29 @@ def positions(mask: Array) -> Array:
     return jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
 
 
+@struct.dataclass
+class Reuse:
+    """Keys and values of the step before, for visual slots that are not computed again.
+
+    Args:
+      kv: {layer: (k, v)}, each [B, n, K, H].
+      slots: [B, k] int32, slot of each of the first k rows; n where a row counts for nothing.
+      mask: [B, n + T] bool alive slots.
+    """
+
+    kv: dict[int, tuple[Array, Array]]
+    slots: Array
+    mask: Array
+
+
+def _among(reuse: Reuse, kept: tuple[Array, Array], k: Array, v: Array) -> tuple[Array, Array]:
+    """New keys and values [B, k+T, K, H] in their slots among the kept ones: [B, n+T, K, H]."""
+    count = reuse.slots.shape[1]
+    put = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
+    place = lambda old, new: jnp.concatenate([put(old, reuse.slots, new[:, :count]), new[:, count:]], axis=1)
+    return place(kept[0], k), place(kept[1], v)
+
+
 def prefix_layers(
     weights: Weights,
     config: Pi0Config,
@@ -177,6 +201,7 @@ def prefix_layers(
     mask: Array,
     layers: range,
     logits_of: Layers = (),
+    reuse: Reuse | None = None,
 ) -> tuple[Array, tuple[gemma.Segment, ...], dict[int, Array]]:
     """Runs a range of prefix layers; of the model's last layer only keys and values are computed.
 
@@ -187,22 +212,27 @@ def prefix_layers(
       mask: [B, P] bool, alive slots.
       layers: contiguous layer indices.
       logits_of: layers whose attention logits are returned.
+      reuse: keys and values for the slots that are not among these rows; None: the rows are all there is.
 
     Returns:
-      x after the range, one `Segment` per layer with mask [B, 1, P], and {layer: logits [B, N, P, P]}.
+      x after the range, one `Segment` per layer with mask [B, 1, keys], and {layer: logits [B, N, P, keys]}; keys are
+      the P rows, or with `reuse` all slots.
     """
     c = config.prefix
     rotation = gemma.rope(pos, c.head_dim)
-    own = mask[:, :, None] & mask[:, None, :]
+    keys = mask if reuse is None else reuse.mask
+    own = mask[:, :, None] & keys[:, None, :]
     segments, kept = [], {}
     for i in layers:
+        place = None if reuse is None else partial(_among, reuse, reuse.kv[i])
         if i == config.depth - 1:
             k, v = gemma.keys_and_values(c, weights.prefix[i], x, rotation)
+            k, v = place(k, v) if place else (k, v)
         else:
-            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own)
+            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own, place=place)
             if i in logits_of:
                 kept[i] = logits
-        segments.append(gemma.Segment(k, v, mask[:, None, :]))
+        segments.append(gemma.Segment(k, v, keys[:, None, :]))
     return x, tuple(segments), kept
 
 
@@ -289,6 +319,14 @@ def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array) -> Ar
     return jax.vmap(lambda x, a: saliency(x[..., -config.action_horizon :, :], rows, a))(logits, visual_alive)
 
 
+def _late(config: Pi0Config, logits: Array, visual_alive: Array, columns: tuple[Array, Array] | None) -> Array:
+    """`action_saliency` in slots, [B, n]."""
+    if columns is None:
+        return action_saliency(config, logits, visual_alive)
+    s = action_saliency(config, logits, columns[1])
+    return jax.vmap(partial(spread, n=visual_alive.shape[1]))(s, *columns)
+
+
 def sample(
     weights: Weights,
     config: Pi0Config,
@@ -298,6 +336,7 @@ def sample(
     noise: Array,
     *,
     visual_alive: Array | None = None,
+    columns: Mapping[int, tuple[Array, Array]] | None = None,
     late_layers: Layers = (),
     late_steps: str = "half",
 ) -> tuple[Array, Array | None]:
@@ -310,6 +349,7 @@ def sample(
       state: [B, action_dim] float32 (only π0 reads it).
       noise: [B, A, action_dim] float32.
       visual_alive: [B, n] bool, needed with `late_layers`.
+      columns: {late layer: (slots, alive) [B, k] of its first k keys}, for layers that have dropped tokens.
       late_layers: layers L_d whose saliency is wanted, action tokens as queries.
       late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
 
@@ -326,7 +366,7 @@ def sample(
         at, share = inputs
         v, logits = velocity(weights, config, prefix, alive, state, x, at, late_layers)
         if late_layers:
-            now = [action_saliency(config, logits[i], visual_alive) for i in late_layers]
+            now = [_late(config, logits[i], visual_alive, (columns or {}).get(i)) for i in late_layers]
             # a step without weight may not bring in its NaN either
             late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
         return (x + (-1.0 / s) * v, late), None
