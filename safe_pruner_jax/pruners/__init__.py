@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Callable
 
 from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Plan, Pruner, Selection
+from safe_pruner_jax.pruners.divprune import divprune
 from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
+from safe_pruner_jax.pruners.vla_pruner import vla_pruner
 
 __all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "factory", "make"]
 
@@ -15,6 +17,8 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "full": full,
     "safe": safe,
     "fastv": fastv,
+    "vla_pruner": vla_pruner,
+    "divprune": divprune,
     "random": random,
 }
 """Every pruner of the package: name → keyword factory."""
