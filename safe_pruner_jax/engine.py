@@ -115,6 +115,7 @@ def shallow(
         since_full=since,
         visual=z,
         alive=visual_alive,
+        running=visual_alive,
         camera=jnp.broadcast_to(camera, visual_alive.shape),
         saliency=captured,
         late=known(control.late),
@@ -231,7 +232,7 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights, carry: Carry
             columns |= {l: (rows.slots, rows.alive) for l in layers}
         if i < len(cuts) - 1:
             evidence = carry.evidence.replace(
-                alive=rows.in_slots(rows.alive, n),
+                running=rows.in_slots(rows.alive, n),
                 hidden=rows.in_slots(x[:, : rows.slots.shape[1]], n),
                 saliency=tuple(map(see, captures)),
             )
@@ -291,6 +292,7 @@ class Engine:
             since_full=shape((), jnp.int32),
             visual=rows,
             alive=shape((n,), bool),
+            running=shape((n,), bool),
             camera=shape((n,), jnp.int32),
             saliency=tuple(shape(captured_shape(c, n, T), jnp.float32) for c in plan.capture),
             late=late,

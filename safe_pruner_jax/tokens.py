@@ -7,7 +7,7 @@ order, so positions stay monotone after the gather.
 """
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -155,25 +155,37 @@ def top_k(
     """
     n = score.shape[0]
     k = budget(keep, n)
-    lowest = jnp.finfo(jnp.float32).min
-    score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
-    # -0.0 would sort below 0.0
-    score = jnp.where(alive, jnp.where(score == 0, 0.0, score), -jnp.inf)
     if per_camera:
+        score = _comparable(score, alive)
         order = jnp.argsort(-score, stable=True)
         rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
         ahead = (camera[:, None] == camera[None, :]) & (rank[None, :] < rank[:, None])
         first = (ahead.sum(1) < per_camera) & alive
         # all of the reserved tokens before all of the others, each group by score
-        order = jnp.lexsort((rank, ~first))
-    else:
-        order = jax.lax.top_k(score, k)[1]
-    chosen = order[:k].astype(jnp.int32)
-    budgets = jnp.asarray(np.array([budget(keep, m) for m in range(n + 1)], np.int32))
-    kept = (jnp.arange(k) < budgets[alive.sum()]) & alive[chosen]
+        score = -jnp.argsort(jnp.lexsort((rank, ~first)))
+    return best(score, alive, k, table(lambda m: budget(keep, m), n)[alive.sum()])
+
+
+def table(f: Callable[[int], int], n: int) -> Array:
+    """f(0), …, f(n) as an int32 array, to be looked up with a number of tokens that only the device knows."""
+    return jnp.asarray(np.array([f(m) for m in range(n + 1)], np.int32))
+
+
+def best(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
+    """The `count` best tokens (int32 scalar, at most k) in k slots; score, alive and result as in `top_k`."""
+    chosen = jax.lax.top_k(_comparable(score, alive), k)[1].astype(jnp.int32)
+    kept = (jnp.arange(k) < count) & alive[chosen]
     # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
     packed = jnp.sort(chosen * 2 + kept)
     return packed // 2, (packed % 2).astype(bool)
+
+
+def _comparable(score: Array, alive: Array) -> Array:
+    """A score without NaN, dead tokens below everything."""
+    lowest = jnp.finfo(jnp.float32).min
+    score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
+    # -0.0 would sort below 0.0
+    return jnp.where(alive, jnp.where(score == 0, 0.0, score), -jnp.inf)
 
 
 def spread(x: Array, slots: Array, alive: Array, n: int) -> Array:

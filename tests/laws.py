@@ -58,6 +58,8 @@ CASES = [
     case("safe", variant="as_released", keep=5, queries="last"),
     case("vla_pruner", variant="as_released", keep=5, window=2),
     case("divprune", keep=7),
+    case("sparsevlm", version="v2", keep=0.4),
+    case("sparsevlm", keep=0.5, layers=(0, 1, 3)),
 ]
 
 SLOTWISE = {"random"}
@@ -81,6 +83,8 @@ BAD = {
     "variant": ("paper", None),
     "window": (0, -1),
     "decay": (-0.1, 1.1, math.nan),
+    "version": ("v3", None),
+    "layers": ((), (5, 2), (-1,)),
 }
 """Values out of range by argument name; an argument without an entry fails the law of the factory."""
 
@@ -156,6 +160,7 @@ def episode(
         since_full=np.full(steps, NO_HISTORY, np.int32),
         visual=visual.astype(np.float32),
         alive=alive,
+        running=alive,
         camera=np.broadcast_to(camera.astype(np.int32), (steps, n)),
         saliency=tuple(captured.get(c.rows, attention)() for c in plan.capture),
         late=attention(len(plan.late_layers)),
@@ -296,6 +301,7 @@ def state_keeps_structure_shapes_and_dtypes(case: Case):
             ((), jnp.bool_),
             ((N,), jnp.float32),
             ((), jnp.float32),
+            *([((k, D), shapes.hidden.dtype)] if selection.rows is not None else []),
         ]
 
 
@@ -448,6 +454,7 @@ def permuting_tokens_permutes_scores(case: Case):
     shuffled = seen.replace(
         visual=seen.visual[:, perm],
         alive=shuffle(seen.alive),
+        running=shuffle(seen.alive),
         camera=shuffle(seen.camera),
         saliency=jax.tree.map(shuffle, seen.saliency),
         late=shuffle(seen.late),

@@ -9,6 +9,7 @@ from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
+from safe_pruner_jax.pruners.sparsevlm import sparsevlm
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
 
 __all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "factory", "make"]
@@ -18,6 +19,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "safe": safe,
     "fastv": fastv,
     "vla_pruner": vla_pruner,
+    "sparsevlm": sparsevlm,
     "divprune": divprune,
     "random": random,
 }

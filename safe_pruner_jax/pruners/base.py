@@ -15,7 +15,7 @@ Three instances, from nothing to everything:
     safe     forecasts what late layers will look at from the last keyframe         unit tokens + one saliency
 
 A method that decides again deeper in the network adds `later`, one call per further cut of its plan; the others
-never see it. Evidence is in slots at every cut: arrays have all n visual slots, and `alive` says who still runs.
+never see it. Evidence is in slots at every cut: arrays have all n visual slots, and `running` says who is left.
 
 Adding one is one file with a factory and one line in `PRUNERS`, or an entry point of another package
 (docs/new_pruner.py).
@@ -61,7 +61,8 @@ class Evidence:
       since_full: int32 scalar, control steps since the last full pass (1 = the previous step was one);
         `NO_HISTORY` on the first step, after a reset and whenever the set of alive cameras changed.
       visual: [n, d] visual tokens Z as they enter the language model.
-      alive: [n] bool; at a later cut the tokens that still run.
+      alive: [n] bool.
+      running: [n] bool, alive tokens that no earlier cut has dropped; `alive` at the first cut.
       camera: [n] int32, camera of each token.
       saliency: one array per `plan.capture` (at a later cut: per capture of that cut), float32; shapes in `Capture`.
       late: [|L_d|, n] float32, saliency of the last full pass (or step) per `plan.late_layers`; zeros without history.
@@ -77,6 +78,7 @@ class Evidence:
     since_full: Array
     visual: Array
     alive: Array
+    running: Array
     camera: Array
     saliency: tuple[Array, ...]
     late: Array
