@@ -58,6 +58,8 @@ CASES = [
     case("safe", variant="as_released", keep=5, queries="last"),
     case("vla_pruner", variant="as_released", keep=5, window=2),
     case("divprune", keep=7),
+    case("specprune", keep=9, executed=1),
+    case("specprune", variant="as_released", alpha=2.0, keep=0.5),
     case("sparsevlm", version="v2", keep=0.4),
     case("sparsevlm", keep=0.5, layers=(0, 1, 3)),
 ]
@@ -84,6 +86,15 @@ BAD = {
     "window": (0, -1),
     "decay": (-0.1, 1.1, math.nan),
     "version": ("v3", None),
+    "alpha": (0, -1.0, math.nan),
+    "drop": (-0.1, 1.0, math.nan),
+    "smoothing": (-0.1, 1.1, math.nan),
+    "slope": (0, -1.0, math.nan),
+    "slow": (-0.1, math.nan),
+    "still": (-0.1, math.nan),
+    "executed": (0, -1),
+    "translation": ((0, 1), (0, 1, -1)),
+    "rotation": ((0, 1), (0, 1, -1)),
     "layers": ((), (5, 2), (-1,)),
 }
 """Values out of range by argument name; an argument without an entry fails the law of the factory."""
@@ -352,7 +363,8 @@ def without_history_it_is_safe(case: Case):
     last = at(seen, -1)
     junk = np.full_like(last.late, 7.0)
     first_state, first = run(case, fresh(case.pruner, last), last)
-    for state in (carries[-2][0], jax.tree.map(lambda a: a + 1, carries[3][0])):
+    other = jax.tree.map(lambda a: ~a if a.dtype == bool else a + np.ones((), a.dtype), carries[3][0])
+    for state in (carries[-2][0], other):
         rest = jax.tree.map(lambda a: np.full_like(a, 7.0), (last.past, last.actions))
         carry, selection = run(case, (state, np.int32(NO_HISTORY), last.alive, junk, rest), last)
         same(carry[0], first_state[0])

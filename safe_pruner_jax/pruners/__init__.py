@@ -10,6 +10,7 @@ from safe_pruner_jax.pruners.full import full
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
 from safe_pruner_jax.pruners.sparsevlm import sparsevlm
+from safe_pruner_jax.pruners.specprune import specprune
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
 
 __all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "factory", "make"]
@@ -19,6 +20,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "safe": safe,
     "fastv": fastv,
     "vla_pruner": vla_pruner,
+    "specprune": specprune,
     "sparsevlm": sparsevlm,
     "divprune": divprune,
     "random": random,
