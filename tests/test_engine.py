@@ -240,7 +240,7 @@ def test_a_dead_camera_in_the_layout_is_the_same_as_none(ref, engine, scenes):
 
 @pytest.mark.parametrize("name", sorted(set(PRUNERS) - {"full"}))
 def test_keeping_everything_is_the_full_path(ref, weights, full_engine, scenes, name):
-    wanted = {"keep": 1.0, "threshold": -1.0}
+    wanted = {"keep": 1.0, "threshold": -1.0, "window": 1}
     known = inspect.signature(PRUNERS[name]).parameters
     engine = Engine(weights, ref.config, PRUNERS[name](**{k: v for k, v in wanted.items() if k in known}))
     noise = jax.device_put(ref.arrays["in/noise"][:1])

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Plan, Pruner, Selection
+from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Later, Plan, Pruner, Selection
 from safe_pruner_jax.pruners.divprune import divprune
 from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
@@ -11,9 +11,10 @@ from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
 from safe_pruner_jax.pruners.sparsevlm import sparsevlm
 from safe_pruner_jax.pruners.specprune import specprune
+from safe_pruner_jax.pruners.vla_cache import vla_cache
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
 
-__all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Plan", "Pruner", "Selection", "factory", "make"]
+__all__ = ["PRUNERS", "Capture", "Cut", "Evidence", "Later", "Plan", "Pruner", "Selection", "factory", "make"]
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
     "full": full,
@@ -21,6 +22,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "fastv": fastv,
     "vla_pruner": vla_pruner,
     "specprune": specprune,
+    "vla_cache": vla_cache,
     "sparsevlm": sparsevlm,
     "divprune": divprune,
     "random": random,

@@ -64,12 +64,13 @@ class Cut:
 class Later:
     """A further cut of the pruned path; `keep` is again a share or count of all alive tokens, not of those left.
 
-    `capture` are saliencies of the layers since the cut before.
+    `capture` is attention of the layers since the cut before; `compares` as in `Plan`.
     """
 
     layer: int
     keep: float
     capture: tuple[Capture, ...] = ()
+    compares: tuple[tuple[str | float, str | float], ...] = ()
 
     def __post_init__(self):
         check_keep(self.keep)
@@ -159,7 +160,7 @@ class Plan:
                 break
             if layer >= depth:
                 raise ValueError(f"later: expected a layer index below the model's depth {depth}, got {layer}")
-            last = Later(layer, l.keep, _resolve(l.capture, last.layer, layer))
+            last = replace(l, layer=layer, capture=_resolve(l.capture, last.layer, layer))
             later.append(last)
         remember = []
         for c in self.remember:

@@ -63,13 +63,16 @@ def sparsevlm(
         )
     kept = tuple(1.0 if keep == 1 else min(1.0, keep * m / 192) for m in PUBLISHED[version])
     rows = (Capture(-1, "each", over="all"),)
-    recycled = [0.3 * (a - b) for a, b in zip((1.0, *kept), kept, strict=False) if version == "v1" and a > b]
+    compares = []
+    for a, b in zip((1.0, *kept), kept, strict=False):
+        recycled = ((0.3 * (a - b),) * 2,) if version == "v1" and a > b else ()
+        compares.append((("visual", "text"), *recycled))
     plan = Plan(
         Cut(layers[0] + 1, kept[0]),
         capture=rows,
-        later=tuple(Later(l + 1, k, rows) for l, k in zip(layers[1:], kept[1:], strict=True)),
+        later=tuple(Later(l + 1, k, rows, c) for l, k, c in zip(layers[1:], kept[1:], compares[1:], strict=True)),
         depth=32,
-        compares=(("visual", "text"),) * 3 + tuple((share, share) for share in recycled),
+        compares=compares[0],
     )
 
     def choose(e: Evidence, stage: int) -> Selection:
