@@ -164,7 +164,10 @@ class Plan:
             later.append(last)
         remember = []
         for c in self.remember:
-            layers = range(depth - 1) if c.layer is None else (min(scale(c.layer % depth), depth - 2),)
+            layers = range(depth - 1)
+            if c.layer is not None:
+                layer = scale(c.layer) if c.layer >= 0 else depth + c.layer
+                layers = (min(max(layer, 0), depth - 2),)
             remember += [replace(c, layer=l) for l in layers]
         late = tuple(range(depth // 2, depth)) if self.late_layers == "upper" else self.late_layers
         if not all(-depth <= l < depth for l in late):
