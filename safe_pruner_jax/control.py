@@ -33,6 +33,7 @@ class ControlState:
       pruner: the pruner's own state.
       since_full: [B] int32 steps since the last full pass (0: the last step was one), `NO_HISTORY` before any.
       alive: [B, n] bool visual tokens of the last step; another set makes the history void.
+      running: [B, n] bool, those of them that the last step's last cut left; nobody decides on it.
       late: [B, |L_d|, n] float32 late saliency of the last full pass, or step if the plan says so.
       key: [B] PRNG keys.
       past: what `plan.remember` asks for, of the last step.
@@ -43,6 +44,7 @@ class ControlState:
     pruner: State
     since_full: Array
     alive: Array
+    running: Array
     late: Array
     key: Array
     past: tuple[Array, ...]

@@ -12,6 +12,7 @@ would run both for everybody. Nothing else crosses between host and device impli
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from safe_pruner_jax.evidence import captured_shape, everybody, patches, read
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
-from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection
+from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection, State
 from safe_pruner_jax.tokens import saliency
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -175,37 +176,51 @@ def finish(
         carry = jax.tree.map(lambda a: a[rows], carry)
     plan, control = pruner.plan, carry.control
     n = control.alive.shape[1]
-    segments, past, state, columns = _deep(config, pruner, pruned, weights, carry)
+    deep = _deep(config, pruner, pruned, weights, carry)
     asked = not pruned or plan.late_from == "every"
     actions, late = pi0.sample(
         weights,
         config,
-        carry.segments + segments,
+        carry.segments + deep.segments,
         carry.mask.sum(1, dtype=jnp.int32),
         carry.state,
         carry.noise,
         visual_alive=control.alive,
-        columns=columns,
+        columns=deep.columns,
         late_layers=plan.late_layers if asked else (),
         late_steps=plan.late_steps,
     )
     control = control.replace(
-        pruner=state,
+        pruner=deep.state,
+        running=deep.running,
         late=control.late if late is None else late,
-        past=tuple(past[i] for i in range(len(plan.remember))),
+        past=tuple(deep.past[i] for i in range(len(plan.remember))),
         actions=actions,
-        kv=tuple((s.k[:, :n], s.v[:, :n]) for s in segments) if plan.dropped == "reuse" else (),
+        kv=tuple((s.k[:, :n], s.v[:, :n]) for s in deep.segments) if plan.dropped == "reuse" else (),
     )
     return actions, control if pruned else control.replace(since_full=jnp.zeros_like(control.since_full))
 
 
-def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights, carry: Carry):
-    """The prefix layers from the first cut on, cut by cut.
+class _Deep(NamedTuple):
+    """What the prefix layers from the first cut on leave.
 
-    Returns:
-      segments of these layers, remembered captures {place in the plan: array}, the pruner's state, and for layers
-      that have dropped tokens {layer: (slots, alive) of their first keys}.
+    Args:
+      segments: keys and values of these layers.
+      past: remembered captures, {place in the plan: array}.
+      state: the pruner's, after its last decision.
+      columns: for layers that have dropped tokens {layer: (slots, alive) of their first keys}.
+      running: [B, n] bool, visual tokens that run in the last layer.
     """
+
+    segments: tuple[Segment, ...]
+    past: dict[int, Array]
+    state: State
+    columns: dict[int, tuple[Array, Array]]
+    running: Array
+
+
+def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry) -> _Deep:
+    """The prefix layers from the first cut on, cut by cut."""
     plan, control = pruner.plan, carry.control
     n, state, past, columns = control.alive.shape[1], control.pruner, dict(carry.past), {}
     rows = everybody(carry.x, carry.positions, carry.mask, n)
@@ -237,7 +252,7 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights, carry: Carry
                 saliency=tuple(map(see, captures)),
             )
             state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
-    return segments, past, state, columns
+    return _Deep(segments, past, state, columns, rows.in_slots(rows.alive, n))
 
 
 def _merge(full, pruned, source: Array):
@@ -309,6 +324,7 @@ class Engine:
             pruner=jax.tree.map(batched, pruner.init(evidence)),
             since_full=jnp.full(B, NO_HISTORY, jnp.int32),
             alive=jnp.zeros((B, n), bool),
+            running=jnp.zeros((B, n), bool),
             late=batched(late),
             key=jnp.stack([jax.random.key(s) for s in seeds]),
             past=jax.tree.map(batched, past),

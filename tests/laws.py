@@ -1,55 +1,48 @@
-"""Laws every pruner obeys, and the synthetic robots they are checked on.
+"""Laws every pruner obeys.
 
-A *case* is a name of `PRUNERS` with choices; every name is a case by itself, so a new pruner is under the laws as
-soon as it is registered. A law is a function of a case; `LAWS` lists them, `test_pruners.py` runs the product.
-
-A synthetic robot is an `Evidence` with a leading time axis, whose `late` is what a full pass of that step would leave
-behind. `control_step` plays the engine for one robot: it hands the pruner the feedback of the steps before.
+Every name of `PRUNERS` is a case by itself, so a new pruner is under the laws as soon as it is registered. A law is a
+function of a case; `LAWS` lists them, `test_pruners.py` runs the product. Cases and robots are in `synthetic.py`.
 """
 
 import inspect
 import math
 import typing
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from synthetic import (
+    DEPTH,
+    STEPS,
+    TRACES,
+    Case,
+    D,
+    N,
+    T,
+    all_finite,
+    at,
+    case,
+    control_step,
+    episode,
+    fresh,
+    host,
+    kept,
+    play,
+    put,
+    run,
+    same,
+    softmax,
+    stack,
+)
 
-from safe_pruner_jax.pruners import PRUNERS, Evidence, Pruner, Selection
+from safe_pruner_jax import tokens
+from safe_pruner_jax.pruners import PRUNERS, Capture, Evidence, Pruner
 from safe_pruner_jax.pruners.base import NO_HISTORY
 
-N, D, CAMERAS, STEPS, DEPTH = 24, 8, 2, 9, 6
-T, PIXELS, HORIZON, ACTION = 5, 12, 3, 7
 WARM = 5
 """Steps after which every pruner with a quiet scene has a history."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pruner under test: its name and the choices that differ from the factory's defaults."""
-
-    name: str
-    choices: tuple[tuple[str, typing.Any], ...] = ()
-
-    def __str__(self):
-        return self.name + "".join(f",{k}={v}" for k, v in self.choices)
-
-    @property
-    def pruner(self) -> Pruner:
-        return make(self)
-
-
-def case(name: str, **choices) -> Case:
-    return Case(name, tuple(choices.items()))
-
-
-@cache
-def make(case: Case) -> Pruner:
-    return PRUNERS[case.name](**dict(case.choices))
-
 
 CASES = [
     *map(case, PRUNERS),
@@ -107,197 +100,11 @@ BAD = {
 """Values out of range by argument name; an argument without an entry fails the law of the factory."""
 
 
-# ── synthetic robots ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def softmax(logits: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    e = np.where(alive, np.exp(logits), 0.0)
-    return e / np.maximum(e.sum(-1, keepdims=True), 1e-30)
-
-
-def episode(
-    seed: int,
-    pruner: Pruner,
-    *,
-    steps: int = STEPS,
-    n: int = N,
-    dead: int | np.ndarray = 0,
-    shifts: tuple[int, ...] = (4,),
-    noise: float = 0.1,
-    moving: bool = True,
-) -> Evidence:
-    """Evidence of one robot with leading axis [steps].
-
-    The scene moves by one token slot per step, so that the right correspondence is not the identity; at every step
-    in `shifts` attention jumps to other tokens.
-
-    Args:
-      seed: of everything.
-      pruner: whose plan says which saliencies there are.
-      steps, n: length and number of visual slots.
-      dead: how many slots (drawn at random) are dead, or the [n] bool mask of dead ones.
-      shifts: steps at which a new subtask begins.
-      noise: standard deviation of tokens and saliency logits within a subtask.
-      moving: False pins every token to its slot.
-    """
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(n, bool)
-    if isinstance(dead, np.ndarray):
-        mask |= dead
-    else:
-        mask[rng.permutation(n)[:dead]] = True
-    alive = np.broadcast_to(~mask, (steps, n))
-    plan = pruner.plan.for_depth(DEPTH)
-    scene = rng.normal(size=(n, D)) * rng.uniform(0.5, 3.0, (n, 1))
-    subtask = np.searchsorted(np.asarray(shifts), np.arange(steps), side="right")
-
-    def move(x: np.ndarray) -> np.ndarray:  # [steps, ..., n]
-        return np.stack([np.roll(x[t], t * moving, -1) for t in range(steps)])
-
-    def attention(*leading: int) -> np.ndarray:
-        logits = 2.0 * rng.normal(size=(len(shifts) + 1, *leading, n))[subtask]
-        logits = move(logits + noise * rng.normal(size=logits.shape))
-        return softmax(logits, alive.reshape(steps, *[1] * len(leading), n)).astype(np.float32)
-
-    visual = scene.T + noise * rng.normal(size=(steps, D, n))
-    visual = np.swapaxes(move(visual), 1, 2) + 0.0
-    visual[:, mask] = 1e4 * rng.normal(size=(steps, mask.sum(), D))  # what a dead slot holds must not matter
-    camera = np.repeat(np.arange(CAMERAS), -(-n // CAMERAS))[:n]
-    captured = {
-        "each": lambda: np.stack([attention() / T for _ in range(T)], axis=1) * text_alive[:, None],
-        "entropy": lambda: rng.uniform(0.5, 3.0, steps).astype(np.float32),
-    }
-    text_alive = np.arange(T) < T - 1
-    patches = np.broadcast_to(rng.integers(0, 256, (n, PIXELS)), (steps, n, PIXELS)).astype(np.uint8)
-    changing = rng.integers(0, n, (steps, 2))  # two tokens of a static scene differ from the step before
-    patches = patches.copy()
-    for t in range(1, steps):
-        patches[t] = patches[t - 1]
-        patches[t, changing[t]] = rng.integers(0, 256, (2, PIXELS))
-    return Evidence(
-        since_full=np.full(steps, NO_HISTORY, np.int32),
-        visual=visual.astype(np.float32),
-        alive=alive,
-        running=alive,
-        camera=np.broadcast_to(camera.astype(np.int32), (steps, n)),
-        saliency=tuple(captured.get(c.rows, attention)() for c in plan.capture),
-        late=attention(len(plan.late_layers)),
-        key=jax.random.split(jax.random.key(seed), steps),
-        text=rng.normal(size=(steps, T, D)).astype(np.float32),
-        text_alive=np.broadcast_to(text_alive, (steps, T)),
-        hidden=(visual + noise * rng.normal(size=visual.shape)).astype(np.float32),
-        patches=patches,
-        past=tuple(captured.get(c.rows, attention)() for c in plan.remember),
-        actions=rng.uniform(-1, 1, (steps, HORIZON, ACTION)).astype(np.float32),
-    )
-
-
-def is_key(a) -> bool:
-    return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-
-
-def host(tree):
-    """The same pytree in NumPy (PRNG keys excepted): indexing it is cheap, and nothing changes it."""
-    return jax.tree.map(lambda a: a if is_key(a) else np.asarray(a), tree)
-
-
-def at(tree, t):
-    return jax.tree.map(lambda a: a[t], tree)
-
-
-def stack(trees):
-    return jax.tree.map(lambda *a: jnp.stack(a) if is_key(a[0]) else np.stack(a), *trees)
-
-
-def put(a: np.ndarray, where, value) -> np.ndarray:
-    """A copy of `a` with `a[where] = value`."""
-    a = np.array(a)
-    a[where] = value
-    return a
-
-
-# ── the engine's part, for one robot ──────────────────────────────────────────────────────────────────────────────────
-
-
-def fresh(pruner: Pruner, seen: Evidence):
-    """Carry of a robot that has seen nothing: pruner state, steps since full, alive mask, late saliency, the rest."""
-    rest = jax.tree.map(np.zeros_like, (seen.past, seen.actions))
-    return host(pruner.init(seen)), np.int32(NO_HISTORY), np.zeros_like(seen.alive), np.zeros_like(seen.late), rest
-
-
-def control_step(pruner: Pruner, carry, seen: Evidence):
-    """One control step: evidence with the feedback of earlier steps in, the pruner's choice and new feedback out."""
-    state, since, alive, late, rest = carry
-    history = (since != NO_HISTORY) & (alive == seen.alive).all()
-    since = jnp.where(history, since + 1, NO_HISTORY).astype(jnp.int32)
-    known = lambda tree: jax.tree.map(lambda a: jnp.where(history, a, 0.0), tree)
-    evidence = seen.replace(since_full=since, late=known(late), past=known(rest[0]), actions=known(rest[1]))
-    state, selection = pruner.step(state, evidence)
-    since = jnp.where(selection.keyframe, 0, since)
-    late = jnp.where(selection.keyframe | (pruner.plan.late_from == "every"), seen.late, late)
-    return (state, since, seen.alive, late, (seen.past, seen.actions)), selection
-
-
-TRACES: dict[Case, int] = {}
-"""How often the program of `run` was traced."""
-
-
-@cache
-def compiled(case: Case):
-    def counted(carry, seen):
-        TRACES[case] = TRACES.get(case, 0) + 1
-        return control_step(case.pruner, carry, seen)
-
-    return jax.jit(counted)
-
-
-def run(case: Case, carry, seen: Evidence):
-    """`control_step`, compiled once for all laws."""
-    return host(compiled(case)(carry, seen))
-
-
-def play(case: Case, seen: Evidence, carry=None):
-    """A Python loop over the steps of `seen`; the carry and the selection after each."""
-    carry = fresh(case.pruner, at(seen, 0)) if carry is None else carry
-    carries, selections = [], []
-    for t in range(seen.since_full.shape[0]):
-        carry, selection = run(case, carry, at(seen, t))
-        carries.append(carry)
-        selections.append(selection)
-    return carries, selections
-
-
-def same(a, b, rtol: float = 1e-5, atol: float = 1e-7) -> None:
-    """Equal pytrees: floats to rounding, everything else exactly."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
-        if is_key(x):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
-        else:
-            np.testing.assert_array_equal(x, y)
-
-
-def all_finite(tree) -> bool:
-    floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
-    return all(bool(np.isfinite(a).all()) for a in floats)
-
-
-def kept(selection: Selection) -> set[int]:
-    """The alive tokens of a selection of one robot."""
-    return set(np.asarray(selection.index)[np.asarray(selection.alive)].tolist())
-
-
 def budget(case: Case, alive: int) -> int:
     """Tokens a robot with so many alive ones keeps: the share rounded half to even, a count capped."""
     cut = case.pruner.plan.cut
     keep = 1.0 if cut is None else cut.keep
     return min(alive, round(keep * alive) if keep <= 1 else int(keep))
-
-
-# ── laws ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def state_keeps_structure_shapes_and_dtypes(case: Case):
@@ -363,6 +170,39 @@ def selection_is_well_formed(case: Case):
             assert kept(selections[i]) == set(best[: alive[i].sum()])
 
 
+def later_cuts_choose_among_those_that_run(case: Case):
+    """Well formed like the first choice, within the cut's own budget; the state keeps its shapes; 1.0 drops nobody."""
+    if not case.pruner.plan.later:
+        return
+    for tried in (case, with_everything(case)):
+        pruner, plan = tried.pruner, tried.pruner.plan
+        seen = episode(13, pruner, shifts=(), noise=0.01, dead=4, steps=WARM + 1)
+        carry, now = play(tried, seen)[0][-2], at(seen, WARM)
+        (state, *_), selection = control_step(pruner, carry, now)
+        for i, cut in enumerate(plan.for_depth(32).later):
+            running = np.isin(np.arange(N), list(kept(selection)))
+            now = now.replace(
+                running=running,
+                hidden=np.where(running[:, None], now.hidden, 0),
+                saliency=tuple(attention(i, c, running) for c in cut.capture),
+            )
+            before, (state, selection) = state, jax.jit(pruner.later, static_argnums=2)(state, now, i)
+            same(*(jax.tree.map(np.zeros_like, host(s)) for s in (before, state)))
+            index, chosen = np.asarray(selection.index), kept(selection)
+            assert (np.diff(index) > 0).all() and index[0] >= 0 and index[-1] < N
+            assert len(index) == tokens.budget(cut.keep, N)
+            assert chosen <= set(np.flatnonzero(running).tolist())
+            most = min(tokens.budget(cut.keep, N - 4), running.sum())
+            assert len(chosen) == most or (plan.dropped == "reuse" and 0 < len(chosen) < most)
+            assert np.isfinite(selection.score).all()
+
+
+def attention(seed: int, capture: Capture, running: np.ndarray) -> np.ndarray:
+    """One capture of a layer in which some tokens run."""
+    shape = (T, N) if capture.rows == "each" else N
+    return softmax(np.random.default_rng(seed).normal(size=shape), running).astype(np.float32)
+
+
 def without_history_it_is_safe(case: Case):
     """A keyframe, or history is ignored; either way nothing of the past is left in the state."""
     seen = episode(5, case.pruner, shifts=())
@@ -384,11 +224,15 @@ def without_history_it_is_safe(case: Case):
                 same(run(case, (state, np.int32(since), last.alive, junk, rest), last)[1], first)
 
 
-def keep_one_keeps_everything(case: Case):
+def with_everything(case: Case) -> Case:
+    """The same case with a budget of all tokens."""
     if case.pruner.plan.cut is None:
-        everything = case
-    else:
-        everything = Case(case.name, tuple((dict(case.choices) | {"keep": 1.0}).items()))
+        return case
+    return Case(case.name, tuple((dict(case.choices) | {"keep": 1.0}).items()))
+
+
+def keep_one_keeps_everything(case: Case):
+    everything = with_everything(case)
     for dead in (0, 7):
         seen = episode(6, everything.pruner, steps=2, dead=dead)
         for t, selection in enumerate(play(everything, seen)[1]):
@@ -461,7 +305,7 @@ def recovers_from_non_finite_evidence(case: Case):
             sick, selection = run(case, sick, at(seen, t))
             assert selection.keyframe or np.isfinite(selection.score).all(), what
             assert not was_healed or np.isfinite(selection.score).all(), what
-            healed |= bool(selection.keyframe)
+            healed |= bool(selection.keyframe) or t == STEPS - 1
             assert not healed or all_finite(sick[0]), what
         assert healed, what
 
@@ -525,6 +369,7 @@ LAWS = [
     second_call_does_not_trace,
     scan_over_a_batch_equals_each_robot_alone,
     selection_is_well_formed,
+    later_cuts_choose_among_those_that_run,
     without_history_it_is_safe,
     keep_one_keeps_everything,
     finite_evidence_gives_finite_scores,

@@ -1,6 +1,8 @@
 """Closed-form costs: the papers' three numbers, and XLA's own count of the compiled programs."""
 
 import functools
+import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from safe_pruner_jax.engine import Engine, Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig, pi05
 from safe_pruner_jax.model.params import param_shapes
-from safe_pruner_jax.pruners import Cut, Later, Plan, divprune, fastv, full, safe, sparsevlm, vla_cache
+from safe_pruner_jax.pruners import PRUNERS as METHODS
+from safe_pruner_jax.pruners import Cut, Later, Plan, divprune, fastv, full, make, safe, sparsevlm, vla_cache
 from safe_pruner_jax.tokens import PrefixLayout
 
 # π0.5's widths, so that matrix products dominate, and few layers; programs are compiled and never run
@@ -165,3 +168,27 @@ def test_a_keyframe_costs_more_than_a_pruned_step_and_the_parts_say_where():
     plain = flops.exact_flops(config, full().plan, LAYOUT, pruned=False)
     assert (plain.capture, plain.matching) == (0, 0)
     assert (plain.prefix, plain.expert) == (key.prefix, key.expert)
+
+
+# ---------------------------------------------------------------------------------------------------- the page of costs
+
+
+def cost_row(name: str, choices: dict) -> str:
+    """A row of the table in docs/pruners.md: a pruned step of π0.5 at keep=0.2."""
+    config, plan = pi05(), make(name, **({} if name == "full" else {"keep": 0.2}), **choices).plan
+    tokens, keys = (f(plan, LAYOUT, config.depth, pruned=True) for f in (flops.tokens_per_layer, flops.keys_per_layer))
+    slots = ", ".join(f"{len(list(run))} × {count}" for count, run in itertools.groupby(tokens))
+    paper = flops.paper_flops(tokens, config.prefix.width, config.prefix.mlp_dim, keys)
+    exact = flops.exact_flops(config, plan, LAYOUT, pruned=True)
+    decision = exact.matching + exact.capture
+    told = "".join(f", {value}" if key == "version" else f", `{key}={value}`" for key, value in choices.items())
+    cost = f"{decision / 1e9:.2f} G" if decision else "–"
+    return f"| `{name}`{told} | {slots} | {paper / 1e12:.3f} T | {exact.total / 1e12:.3f} T | {cost} |"
+
+
+def test_the_page_of_pruners_tells_these_costs():
+    extra = {"sparsevlm": [{"version": "v1"}, {"version": "v2"}], "safe": [{}, {"queries": "text"}]}
+    rows = [cost_row(name, choices) for name in METHODS for choices in extra.get(name, [{}])]
+    page = (Path(__file__).parents[1] / "docs" / "pruners.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- costs -->")[2].partition("<!-- /costs -->")[0].splitlines()
+    assert [line for line in table if line][2:] == rows, "\n".join(rows)

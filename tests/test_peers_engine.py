@@ -4,6 +4,7 @@ The reference never gathers: every layer runs all slots, masks say who counts, a
 with `where`. Both get the same decisions, since the decisions themselves are tested in `test_peers.py`.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from safe_pruner_jax.engine import Engine, Inputs
 from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
+from safe_pruner_jax.model.params import param_shapes
 from safe_pruner_jax.pruners import PRUNERS, make
 from safe_pruner_jax.pruners.base import NO_HISTORY
 
@@ -197,6 +199,7 @@ def test_pruning_is_masking_at_every_cut(engines, name):
             a >= b for i in range(2) for a, b in zip([s[i] for s in sizes], [s[i] for s in sizes[1:]], strict=False)
         )
         assert len(ran) == len(engine.plan.cuts) and sizes[-1][0] < N
+        np.testing.assert_array_equal(control.running, ran[-1])
         if engine.plan.late_from == "every":
             close(control.late, late, 1e-6)
         if engine.plan.dropped == "reuse":
@@ -272,15 +275,19 @@ def test_the_second_episode_compiles_and_copies_nothing(engines, name):
     assert len(compilations) == before and False in kinds
 
 
+@pytest.mark.parametrize("pi05", [True, False])
 @pytest.mark.parametrize("name", sorted(PRUNERS))
-def test_what_is_carried_keeps_its_shapes(engines, name):
-    engine = engines(name)
+def test_what_is_carried_keeps_its_shapes(name, pi05):
+    """In bfloat16, for both models, with every factory's defaults; shapes only."""
+    config = dataclasses.replace(CONFIG, pi05=pi05, dtype="bfloat16")
+    weights = jax.eval_shape(partial(pi0.prepare, config=config, num_steps=2), param_shapes(config))
+    engine = Engine(weights, config, make(name))
     control = engine.init((0,), 2)
     shapes = lambda c: jax.tree.map(lambda a: (a.shape, str(a.dtype)), c)
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), inputs((0,), 0))
-    carry = jax.eval_shape(engine.shallow, engine.weights, control, x, None)
+    carry = jax.eval_shape(engine.shallow, weights, control, x, None)
     for program in (engine.full, *([engine.pruned] if engine.plan.cut else [])):
-        _, after = jax.eval_shape(program, engine.weights, carry, None)
+        _, after = jax.eval_shape(program, weights, carry, None)
         assert shapes(after) == shapes(control)
 
 

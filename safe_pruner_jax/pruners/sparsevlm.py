@@ -170,7 +170,8 @@ def cluster(x: Array, valid: Array, count: Array) -> tuple[Array, Array]:
     square = (x * x).sum(-1)
     product = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
     distance = jnp.sqrt(jnp.maximum(square[:, None] + square[None, :] - 2 * product, 0.0) / d)
-    distance = jnp.where(jnp.eye(m, dtype=bool), 0.0, distance)
+    # symmetric to the last bit: mutual neighbours are equally dense, and the first of them counts as denser
+    distance = jnp.where(jnp.eye(m, dtype=bool), 0.0, jnp.minimum(distance, distance.T))
     pair = valid[:, None] & valid[None, :]
     near = jnp.sort(jnp.where(pair, distance, jnp.inf), axis=-1)
     near = jnp.where((jnp.arange(m) < count) & jnp.isfinite(near), near, 0.0)

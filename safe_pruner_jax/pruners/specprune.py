@@ -137,7 +137,7 @@ def specprune(
         k, n = budget(keep, e.alive.shape[0]), e.alive.shape[0]
         scale = k / n / (size[0] + size[1] + 2 * size[2]) if alpha is None else alpha / 256
         counts = jnp.round(scale * size[:, None] * camera_count(e.alive, e.camera)[None, :])
-        among = lambda score, candidate, count: rank_in_camera(score, candidate, e.camera) < count
+        among = lambda score, candidate, count: candidate & (rank_in_camera(score, candidate, e.camera) < count)
         kept = among(-similarity, e.alive & (similarity < tau), counts[1])
         kept |= among(first, e.alive, counts[2]) | among(second, e.alive, counts[2])
         if e.past:
