@@ -6,6 +6,7 @@ openpi serve policy:embedded --pruner=fastv
 openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe --pruner.keep 0.2 policy:embedded
 openpi report full.jsonl safe.jsonl --out report/
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
+openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from safe_pruner_jax import pruners
+from safe_pruner_jax.analysis import command as analysis
 from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
@@ -298,6 +300,24 @@ COMMANDS = {
     "report": Command(Report, run_report, pruner=False),
     "train": Command(Train, run_train, pruner=False),
 }
+
+
+def _analyze(name: str) -> Command:
+    """`openpi analyze NAME`: the analysis' own arguments and those of the model."""
+    options, run = analysis.COMMANDS[name]
+    arguments = dataclasses.make_dataclass(name.title(), [], bases=(options, Model), frozen=True, kw_only=True)
+    arguments.__doc__ = options.__doc__
+
+    def run_analysis(args: Any) -> None:
+        keep_all = pruners.make("full")
+        about = args.describe("LIBERO", keep_all, {}).as_json()
+        told = {key: about[key] for key in ("policy", "checkpoint", "precision", "num_steps")} | {"seed": args.seed}
+        run(args, lambda: args.load("LIBERO", keep_all), told)
+
+    return Command(arguments, run_analysis, pruner=False)
+
+
+COMMANDS |= {f"analyze {name}": _analyze(name) for name in analysis.COMMANDS}
 ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
 """What is a person's to mend: told in one line."""
 
@@ -305,6 +325,8 @@ ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, eva
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `openpi`; the exit code: 0 done, 2 told in one line what is wrong, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["analyze"]:
+        argv[:2] = [" ".join(argv[:2])]
     if not argv or argv[0] not in COMMANDS:
         asked = not argv or argv[0] in ("-h", "--help")
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; pruners: none, {', '.join(pruners.names())}")
@@ -312,13 +334,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"openpi: expected a command, one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
         return 0 if asked and argv else 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    for library in ("jax", "websockets"):
+    for library in ("absl", "jax", "orbax", "websockets"):
         logging.getLogger(library).setLevel(logging.WARNING)
     command, prog = COMMANDS[argv[0]], f"openpi {argv[0]}"
     try:
         if command.pruner:
             return command.run(*parse(command.arguments, argv[1:], prog)) or 0
-        return command.run(tyro.cli(command.arguments, args=argv[1:], prog=prog)) or 0
+        args = tyro.cli(command.arguments, args=argv[1:], prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
+        return command.run(args) or 0
     except ERRORS as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return 2

@@ -3,6 +3,8 @@
     overlay(image, reply["pruning"]["index"])                                    one camera
     video_frame({"base": image, "wrist": image}, index, 256, caption)            all cameras above a caption
     kept_patches_figure([Shown(images, index, "step 0, keyframe"), …], 256)      one row per control step
+    saliency_figure(images, {"layer 2": s, "layer 17": s}, 256)                  where it looks, one row per saliency
+    picture(figure)                                                              a figure as an image, for notebooks
     paths_diagram()                                                              the two paths of a step
 
 Visual tokens are numbered camera after camera, row by row over the patch grid of each.
@@ -195,6 +197,71 @@ def kept_patches_figure(steps: Sequence[Shown], tokens_per_camera: int, title: s
     figure.suptitle(title, fontsize=12)
     figure.tight_layout()
     return figure
+
+
+def heat(image: np.ndarray, s: np.ndarray, *, peak: float | None = None, strength: float = 0.65) -> np.ndarray:
+    """An image with saliency laid over it: dark where there is none, yellow where it is highest.
+
+    Args:
+      image: uint8 [S, S, 3].
+      s: [g, g] ≥ 0 over the patch grid.
+      peak: saliency that is drawn brightest; None takes the highest of `s`.
+      strength: weight of the colours in [0, 1].
+
+    Returns:
+      uint8 [S, S, 3].
+
+    Raises:
+      ValueError: an image or a grid that is not square.
+    """
+    image, s = np.asarray(image), np.asarray(s, np.float64)
+    side, g = image.shape[0], s.shape[0]
+    if image.shape != (side, side, 3) or s.shape != (g, g) or side < g:
+        raise ValueError(f"expected an image [S, S, 3] and saliency [g, g], got {list(image.shape)}, {list(s.shape)}")
+    cell = np.arange(side) * g // side
+    level = np.clip(s[np.ix_(cell, cell)] / max(s.max() if peak is None else peak, 1e-12), 0, 1)
+    colours = matplotlib.colormaps["inferno"](level)[..., :3] * 255
+    grey = image.mean(-1, keepdims=True)
+    return ((1 - strength) * grey + strength * colours).round().astype(np.uint8)
+
+
+def saliency_figure(
+    images: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray], tokens_per_camera: int, title: str = ""
+) -> Figure:
+    """Saliency over every camera: one row per saliency, one column per camera, on one scale within a row.
+
+    Args:
+      images: camera → uint8 [S, S, 3], in slot order.
+      rows: label → [n] over the slots of all cameras.
+      tokens_per_camera: slots of one camera, a square number.
+      title: over the figure.
+
+    Raises:
+      ValueError: no rows, or rows of another length than the cameras have slots.
+    """
+    n, g = len(images) * tokens_per_camera, math.isqrt(tokens_per_camera)
+    wrong = {label: np.shape(s) for label, s in rows.items() if np.shape(s) != (n,)}
+    if not rows or wrong:
+        raise ValueError(f"rows: expected saliencies of {n} slots, got {wrong or 'none'}")
+    figure = _figure(2.1 * len(images) + 1.2, 2.1 * len(rows) + 0.7)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, (label, s) in zip(axes, rows.items(), strict=True):
+        for ax, (camera, image), part in zip(line, images.items(), np.reshape(s, (-1, g, g)), strict=True):
+            ax.imshow(heat(_enlarged(image, 224), part, peak=float(np.max(s))))
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            ax.set_title(camera if label == next(iter(rows)) else "", fontsize=9)
+        line[0].set_ylabel(label, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def picture(figure: Figure) -> Image.Image:
+    """A figure as an RGB image, which notebooks and viewers show without pyplot."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 _LOOK = {  # fill, edge

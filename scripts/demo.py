@@ -1,9 +1,10 @@
-"""One LIBERO episode through `openpi serve` with and without pruning: figures, a video, a picture.
+"""One LIBERO episode through `openpi serve` with and without pruning: success, figures, a video, a picture.
 
-python scripts/demo.py [--suite libero_spatial] [--task 0] [--steps 100]
+python scripts/demo.py [--suite libero_object] [--task 0] [--steps 100]
 
 Two servers are started side by side and both are warm before the first episode begins; after that one of them is
-idle while the other is timed. The client is openpi's own, unmodified.
+idle while the other is timed. The client is openpi's own, unmodified. Both episodes start from the same state with the
+same noise, and the video shows them beside each other.
 """
 
 import contextlib
@@ -73,23 +74,26 @@ class Demo:
       suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
       task: task of the suite.
       init_state: initial state of the task.
-      steps: robot actions to execute (20 per second of simulated time).
+      steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
       keep: share of the visual tokens that is kept.
-      queries: whose attention is the shallow saliency. Action tokens begin as noise, and weights that never learned
-        to look past it give κ = 0.991 ± 0.003 whatever the scene does; with the prompt's rows κ follows the picture.
-      threshold: γ, κ below it makes a keyframe. Under random weights κ stays above 0.97, so that the paper's 0.92
-        would never refresh; this value is for the demo only, a trained policy needs its own.
+      queries: whose attention is the shallow saliency; None: the pruner's default.
+      threshold: γ, κ below it makes a keyframe; None: the pruner's default. `openpi analyze calibrate` finds both.
       out: folder for what the demo writes.
     """
 
-    suite: str = "libero_spatial"
+    suite: str = "libero_object"
     task: int = 0
     init_state: int = 0
-    steps: int = 100
+    steps: int | None = None
     keep: float = 0.2
-    queries: Literal["action", "text", "last"] = "text"
-    threshold: float = 0.985
+    queries: Literal["action", "text", "last"] | None = None
+    threshold: float | None = None
     out: Path = Path(__file__).parents[1] / "out" / "demo"
+
+    def choices(self) -> dict[str, Any]:
+        """What the pruner is told."""
+        given = {name: getattr(self, name) for name in ("keep", "queries", "threshold")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 # --- servers -----------------------------------------------------------------------------------------------
@@ -190,14 +194,28 @@ class Step:
 HEADER = "step   alive   kept  keyframe       κ   shallow      rest  total ms"
 
 
-def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], None]) -> list[Step]:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One episode as it was served: its control steps, whether the task was solved, and after how many actions."""
+
+    pruner: str
+    steps: list[Step]
+    success: bool
+    actions: int
+
+    def verdict(self) -> str:
+        """The outcome in words."""
+        return f"SUCCESS after {self.actions} actions" if self.success else f"no success in {self.actions} actions"
+
+
+def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], None]) -> Run:
     """One episode over the websocket; shows and writes every control step as it comes."""
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
     with warnings.catch_warnings(action="ignore"):  # it connects in a way that websockets deprecates
         client, steps = WebsocketClientPolicy(HOST, server.port), []
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task(f"pruner {server.pruner}, robot actions", total=args.steps)
+        bar = progress.add_task(f"pruner {server.pruner}, robot actions", total=args.steps or env.max_steps)
 
         def policy(request: dict[str, Any]) -> dict[str, Any]:
             start, reply = time.perf_counter(), client.infer(request)
@@ -213,21 +231,35 @@ def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], Non
         episode = rollout(env, policy, init_state=args.init_state, replan=REPLAN, max_steps=args.steps, on_step=advance)
     if episode.outcome == "error":
         raise DemoError(f"the episode ended early: {episode.error}; see {server.log}")
-    console.print(f"{episode.steps} actions, {len(steps)} calls, {episode.seconds:.1f} s, outcome: {episode.outcome}")
-    return steps
+    run = Run(server.pruner, steps, episode.outcome == "success", episode.steps)
+    console.print(f"[bold]{run.verdict()}[/] ({len(steps)} calls, {episode.seconds:.1f} s)")
+    return run
 
 
 # --- what is left behind -----------------------------------------------------------------------------------
 
 
-def write_video(path: Path, steps: list[Step], tokens_per_camera: int) -> None:
-    """The pictures the policy saw, at the speed they were taken: a call per `REPLAN` actions at 20 Hz."""
+def write_video(path: Path, pruned: Run, plain: Run, layout: PrefixLayout) -> None:
+    """Both episodes beside each other at the speed they were played: a call per `REPLAN` actions at 20 Hz.
+
+    Left the pruned one, right the other; the one that ends first waits in its last picture, and both stay a second.
+    """
+    calls = max(len(pruned.steps), len(plain.steps)) + 20 // REPLAN
     with imageio.get_writer(path, fps=20 / REPLAN, codec="libx264", quality=8, macro_block_size=16) as video:
-        for s in steps:
-            p, badge = s.pruning, {"badge": "KEYFRAME"} if s.keyframe else {}
-            kappa = "" if p["kappa"] is None else f"κ {p['kappa']:.3f}    "
-            caption = f"step {s.step}    {kappa}kept {p['kept']} of {p['alive']} tokens"
-            video.append_data(video_frame(s.images, p["index"], tokens_per_camera, caption, **badge))
+        for call in range(calls):
+            left, right = (_frame(run, call, layout) for run in (pruned, plain))
+            video.append_data(np.concatenate([left, np.zeros_like(left[:, :16]), right], axis=1))
+
+
+def _frame(run: Run, call: int, layout: PrefixLayout) -> np.ndarray:
+    over, step = call >= len(run.steps), run.steps[min(call, len(run.steps) - 1)]
+    p = {"kept": layout.visual, "alive": layout.visual, "index": np.arange(layout.visual), "kappa": None} | step.pruning
+    badge = "KEYFRAME" if run.pruner != "none" and step.keyframe else ""
+    if over:
+        badge = "SUCCESS" if run.success else "NO SUCCESS"
+    kappa = "" if p["kappa"] is None else f"κ {p['kappa']:.3f}   "
+    caption = f"{run.pruner}   step {step.step}   {kappa}{p['kept']} of {p['alive']} tokens"
+    return video_frame(step.images, p["index"], layout.tokens_per_camera, caption, badge=badge, side=320)
 
 
 def write_picture(path: Path, steps: list[Step], tokens_per_camera: int, title: str) -> None:
@@ -237,7 +269,8 @@ def write_picture(path: Path, steps: list[Step], tokens_per_camera: int, title: 
     label = lambda s: f"step {s.step}, " + ("keyframe" if s.keyframe else f"κ = {s.pruning['kappa']:.3f}")
     chosen = [next(s for s in steps if s.keyframe), *(pruned[i] for i in spread)]
     shown = [Shown(s.images, s.pruning["index"], label(s)) for s in chosen]
-    kept_patches_figure(shown, tokens_per_camera, f"{textwrap.fill(title, 52)}\n(untrained weights)").savefig(path)
+    text = f"{textwrap.fill(title, 52)}\n{textwrap.fill(f'embedded policy: {EMBEDDED_WEIGHTS}', 60)}"
+    kept_patches_figure(shown, tokens_per_camera, text).savefig(path)
 
 
 def layout_of(prompt: str) -> PrefixLayout:
@@ -248,8 +281,9 @@ def layout_of(prompt: str) -> PrefixLayout:
     return PrefixLayout(model.cameras[: len(CAMERAS)], model.tokens_per_camera, text)
 
 
-def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned_run: list[Step], plain_run: list[Step]) -> None:
-    """Medians, tokens and costs of both episodes, and what a reader needs to judge them."""
+def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned: Run, plain: Run) -> None:
+    """Outcomes, medians, tokens and costs of both episodes, and what a reader needs to judge them."""
+    pruned_run, plain_run = pruned.steps, plain.steps
     model, ms, paper, per_layer = get_config(EMBEDDED).model, {}, {}, {}
     kinds = {
         "safe, keyframe": ([s for s in pruned_run if s.keyframe], plan, False),
@@ -270,16 +304,19 @@ def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned_run: list[Ste
     share = (keyframes * paper["safe, keyframe"] + (calls - keyframes) * paper["safe, pruned"]) / calls / paper["none"]
     versions = {"jax": metadata.version("jax"), **provenance()}
     console.print(f"""\
+[bold]safe            {pruned.verdict()}
+none            {plain.verdict()}[/]
 pruned / none   {ms["safe, pruned"] / ms["none"]:.2f} of the time (medians)
 safe / none     {mean(pruned_run) / mean(plain_run):.2f} of the time, {share:.2f} of the paper's FLOPs; \
 {keyframes} of {calls} calls were keyframes
-visual tokens   {budget(plan.cut.keep, layout.visual)} of {layout.visual} kept by a pruned step
+visual tokens   {statistics.fmean(s.pruning["kept"] for s in pruned_run):.0f} of {layout.visual} kept on average; \
+{budget(plan.cut.keep, layout.visual)} of {layout.visual} in a pruned step
 prefix tokens   layers × tokens: pruned {per_layer["safe, pruned"]}, otherwise {per_layer["none"]}
 paper, exact    10⁹ multiply-adds of the language model's prefix, and of all that runs
 machine         {_machine()}; {jax.devices()[0].device_kind}; {model.dtype}; Python {platform.python_version()}
 versions        {", ".join(f"{name} {version}" for name, version in versions.items())}
 runs            one episode each: {args.suite} task {args.task}, initial state {args.init_state}, \
-{args.steps} actions, {REPLAN} per call; {len(layout.cameras)} cameras, {layout.text} prompt slots, 10 denoise steps
+{REPLAN} actions per call; {len(layout.cameras)} cameras, {layout.text} prompt slots, 10 denoise steps
 note            a model this small spends its time elsewhere than π0.5: the ratios are its own""")
 
 
@@ -296,21 +333,20 @@ def run(args: Demo) -> None:
     """Servers, simulator, two episodes, files."""
     if {"not installed", "none"} & set(provenance().values()):
         load_task(args.suite, args.task)  # says what is missing, before a server is started
-    plan = safe(keep=args.keep, queries=args.queries, threshold=args.threshold).plan
+    plan = safe(**args.choices()).plan
     args.out.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"[bold]The embedded policy has {EMBEDDED_WEIGHTS}.[/]\n"
-        "The robot moves at random, and its success or failure means nothing. Real are π0.5's architecture (small),\n"
-        "the server, openpi's client, the simulator and its pictures, keyframes, forecasts, and the dropped tokens.\n"
+        f"[bold]The embedded policy: {EMBEDDED_WEIGHTS}.[/]\n"
+        "π0.5's architecture (small), openpi's client, the LIBERO simulator; the same initial state and noise for\n"
+        "both servers, which differ in nothing but the pruner. One episode each: an illustration, not a success rate.\n"
     )
-    options = [f"--pruner.{name}={getattr(args, name)}" for name in ("keep", "queries", "threshold")]
+    options = [f"--pruner.{name}={value}" for name, value in args.choices().items()]
     with contextlib.ExitStack() as stack:
         servers = []
         for pruner, given in (("safe", options), ("none", [])):
             servers.append(Server(pruner, given, args.out / f"server_{pruner}.log"))
             stack.callback(servers[-1].stop)
             console.print(f"$ openpi {' '.join(servers[-1].arguments)}\n  [dim]log: {servers[-1].log}[/]")
-        console.print(f"γ = {args.threshold}: random weights keep κ above 0.97, the paper's 0.92 would never refresh")
         started = time.perf_counter()
         with console.status("loading the simulator"):
             task = load_task(args.suite, args.task)
@@ -319,11 +355,11 @@ def run(args: Demo) -> None:
         console.print(f"simulator and servers ready after {time.perf_counter() - started:.0f} s; “{task.language}”")
         with (args.out / "steps.jsonl").open("w", encoding="utf-8") as file:
             write = lambda step: print(step.record(), file=file, flush=True)
-            pruned_run, plain_run = (play(server, env, args, write) for server in servers)
+            pruned, plain = (play(server, env, args, write) for server in servers)
     layout = layout_of(task.language)
-    write_video(args.out / "episode.mp4", pruned_run, layout.tokens_per_camera)
-    write_picture(args.out / "overlay.png", pruned_run, layout.tokens_per_camera, task.language)
-    summarise(args, plan, layout, pruned_run, plain_run)
+    write_video(args.out / "episode.mp4", pruned, plain, layout)
+    write_picture(args.out / "overlay.png", pruned.steps, layout.tokens_per_camera, task.language)
+    summarise(args, plan, layout, pruned, plain)
     for name in ("episode.mp4", "overlay.png", "steps.jsonl"):
         console.print(f"written         {args.out / name}")
 

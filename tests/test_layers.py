@@ -18,7 +18,7 @@ FLOORS = (
     ("loading", "parity"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
-    ("training",),
+    ("training", "analysis"),
     ("cli",),
 )
 """From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax import plotting
-from safe_pruner_jax.plotting import OUTLINE, Shown, kept_patches_figure, overlay, paths_diagram, video_frame
+from safe_pruner_jax.plotting import (
+    OUTLINE,
+    Shown,
+    heat,
+    kept_patches_figure,
+    overlay,
+    paths_diagram,
+    picture,
+    saliency_figure,
+    video_frame,
+)
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(30, 226, (224, 224, 3), dtype=np.uint8)
@@ -128,3 +138,34 @@ def test_the_diagram_stays_inside_its_picture():
 def test_importing_chooses_no_backend_and_loads_no_pyplot():
     code = f"import sys, {plotting.__name__}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- saliency
+
+
+def test_heat_is_brightest_where_saliency_is_highest_and_grey_without_strength():
+    image, s = np.full((64, 64, 3), 90, np.uint8), np.zeros((4, 4))
+    s[1, 2] = 2.0
+    out = heat(image, s)
+    brightness = out.astype(int).sum(-1).reshape(4, 16, 4, 16).mean((1, 3))
+    assert np.unravel_index(brightness.argmax(), (4, 4)) == (1, 2)
+    assert np.ptp(np.delete(brightness.ravel(), 6)) == 0
+    np.testing.assert_array_equal(heat(image, s, strength=0.0), image)
+    np.testing.assert_array_equal(heat(image, 5 * s), out)
+    assert (heat(image, s, peak=20.0)[16:32, 32:48] < out[16:32, 32:48]).any()
+    with pytest.raises(ValueError, match="expected an image"):
+        heat(image[:32], s)
+
+
+def test_saliency_rows_share_one_scale_over_cameras():
+    images = {"base": IMAGE, "wrist": IMAGE}
+    s = np.concatenate([np.full(16, 0.01), np.full(16, 0.05)])
+    shown = picture(saliency_figure(images, {"layer 0": s, "layer 1": s[::-1]}, 16, "title"))
+    assert shown.mode == "RGB"
+    left, right = np.array_split(np.asarray(shown).astype(int)[: shown.height // 2], 2, axis=1)
+    red = lambda half: (half[..., 0] - half[..., 2] > 30).mean()  # the brightest colour is yellow
+    assert red(right) > 0.3 > 0.05 > red(left)
+    with pytest.raises(ValueError, match="32 slots"):
+        saliency_figure(images, {"layer 0": s[:-1]}, 16)
+    with pytest.raises(ValueError, match="got none"):
+        saliency_figure(images, {}, 16)

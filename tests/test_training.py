@@ -191,6 +191,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path
     equal(whole, resumed)
 
 
+def test_the_rate_falls_over_the_whole_run_or_over_its_end():
+    s = loop.Settings(steps=1000, warmup=100, learning_rate=1.0)
+    at = lambda s, *steps: [round(float(loop.learning_rate(s)(i)), 3) for i in steps]
+    assert at(s, 0, 50, 100, 550, 1000) == [0, 0.5, 1, 0.55, 0.1]
+    assert at(dataclasses.replace(s, decay=200), 50, 100, 799, 900, 1000, 2000) == [0.5, 1, 1, 0.55, 0.1, 0.1]
+
+
 def test_it_learns(samples, tmp_path):
     config, rows = tiny(), []
     settings = dataclasses.replace(SETTINGS, steps=60, augment=False, validation=0.0, log_every=10, save_every=60)

@@ -27,6 +27,14 @@ def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
     return _panels(rows, giga, f"10⁹ multiply-adds per call ({'all' if exact else 'prefix, as in papers'})")
 
 
+def success_by_speed(rows: Sequence[Row]) -> Figure:
+    """Success rates with their 95 % intervals against the measured speed-up of a typical call; one panel per suite.
+
+    Rows that did not run on the baseline's device have no speed-up and are left out.
+    """
+    return _panels(rows, lambda row: 1 / row.ms_ratio if row.ms_ratio else None, "measured speed-up of a policy call")
+
+
 def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *, inverted: bool = False) -> Figure:
     if not rows:
         raise ValueError("rows: expected at least one to draw, got none")

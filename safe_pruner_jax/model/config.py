@@ -132,6 +132,7 @@ def mini(**changes) -> Pi0Config:
         expert=GemmaConfig(128, 8, 512, 8, 1, 32),
         vision=SiglipConfig(128, 4, 512, 4),
         vocab_size=512,
+        action_dim=8,
         action_horizon=10,
         max_token_len=200,
         dtype="float32",

@@ -42,8 +42,10 @@ class Settings:
       steps: optimiser steps of the whole run; the learning rate is scheduled over them.
       batch: samples per step, over all devices.
       draws: (time, noise) draws per sample; the prefix runs once for all of them.
-      learning_rate: peak, after `warmup` steps, decaying to a tenth on a cosine.
+      learning_rate: peak, after `warmup` steps.
       warmup: steps of linear warm-up.
+      decay: the last steps, over which the rate falls to a tenth on a cosine; None decays over the whole run, as openpi
+        does. With a number, a run may be lengthened by resuming it with more `steps`.
       weight_decay: AdamW's.
       clip: global gradient norm.
       ema: decay of the averaged parameters, which are the result.
@@ -60,6 +62,7 @@ class Settings:
     draws: int = 8
     learning_rate: float = 1e-3
     warmup: int = 500
+    decay: int | None = None
     weight_decay: float = 1e-4
     clip: float = 1.0
     ema: float = 0.999
@@ -94,13 +97,24 @@ class Batch:
     token_mask: Array
 
 
-def optimiser(s: Settings) -> optax.GradientTransformation:
-    """Clipped AdamW with openpi's betas and a warm-up cosine schedule."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, s.learning_rate, s.warmup, max(s.steps, s.warmup + 1), s.learning_rate / 10
+def learning_rate(s: Settings) -> optax.Schedule:
+    """Linear warm-up, the peak, and a cosine down to a tenth over the last `decay` steps."""
+    decay = max(s.steps - s.warmup, 1) if s.decay is None else min(s.decay, max(s.steps - s.warmup, 1))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, s.learning_rate, s.warmup),
+            optax.constant_schedule(s.learning_rate),
+            optax.cosine_decay_schedule(s.learning_rate, decay, 0.1),
+        ],
+        [s.warmup, max(s.steps - decay, s.warmup)],
     )
+
+
+def optimiser(s: Settings) -> optax.GradientTransformation:
+    """Clipped AdamW with openpi's betas on the schedule of `learning_rate`."""
     return optax.chain(
-        optax.clip_by_global_norm(s.clip), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=s.weight_decay)
+        optax.clip_by_global_norm(s.clip),
+        optax.adamw(learning_rate(s), b1=0.9, b2=0.95, weight_decay=s.weight_decay),
     )
 
 

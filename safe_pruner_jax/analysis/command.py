@@ -1,0 +1,284 @@
+"""`openpi analyze NAME`: episodes in; rows (JSONL), a table (markdown) and a figure (PNG) out.
+
+openpi analyze recall --data demos/libero_object/*.hdf5 --out out/analysis policy:embedded
+openpi analyze calibrate --data libero:libero_object/0/0 libero:libero_object/1/0 policy:embedded
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from safe_pruner_jax.analysis import calibrate, cost, forecast, kappa, recall
+from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
+from safe_pruner_jax.analysis.rows import Row, Rows
+from safe_pruner_jax.analysis.trace import Trace, Watch
+from safe_pruner_jax.evaluation.sources import local_device
+from safe_pruner_jax.policy import Policy, layout_of
+from safe_pruner_jax.pruners import PRUNERS
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[], Policy]
+"""Loads the policy; called only if something is left to compute."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What every analysis writes, and where.
+
+    Args:
+      out: folder; NAME.jsonl, NAME.md and NAME.png appear in it, and an interrupted run goes on.
+    """
+
+    out: Path = Path("out/analysis")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnEpisodes(Analysis):
+    """An analysis of episodes.
+
+    Args:
+      data: files of demonstrations (HDF5 or packed), libero:SUITE/TASK/TRIAL played live, or "example", the recording
+        inside the package.
+      driver: of live episodes: the scripted expert, or the policy without pruning.
+      limit: episodes, at most.
+      replan: robot actions between two policy calls.
+      cut: layer index before which tokens are dropped.
+      late_layers: layers of the late saliency.
+      late_steps: denoise steps averaged for it.
+    """
+
+    data: tuple[str, ...] = (EXAMPLE,)
+    driver: Literal["expert", "policy"] = "expert"
+    limit: int | None = None
+    replan: int = 5
+    cut: int = 3
+    late_layers: tuple[int, ...] = (0, -2, -1)
+    late_steps: Literal["half", "all", "last"] = "half"
+
+    def late(self) -> dict[str, Any]:
+        """The choices that every measurement takes."""
+        return {"cut": self.cut, "late_layers": self.late_layers, "late_steps": self.late_steps}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(OnEpisodes):
+    """Core tokens that each score would drop, against the share kept (SAFE-Pruner, Fig. 2b).
+
+    Args:
+      keeps: shares of the visual tokens kept.
+      fuses: values of λ.
+      core: share of the tokens that count as core.
+      every: calls between keyframes within a subtask; every subtask starts with one.
+    """
+
+    keeps: tuple[float, ...] = recall.KEEPS
+    fuses: tuple[float, ...] = recall.FUSES
+    core: float = 0.1
+    every: int = 10
+
+    def rows(self, trace: Trace) -> list[Row]:
+        """The measurement of one episode."""
+        own = {"keeps": self.keeps, "fuses": self.fuses, "core": self.core, "every": self.every}
+        return recall.measure(trace, **self.late(), **own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forecast(OnEpisodes):
+    """Accuracy of forecast saliency against the age of the keyframe (SAFE-Pruner, Fig. A).
+
+    Args:
+      ages: calls from the keyframe to the forecast one, at most.
+    """
+
+    ages: int = 10
+
+    def rows(self, trace: Trace) -> list[Row]:
+        """The measurement of one episode."""
+        return forecast.measure(trace, **self.late(), ages=self.ages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kappa(OnEpisodes):
+    """κ, keyframes and subtask boundaries along episodes (SAFE-Pruner, Fig. 3).
+
+    Args:
+      threshold: γ; None is the default of the pruner.
+    """
+
+    threshold: float | None = None
+
+    @property
+    def gamma(self) -> float:
+        """γ as it is used."""
+        default = inspect.signature(PRUNERS["safe"]).parameters["threshold"].default
+        return default if self.threshold is None else self.threshold
+
+    def rows(self, trace: Trace) -> list[Row]:
+        """The measurement of one episode."""
+        return kappa.measure(trace, **self.late(), threshold=self.gamma)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(Recall):
+    """Proposes queries, λ and γ for SAFE-Pruner from core-token recall and κ; writes calibrate.json as well.
+
+    Args:
+      keep: share kept at which core-token losses are compared.
+      share: of the comparisons within a subtask that may fall below γ.
+      ages: calls from a keyframe to the call compared with it, at most.
+    """
+
+    keep: float = 0.2
+    share: float = 0.1
+    ages: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost(Analysis):
+    """FLOPs and measured speed-up against the pruning ratio and the pruning layer (SAFE-Pruner, Fig. B).
+
+    Args:
+      keeps: shares of the visual tokens kept.
+      cuts: pruning layers ℓs; those beyond the model's depth are left out.
+      rounds: measured rounds; 0 counts FLOPs only.
+    """
+
+    keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
+    cuts: tuple[int, ...] = (1, 3, 6, 9)
+    rounds: int = 15
+
+
+def run_recall(args: Recall, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze recall`."""
+    (rows,) = _over_episodes(args, load, conditions, recall=args)
+    _leave(args.out, "recall", recall.table(rows), recall.figure(rows))
+
+
+def run_forecast(args: Forecast, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze forecast`."""
+    (rows,) = _over_episodes(args, load, conditions, forecast=args)
+    _leave(args.out, "forecast", forecast.table(rows), forecast.figure(rows))
+
+
+def run_kappa(args: Kappa, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze kappa`."""
+    (rows,) = _over_episodes(args, load, conditions, kappa=args)
+    _leave(args.out, "kappa", kappa.table(rows), kappa.figure(rows, args.gamma))
+
+
+def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze calibrate`: both measurements on every episode, then the rule of `calibrate`."""
+    taken = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
+    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recall)}
+    both = {"recall": Recall(**same | {"keeps": tuple(sorted({*args.keeps, args.keep}))})}
+    both["forecast"] = Forecast(**taken, ages=args.ages)
+    recalls, forecasts = _over_episodes(args, load, conditions, **both)
+    proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
+    (args.out / "calibrate.json").write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
+    _leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
+
+
+def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze cost`: one part of the file per pruning layer."""
+    policy: Policy | None = None
+    told = {**conditions, "keeps": args.keeps, "rounds": args.rounds, "device": local_device()}
+    with Rows(args.out / "cost.jsonl", told) as file:
+        for cut in args.cuts:
+            if (part := f"cut {cut}") in file.finished:
+                continue
+            policy = policy or load()
+            config, weights = policy.engine.config, policy.engine.weights
+            if not 1 <= cut < config.depth:
+                logger.info("ℓs = %d left out: the model has %d layers", cut, config.depth)
+                continue
+            example, _ = policy.transform.prepare(policy.transform.config.robot.example(np.random.default_rng(0)))
+            if args.rounds:
+                rows = cost.measure(weights, config, example, keeps=args.keeps, cut=cut, rounds=args.rounds)
+            else:
+                layout, steps = layout_of(example, config), len(weights.schedule.times)
+                rows = [cost.closed_form(config, layout, keep, cut, steps) for keep in args.keeps]
+            file.add(part, rows)
+        wanted = {f"cut {cut}" for cut in args.cuts}
+        rows = [row for row in file.rows() if row["part"] in wanted]
+    if not rows:
+        raise ValueError(f"cuts: expected at least one layer inside the model, got {args.cuts}")
+    _leave(args.out, "cost", cost.table(rows), cost.figure(rows))
+
+
+def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], **kinds: Any) -> list[list[Row]]:
+    """Rows of every kind over the episodes of `args`; each episode is watched once, and only if a file lacks it."""
+    files = {}
+    for name, kind in kinds.items():
+        own = {f.name: getattr(kind, f.name) for f in dataclasses.fields(kind) if f.name in _conditions(kind)}
+        files[name] = Rows(args.out / f"{name}.jsonl", {**conditions, **own})
+    watch: list[Watch] = []
+
+    def policy() -> Policy:
+        watch.extend([] if watch else [Watch(load())])
+        return watch[0].policy
+
+    seen = []
+    try:
+        for recording in itertools.islice(_recordings(args, policy), args.limit):
+            if recording.name in seen:
+                raise ValueError(f"data: expected every episode once, got {recording.name} twice; rename one file")
+            seen.append(recording.name)
+            missing = [name for name, file in files.items() if recording.name not in file.finished]
+            if missing:
+                policy()
+                trace = watch[0](recording.calls())
+                logger.info("%s: %d calls, %d subtasks", recording.name, len(trace), trace.subtask[-1] + 1)
+                for name in missing:
+                    files[name].add(recording.name, kinds[name].rows(trace))
+        if not seen:
+            raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
+        return [[row for row in file.rows() if row["part"] in seen] for file in files.values()]
+    finally:
+        for file in files.values():
+            file.__exit__()
+
+
+def _conditions(kind: OnEpisodes) -> set[str]:
+    """Fields of a measurement that its rows depend on."""
+    names = {f.name for f in dataclasses.fields(type(kind))} - {"out", "data", "limit"}
+    home = next(cls for cls in (Recall, Forecast, Kappa) if isinstance(kind, cls))
+    return names & {f.name for f in dataclasses.fields(home)}
+
+
+def _recordings(args: OnEpisodes, policy: Load) -> Iterator[Recording]:
+    for source in args.data:
+        yield from episodes(source, replan=args.replan, infer=_driver(policy) if args.driver == "policy" else None)
+
+
+def _driver(policy: Load) -> Callable[[dict], dict]:
+    """One robot, whose policy is loaded when it is asked for the first time."""
+    session = functools.cache(lambda: policy().session())
+    return lambda request: session().infer(request)
+
+
+def _leave(out: Path, name: str, table: str, figure: Figure) -> None:
+    """Writes and prints the table, draws the figure."""
+    (out / f"{name}.md").write_text(table, encoding="utf-8")
+    figure.savefig(out / f"{name}.png")
+    print(table, end="")
+    print(f"\nrows are in {out}, this table and its figure in {out / name}.md and .png")
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
+    "recall": (Recall, run_recall),
+    "forecast": (Forecast, run_forecast),
+    "kappa": (Kappa, run_kappa),
+    "cost": (Cost, run_cost),
+    "calibrate": (Calibrate, run_calibrate),
+}
+"""Name of the analysis → its arguments and what runs them: (args, load, conditions)."""

@@ -1,0 +1,140 @@
+"""FLOPs and speed-up against the pruning ratio ρ and the pruning layer ℓs (SAFE-Pruner, Fig. B).
+
+    rows = [closed_form(config, layout, keep, cut) for …]        no device
+    rows = measure(policy weights, config, example, …)           wall times of one ℓs, all ratios taking turns
+
+Two counts of multiply-adds (`flops`): the paper's prefix and everything that runs. The time is that of a whole control
+step with its result on the host, against the step that keeps every token in the same process. Keyframes are not in it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from safe_pruner_jax.analysis.rows import Row, form, markdown, panels
+from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.observation import Example
+from safe_pruner_jax.policy import layout_of, pack
+from safe_pruner_jax.pruners import PRUNERS, Pruner
+from safe_pruner_jax.tokens import PrefixLayout, budget
+
+WARM_UP = 2
+"""Rounds that are run and not counted."""
+
+
+def closed_form(config: Pi0Config, layout: PrefixLayout, keep: float, cut: int, num_steps: int = 10) -> Row:
+    """FLOPs of a pruned step and of the full one.
+
+    Args:
+      config: sizes of the model.
+      layout: cameras and prompt slots as they run.
+      keep: share 1-ρ of the visual tokens.
+      cut: ℓs.
+      num_steps: denoise steps.
+
+    Returns:
+      "keep", "cut", "kept" and "alive" tokens, "paper", "exact" multiply-adds of a pruned step, and "paper_speedup",
+      "exact_speedup": the full step's over the pruned one's.
+    """
+    pruned, plain = PRUNERS["safe"](keep=keep, cut=cut).plan, PRUNERS["full"]().plan
+    row: Row = {"keep": keep, "cut": cut, "kept": budget(keep, layout.visual), "alive": layout.visual}
+    c = config.prefix
+    paper = lambda plan, cut: paper_flops(tokens_per_layer(plan, layout, config.depth, pruned=cut), c.width, c.mlp_dim)
+    exact = lambda plan, cut: exact_flops(config, plan, layout, pruned=cut, num_steps=num_steps).total
+    for name, count in (("paper", paper), ("exact", exact)):
+        row[name] = count(pruned, True)
+        row[f"{name}_speedup"] = count(plain, False) / row[name]
+    return row
+
+
+def measure(
+    weights: pi0.Weights,
+    config: Pi0Config,
+    example: Example,
+    *,
+    keeps: Sequence[float],
+    cut: int,
+    rounds: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
+    """Wall times of pruned steps of one ℓs against the full step; every round runs every step once.
+
+    Args:
+      weights, config: the model.
+      example: what is asked at every step.
+      keeps: shares of the visual tokens kept.
+      cut: ℓs.
+      rounds: counted rounds, after `WARM_UP`.
+      clock: seconds.
+
+    Returns:
+      The rows of `closed_form` with "ms" and "full_ms" (medians), "speedup" (median of the rounds' ratios, which a slow
+      moment of the machine hits on both sides) with its quartiles "low" and "high", and "rounds".
+    """
+    layout = layout_of(example, config)
+    inputs = pack([example], layout)
+    # γ = -1: no keyframe but the first
+    pruners = [PRUNERS["full"](), *(PRUNERS["safe"](keep=keep, cut=cut, threshold=-1.0) for keep in keeps)]
+    steps = [_stepper(weights, config, pruner, inputs, len(layout.cameras), clock) for pruner in pruners]
+    times = np.array([[step() for step in steps] for _ in range(WARM_UP + rounds)])[WARM_UP:] * 1e3
+    rows = []
+    for place, keep in enumerate(keeps, 1):
+        low, middle, high = np.percentile(times[:, 0] / times[:, place], (25, 50, 75))
+        row = closed_form(config, layout, keep, cut, len(weights.schedule.times))
+        row |= {"ms": float(np.median(times[:, place])), "full_ms": float(np.median(times[:, 0]))}
+        rows.append(row | {"speedup": float(middle), "low": float(low), "high": float(high), "rounds": rounds})
+    return rows
+
+
+def _stepper(weights, config, pruner: Pruner, inputs, cameras: int, clock) -> Callable[[], float]:
+    """A function that runs one step behind a keyframe and returns its seconds."""
+    engine = Engine(weights, config, pruner)
+    _, control, _ = engine.step(engine.init((0,), cameras), jax.device_put(inputs))
+
+    def step() -> float:
+        start = clock()
+        actions, _, _ = engine.step(control, jax.device_put(inputs))
+        jax.device_get(actions)
+        return clock() - start
+
+    return step
+
+
+def table(rows: Sequence[Row]) -> str:
+    """FLOPs and ratios; the measured column is a dash where nothing was timed."""
+    lines = []
+    for r in sorted(rows, key=lambda r: (r["cut"], -r["keep"])):
+        measured = f"{r['speedup']:.2f}× ({r['low']:.2f}–{r['high']:.2f})" if "speedup" in r else None
+        flops = [f"{r[name] / 1e9:.4g} ({r[f'{name}_speedup']:.2f}×)" for name in ("paper", "exact")]
+        lines.append([f"{r['cut']}", f"{1 - r['keep']:.0%}", r["kept"], *flops, form(r.get("ms"), "{:.1f}"), measured])
+    head = ["ℓs", "ρ", "kept tokens", "paper, 10⁹ (speed-up)", "exact, 10⁹ (speed-up)", "ms", "measured speed-up"]
+    return markdown(head, lines)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Paper's FLOPs, and the three speed-ups, against ρ; one line per ℓs."""
+    told = [
+        ("paper", 1e-9, "paper FLOPs, 10⁹"),
+        ("paper_speedup", 1, "speed-up, paper FLOPs"),
+        ("exact_speedup", 1, "speed-up, exact FLOPs"),
+        ("speedup", 1, "speed-up, measured"),
+    ]
+    told = [item for item in told if any(item[0] in row for row in rows)]
+    drawn, axes = panels(len(told), width=3.6)
+    for ax, (key, unit, title) in zip(axes[0], told, strict=True):
+        for place, cut in enumerate(sorted({row["cut"] for row in rows})):
+            own = sorted((r for r in rows if r["cut"] == cut and key in r), key=lambda r: r["keep"])
+            if own:
+                x, y = [100 * (1 - r["keep"]) for r in own], [unit * r[key] for r in own]
+                ax.plot(x, y, marker="o", ms=3.5, lw=1.3, color=f"C{place}", label=f"ℓs = {cut}")
+                if key == "speedup":
+                    ax.fill_between(x, [r["low"] for r in own], [r["high"] for r in own], color=f"C{place}", alpha=0.15)
+        ax.set(xlabel="visual tokens dropped ρ, %", title=title)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    return drawn

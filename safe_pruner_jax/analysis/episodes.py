@@ -1,0 +1,150 @@
+"""Episodes to analyse: what the policy is asked at every call, and what the gripper is told meanwhile.
+
+    for recording in episodes("demos/butter_demo.hdf5"):            LIBERO's files, human or scripted
+    for recording in episodes("suite.zip"):                       packed archives
+    for recording in episodes("libero:libero_object/0/3"):        suite/task/trial, played live by the scripted expert
+    for recording in episodes("example"):                         the recording inside this package
+
+A recording is lazy: nothing is decoded or simulated before its calls are asked for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
+
+EXAMPLE = "example"
+"""The source that needs no file: one scripted episode of LIBERO inside the package."""
+
+_LIVE = "libero:"
+
+
+class Call(NamedTuple):
+    """One policy call: openpi's request, and the gripper command executed at that moment (≤ 0 open, > 0 closed)."""
+
+    request: dict[str, Any]
+    gripper: float
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One episode: a name that tells it from all others, and `calls()`, which yields `Call` after `Call`."""
+
+    name: str
+    calls: Callable[[], Iterator[Call]]
+
+
+def episodes(
+    source: str | Path,
+    *,
+    replan: int = 5,
+    infer: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Iterator[Recording]:
+    """The episodes of a source, see the module's docstring.
+
+    Args:
+      source: a file of demonstrations, "example", or "libero:SUITE/TASK/TRIAL".
+      replan: robot actions between two calls. Demonstrations with a frame of every n-th step are asked at the multiple
+        of n that is nearest to it, and at every frame if n is larger.
+      infer: drives live episodes, request to reply with "actions"; None: the scripted expert does.
+
+    Raises:
+      ValueError: replan < 1, or a live source that is not suite/task/trial.
+      OSError: a file that cannot be read.
+      LiberoUnavailable: a live source without the simulator.
+    """
+    if replan < 1:
+        raise ValueError(f"replan: expected at least 1 action per call, got {replan}")
+    if str(source).startswith(_LIVE):
+        yield _live(str(source), replan, infer)
+        return
+    path = Path(str(resources.files("safe_pruner_jax") / "assets" / "recordings" / "cream_cheese.zip"))
+    path = path if str(source) == EXAMPLE else Path(source)
+    read = read_demos if path.suffix in (".hdf5", ".h5") else read_packed
+    for number, demo in enumerate(read(path)):
+        yield Recording(f"{path.parent.name}/{path.stem}#{number}", lambda demo=demo: _recorded(demo, replan))
+
+
+def subtasks(grippers: Iterable[float]) -> np.ndarray:
+    """Number of the subtask at every call: how often the commanded gripper has changed since the episode began.
+
+    0 is the approach, 1 the carrying, 2 what follows the release, and so on for longer tasks. SAFE-Pruner (Sec. 3.2,
+    Fig. 3) speaks of "pick up" and "place" without a rule; the executed command is one that needs no labels.
+
+    Args:
+      grippers: commands, open ≤ 0 < closed, one per call.
+
+    Returns:
+      int32, one per call.
+
+    >>> subtasks([-1, -1, 1, 1, -1])
+    array([0, 0, 1, 1, 2], dtype=int32)
+    """
+    closed = np.asarray(list(grippers), np.float64) > 0
+    return np.cumsum(np.diff(closed, prepend=closed[:1]), dtype=np.int32)
+
+
+def stride(every: int, replan: int) -> int:
+    """Frames from one call to the next: `every` steps lie between two frames, about `replan` between two calls.
+
+    >>> stride(1, 5), stride(3, 5), stride(10, 5)
+    (5, 2, 1)
+    """
+    return max(1, round(replan / every))
+
+
+def _recorded(demo: Demo, replan: int) -> Iterator[Call]:
+    frames = len(next(iter(demo.images.values())))
+    for frame in range(0, frames, stride(demo.every, replan)):
+        step = frame * demo.every
+        request = {key: images[frame] for key, images in demo.images.items()}
+        request |= {"observation/state": demo.state[step], "prompt": demo.prompt}
+        yield Call(request, float(demo.actions[step, 6]))
+
+
+def _live(source: str, replan: int, infer: Callable | None) -> Recording:
+    try:
+        suite, task, trial = source.removeprefix(_LIVE).split("/")
+        place = suite, int(task), int(trial)
+    except ValueError:
+        form = "libero:SUITE/TASK/TRIAL, for example libero:libero_object/0/0"
+        raise ValueError(f"data: expected {form}, got {source}") from None
+    driver = "expert" if infer is None else "policy"
+    return Recording(f"{source} by the {driver}", lambda: _played(place, replan, infer))
+
+
+def _played(place: tuple[str, int, int], replan: int, infer: Callable | None) -> Iterator[Call]:
+    from safe_pruner_jax.evaluation.expert import Expert
+    from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+
+    suite, task, trial = place
+    with LiberoEnv(load_task(suite, task)) as env:
+        request = env.reset(trial)
+        if infer is None:
+            expert = Expert(env)
+            yield from play(env, request, lambda _: (expert.act() for _ in range(replan)))
+        else:
+            yield from play(env, request, lambda request: infer(request)["actions"][:replan])
+
+
+def play(env: Any, request: dict[str, Any], chunk: Callable[[dict[str, Any]], Iterable[np.ndarray]]) -> Iterator[Call]:
+    """An episode as it is played, call after call.
+
+    Args:
+      env: a `LiberoEnv` whose episode has just begun.
+      request: its first observation.
+      chunk: request to the actions executed until the next call, [7] each; computed one by one if it is lazy.
+    """
+    while request is not None:
+        done = False
+        for number, action in enumerate(chunk(request)):
+            if number == 0:
+                yield Call(request, float(action[6]))
+            if done := env.step(np.asarray(action)).done:
+                break
+        request = None if done else env.observe()

@@ -1,0 +1,102 @@
+"""κ along an episode, the keyframes it makes, and the subtask boundaries (SAFE-Pruner, Fig. 3 and Eq. 6-7).
+
+    rows = measure(trace, threshold=0.92)          one row per query rows and call
+    table(rows), figure(rows)
+
+The pruner itself is replayed on the recorded evidence, once for each choice of the query rows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from safe_pruner_jax.analysis.recall import QUERIES
+from safe_pruner_jax.analysis.rows import Row, form, markdown, panels, rounded
+from safe_pruner_jax.analysis.trace import Trace, replay
+from safe_pruner_jax.pruners import PRUNERS
+
+DRAWN = 4
+"""Episodes in a figure; the table has all."""
+
+
+def measure(trace: Trace, *, cut: int = 3, threshold: float | None = None, **choices) -> list[Row]:
+    """κ and keyframes of one episode.
+
+    Args:
+      trace: of the episode.
+      cut: layer index ℓs.
+      threshold: γ; None is the default of `safe`.
+      choices: of `safe`.
+
+    Returns:
+      One row per "queries" and "call": "kappa" (None where undefined), "keyframe", "reference" (the keyframe that
+      was compared to; None at the first call), "subtask", and "boundary": the first call of a subtask but the first.
+    """
+    given = choices if threshold is None else choices | {"threshold": threshold}
+    rows: list[Row] = []
+    for queries in QUERIES:
+        reference = None
+        for call, selection in enumerate(replay(PRUNERS["safe"](cut=cut, queries=queries, **given), trace)):
+            rows.append(
+                {
+                    "queries": queries,
+                    "call": call,
+                    "kappa": rounded([selection.kappa])[0],
+                    "keyframe": bool(selection.keyframe),
+                    "reference": reference,
+                    "subtask": int(trace.subtask[call]),
+                    "boundary": bool(call and trace.subtask[call] != trace.subtask[call - 1]),
+                }
+            )
+            reference = call if selection.keyframe else reference
+    return rows
+
+
+def caught(rows: Sequence[Row], slack: int = 1) -> tuple[int, int]:
+    """Boundaries with a keyframe at the call itself or up to `slack` calls later, and all boundaries."""
+    keyframes = {(r["part"], r["queries"], r["call"]) for r in rows if r["keyframe"]}
+    edges = [(r["part"], r["queries"], r["call"]) for r in rows if r["boundary"]]
+    hit = sum(any((part, q, call + i) in keyframes for i in range(slack + 1)) for part, q, call in edges)
+    return hit, len(edges)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Per query rows: keyframes, boundaries they catch, and κ within and across subtasks."""
+    lines = []
+    for queries in dict.fromkeys(row["queries"] for row in rows):
+        own = [row for row in rows if row["queries"] == queries]
+        hit, edges = caught(own)
+        number = {(row["part"], row["call"]): row["subtask"] for row in own}
+        told = [row for row in own if row["kappa"] is not None]
+        same = lambda row: row["subtask"] == number[row["part"], row["reference"]]  # noqa: B023
+        within, across = ([row["kappa"] for row in told if same(row) is side] for side in (True, False))
+        middle = lambda v: form(float(np.median(v)) if v else None, "{:.4f}")
+        share = sum(row["keyframe"] for row in own) / len(own)
+        lowest = form(min(within) if within else None, "{:.4f}")
+        lines.append([queries, len(own), f"{share:.1%}", f"{hit} of {edges}", middle(within), lowest, middle(across)])
+    head = ["queries", "calls", "keyframes", "boundaries caught", "κ within, median", "lowest", "κ across, median"]
+    return markdown(head, lines)
+
+
+def figure(rows: Sequence[Row], threshold: float) -> Figure:
+    """κ call by call with γ, keyframes (points) and boundaries (vertical lines): query rows × episodes."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))[:DRAWN]
+    queries = list(dict.fromkeys(row["queries"] for row in rows))
+    drawn, axes = panels(len(parts), rows=len(queries), width=4.6, height=2.6, sharey="row")
+    for line, q in zip(axes, queries, strict=True):
+        for ax, part in zip(line, parts, strict=True):
+            own = [row for row in rows if (row["queries"], row["part"]) == (q, part)]
+            told = [row for row in own if row["kappa"] is not None]
+            ax.plot([r["call"] for r in told], [r["kappa"] for r in told], color="#1f5fa8", lw=1.2)
+            keyframes = [row for row in told if row["keyframe"]]
+            ax.scatter([r["call"] for r in keyframes], [r["kappa"] for r in keyframes], color="#b36b00", s=22, zorder=3)
+            ax.axhline(threshold, color="#b36b00", lw=1, ls="--")
+            for row in own:
+                if row["boundary"]:
+                    ax.axvline(row["call"], color="#1a7f37", lw=1.2)
+            ax.set_xlabel("call", fontsize=8)
+            ax.set_title(part if q == queries[0] else "", fontsize=8)
+        line[0].set_ylabel(f"κ, {q}")
+    drawn.suptitle("dashed: γ · points: keyframes after the first\nvertical: the gripper command changes", fontsize=9)
+    return drawn

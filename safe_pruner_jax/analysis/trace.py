@@ -1,0 +1,221 @@
+"""Everything a policy attends to along an episode, from one full pass per call; and any pruner, replayed on it.
+
+    watch = Watch(policy)
+    trace = watch(recording.calls())                        full passes: nothing is pruned, nothing is decided
+    trace.expert                                            [calls, s, L, n] saliency, action tokens as queries
+    selections = replay(safe(keep=0.2), trace)              what the pruner would have kept, call after call
+
+The noise is that of a session with the same seed, so a replay sees what the engine would have seen.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_pruner_jax.analysis.episodes import Call, subtasks
+from safe_pruner_jax.arrays import Array, Layers
+from safe_pruner_jax.engine import Inputs
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.policy import Policy, layout_of, pack
+from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
+from safe_pruner_jax.pruners.base import NO_HISTORY
+from safe_pruner_jax.tokens import PrefixLayout, saliency
+
+REPLAYED = ("full", "safe", "fastv", "random")
+"""Pruners that decide on what a trace holds: visual tokens, saliency, and the late saliency of full passes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One episode of C calls as the unpruned policy saw it; NumPy arrays.
+
+    Args:
+      layout: cameras and slots of the first call; prompts that hold the state may be padded otherwise later.
+      images: per call, camera → uint8 [S, S, 3] as the network reads it.
+      subtask: [C] int32, see `episodes.subtasks`.
+      visual: [C, n, d] float32 visual tokens Z as they enter the language model.
+      alive: [C, n] bool.
+      expert: [C, s, L, n] float32 saliency (Eq. 1-2) of every expert layer at every denoise step, action queries.
+        Denoise step 0 of a layer before a cut is what a pruner there calls its "action" saliency.
+      text, last: [C, L-1, n] float32 saliency of the prefix layers with the prompt's rows, or its last one, as queries;
+        the last layer computes no queries.
+      attention: [C, L-1, n] float32, the last prompt row's own probabilities over all keys (FastV).
+      actions: [C, A, action_dim] float32, normalised.
+      keys: [C] PRNG keys of the steps, as `Evidence.key`.
+    """
+
+    layout: PrefixLayout
+    images: Sequence[dict[str, np.ndarray]]
+    subtask: np.ndarray
+    visual: np.ndarray
+    alive: np.ndarray
+    expert: np.ndarray
+    text: np.ndarray
+    last: np.ndarray
+    attention: np.ndarray
+    actions: np.ndarray
+    keys: Array
+
+    def __len__(self) -> int:
+        return len(self.visual)
+
+    @property
+    def depth(self) -> int:
+        """Layers L."""
+        return self.expert.shape[2]
+
+    @property
+    def camera(self) -> np.ndarray:
+        """[n] int32, camera of each visual slot."""
+        return np.repeat(np.arange(len(self.layout.cameras), dtype=np.int32), self.layout.tokens_per_camera)
+
+    def late(self, steps: str = "half") -> np.ndarray:
+        """[C, L, n] saliency of every expert layer, averaged over "half" (the second), "all" or the "last" step."""
+        count = self.expert.shape[1]
+        return self.expert[:, {"half": count // 2, "all": 0, "last": count - 1}[steps] :].mean(1)
+
+    def captured(self, capture: Capture) -> np.ndarray:
+        """[C, n] saliency that a pruner's `Capture` asks for.
+
+        Raises:
+          ValueError: attention over all keys of other rows than the last one.
+        """
+        if capture.over == "all":
+            if capture.rows != "last":
+                raise ValueError(f'capture: over="all" is recorded for the last prompt row only, got {capture.rows!r}')
+            return self.attention[:, capture.layer]
+        return self.expert[:, 0, capture.layer] if capture.rows == "action" else self._prefix(capture)
+
+    def _prefix(self, capture: Capture) -> np.ndarray:
+        return {"text": self.text, "last": self.last}[capture.rows][:, capture.layer]
+
+
+def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) -> tuple[dict[str, Array], Array]:
+    """One full step of one robot that returns every saliency.
+
+    Args:
+      config, weights: the model.
+      inputs: of one robot, leading axis 1.
+      key: PRNG key of the episode; it is split as the engine splits it.
+
+    Returns:
+      The arrays of `Trace` for one call (without its axis C), and the next call's key.
+    """
+    following, own = jax.random.split(key)
+    noise = jax.random.normal(own, (1, config.action_horizon, config.action_dim))
+    z = pi0.embed_images(weights, config, inputs.images)
+    x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
+    alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
+    n, queried = alive.shape[1], range(config.depth - 1)
+    mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
+    position = pi0.positions(mask)
+    _, segments, logits = pi0.prefix_layers(weights, config, x, position, mask, range(config.depth), tuple(queried))
+    count = mask.sum(1, dtype=jnp.int32)
+    rows = inputs.token_mask[0]
+    final = jnp.arange(rows.shape[0]) == rows.sum() - 1
+    reduce = lambda rows, over: jnp.stack([saliency(logits[l][0, :, n:], rows, alive[0], over=over) for l in queried])
+    layers: Layers = tuple(range(config.depth))
+
+    def denoise(x_t: Array, at: pi0.Schedule) -> tuple[Array, Array]:
+        v, seen = pi0.velocity(weights, config, segments, count, inputs.state, x_t, at, layers)
+        now = jnp.stack([pi0.action_saliency(config, seen[l], alive)[0] for l in layers])
+        return x_t - v / weights.schedule.times.shape[0], now
+
+    actions, expert = jax.lax.scan(denoise, noise, weights.schedule)
+    seen = {
+        "visual": z[0].astype(jnp.float32),
+        "alive": alive[0],
+        "expert": expert,
+        "text": reduce(rows, "visual"),
+        "last": reduce(final, "visual"),
+        "attention": reduce(final, "all"),
+        "actions": actions[0],
+        "keys": jax.random.fold_in(own, 1),
+    }
+    return seen, following
+
+
+class Watch:
+    """A policy's model, compiled to tell everything it attends to; the policy's own pruner plays no part.
+
+    Args:
+      policy: weights, transforms and seed.
+    """
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self._look = jax.jit(partial(look, policy.engine.config))
+
+    def __call__(self, calls: Iterable[Call]) -> Trace:
+        """The trace of one episode.
+
+        Raises:
+          ValueError: no calls, or other cameras on the way.
+          RequestError: a request that the robot's transforms refuse.
+        """
+        policy, config = self.policy, self.policy.engine.config
+        seen, images, grippers, layout, key = [], [], [], None, jax.random.key(self.policy.seed)
+        for call in calls:
+            example, _ = policy.transform.prepare(call.request)
+            found = layout_of(example, config, policy.prompt_lengths)
+            layout = layout or found
+            if found.cameras != layout.cameras:
+                raise ValueError(f"episode: expected {layout.cameras} throughout, got {found.cameras}; split it there")
+            arrays, key = self._look(policy.engine.weights, jax.device_put(pack([example], found)), key)
+            keys = arrays.pop("keys")
+            seen.append((jax.device_get(arrays), keys))
+            images.append({camera: np.asarray(example.images[camera]) for camera in layout.cameras})
+            grippers.append(call.gripper)
+        if not seen:
+            raise ValueError("episode: expected at least one call, got none")
+        stacked = {name: np.stack([arrays[name] for arrays, _ in seen]) for name in seen[0][0]}
+        keys = jnp.stack([keys for _, keys in seen])
+        return Trace(layout=layout, images=images, subtask=subtasks(grippers), keys=keys, **stacked)
+
+
+def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
+    """What a pruner decides at every call of a trace, with the feedback that the engine would give it.
+
+    Before the cut nothing depends on what was dropped, and requests are recorded, so decisions are those of a session.
+
+    Returns:
+      One `Selection` of NumPy arrays per call; at keyframes `index` is the top-K that was not used.
+
+    Raises:
+      ValueError: a pruner that needs more than a trace holds, or a plan that does not fit the model.
+    """
+    if pruner.name not in REPLAYED:
+        raise ValueError(f"replay: expected one of {', '.join(REPLAYED)}, got {pruner.name}, which needs more evidence")
+    plan = pruner.plan.for_depth(trace.depth)
+    captured = [trace.captured(c) for c in plan.capture]
+    late = trace.late(plan.late_steps)[:, list(plan.late_layers)]
+
+    def evidence(t: int, since: int, reference: int) -> Evidence:
+        recorded = {
+            "since_full": np.int32(since),
+            "visual": trace.visual[t],
+            "alive": trace.alive[t],
+            "camera": trace.camera,
+            "saliency": tuple(s[t] for s in captured),
+            "late": late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),
+            "key": trace.keys[t],
+        }
+        return Evidence(**{field.name: recorded.get(field.name) for field in fields(Evidence)})
+
+    step, selections, since, reference = jax.jit(pruner.step), [], NO_HISTORY, 0
+    state = pruner.init(evidence(0, NO_HISTORY, 0))
+    for t in range(len(trace)):
+        if t and not np.array_equal(trace.alive[t], trace.alive[t - 1]):
+            since = NO_HISTORY
+        state, selection = step(state, evidence(t, since, reference))
+        selections.append(jax.device_get(selection))
+        if plan.cut is None or selections[-1].keyframe:
+            since, reference = 1, t
+        elif since != NO_HISTORY:
+            since += 1
+    return selections

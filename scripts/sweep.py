@@ -1,0 +1,154 @@
+"""Success against the share of visual tokens kept: every method at every share, then the report and its figures.
+
+    python scripts/sweep.py --suite libero_object --trials 50 --out out/sweep
+    python scripts/sweep.py --suite libero_object --shard 2/4 …              a part of every cell, on another machine
+    python scripts/sweep.py --suite libero_object --report-only               cells of all shards below --out
+
+A cell is one `openpi evaluate` with a records file of its own. The same command again skips finished cells, goes on
+with the one that was interrupted, and reports on everything that is there; success_by_keep.png is the sweep, with
+Wilson's 95 % intervals.
+"""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from safe_pruner_jax.cli import Evaluate, parse
+from safe_pruner_jax.cli import main as openpi
+from safe_pruner_jax.evaluation.evaluate import episodes
+from safe_pruner_jax.evaluation.libero import num_tasks
+from safe_pruner_jax.evaluation.records import METHOD, RecordsError, differences, read_records
+from safe_pruner_jax.pruners import PRUNERS
+
+RUN = "import sys; from safe_pruner_jax.cli import main; sys.exit(main())"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is swept.
+
+    Args:
+      suite: of LIBERO.
+      tasks: of the suite; all of them by default.
+      trials: episodes per task and cell.
+      keeps: shares of the visual tokens kept.
+      methods: names of pruners, `safe-shallow` (λ = 0, "w/o forecast") and `safe-every` (a keyframe at a fixed
+        interval, "w/o division"); `full` is always played.
+      every: keyframe interval of `safe-every`, policy calls.
+      shard: i/n plays the i-th of n parts of every cell.
+      out: folder; one records file per cell and shard in it, then the report.
+      evaluate: the policy and further arguments of `openpi evaluate`, as one string that begins with the policy.
+      report_only: plays nothing.
+    """
+
+    suite: str = "libero_object"
+    tasks: tuple[int, ...] = ()
+    trials: int = 50
+    keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
+    methods: tuple[str, ...] = ("safe", "safe-shallow", "safe-every", "fastv", "random")
+    every: int = 10
+    shard: str = "1/1"
+    out: Path = Path("out/sweep")
+    evaluate: str = "policy:embedded"
+    report_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method at one share kept: its name, and the pruner's arguments."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """`full` first, then method after method, in the order of the shares.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    choices = {name: (f"--pruner={name}",) for name in PRUNERS if name != "full"}
+    choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
+    choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
+    if unknown := set(sweep.methods) - set(choices):
+        raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
+    pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
+    made = [Cell(f"{m}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs]
+    return [Cell("full", ("--pruner=full",)), *made]
+
+
+def records_file(sweep: Sweep, cell: Cell) -> Path:
+    """Where a cell's records are: shards are told apart by the name."""
+    end = "" if sweep.shard == "1/1" else f".{sweep.shard.replace('/', '-of-')}"
+    return sweep.out / f"{cell.name}{end}.jsonl"
+
+
+def arguments(sweep: Sweep, cell: Cell) -> list[str]:
+    """The command line of `openpi evaluate` for a cell."""
+    options = ["--suite", sweep.suite, "--trials", str(sweep.trials), "--shard", sweep.shard]
+    options += ["--tasks", *map(str, sweep.tasks)] if sweep.tasks else []
+    return [*options, "--out", str(records_file(sweep, cell)), *cell.arguments, *shlex.split(sweep.evaluate)]
+
+
+def missing(sweep: Sweep, cell: Cell) -> int:
+    """How many of a cell's episodes (of this shard) are not recorded.
+
+    Raises:
+      RecordsError: the records are of another policy or method.
+    """
+    part, _, parts = sweep.shard.partition("/")
+    tasks = sweep.tasks or range(num_tasks(sweep.suite))
+    jobs = episodes(sweep.suite, tasks, sweep.trials, shard=(int(part), int(parts)))
+    path = records_file(sweep, cell)
+    records = read_records(path) if path.exists() else []
+    if records:
+        args, pruner, _ = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
+        now = args.describe("LIBERO", pruner, args.pruner.keywords).as_json()
+        same = lambda c: {key: c[key] for key in ("policy", "checkpoint", "precision", "num_steps", *METHOD)}
+        if found := differences(same(records[-1].configuration), same(now)):
+            raise RecordsError(
+                f"{path}: expected records of this policy, got others ({found[0]}); choose another --out"
+            )
+    done = {record.key for record in records}
+    return sum((job.suite, job.task, job.trial) not in done for job in jobs)
+
+
+def play(sweep: Sweep, cell: Cell) -> int:
+    """Runs `openpi evaluate` for a cell in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, "-c", RUN, "evaluate", *arguments(sweep, cell)]).returncode
+
+
+def run(sweep: Sweep, play: Callable[[Sweep, Cell], int] = play) -> int:
+    """Plays what is missing, cell after cell, and reports; exit code of the first cell that failed, else 0."""
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    todo = [] if sweep.report_only else cells(sweep)
+    for number, cell in enumerate(todo, 1):
+        left = missing(sweep, cell)
+        print(f"[{number}/{len(todo)}] {cell.name}: {f'{left} episodes to play' if left else 'finished'}", flush=True)
+        if left and (code := play(sweep, cell)):
+            print(f"sweep: {cell.name} ended with exit code {code}; the same command continues there", file=sys.stderr)
+            return code
+    # other shards and earlier sweeps count as well: the report keeps unlike conditions apart
+    files = sorted(path for path in sweep.out.glob("*.jsonl") if path.stat().st_size)
+    if not files:
+        raise ValueError(f"out: expected records in {sweep.out}, got none; run without --report-only first")
+    print(f"\nreport.md, report.csv and the figures: {sweep.out}; the sweep is success_by_keep.png\n", flush=True)
+    return openpi(["report", *map(str, files), "--out", str(sweep.out)])
+
+
+def main(sweep: Sweep) -> int:
+    """Exit code: 0 done, 2 told in one line what is wrong, otherwise that of the cell that failed."""
+    try:
+        return run(sweep)
+    except (ValueError, OSError, RecordsError, RuntimeError) as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Sweep, description=__doc__)))

@@ -1,0 +1,96 @@
+"""The sweep: which cells there are, that finished ones are skipped, and that every shard enters the report."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from test_records import record
+
+from safe_pruner_jax.cli import Evaluate, parse
+from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
+from safe_pruner_jax.pruners import PRUNERS
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
+    module = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["sweep"]
+
+
+def player(sweep, played: list[str], codes: dict[str, int] | None = None):
+    """Writes the records that `openpi evaluate` would; every second trial succeeds."""
+
+    def play(args, cell) -> int:
+        played.append(cell.name)
+        if cell.name in (codes or {}):
+            return codes[cell.name]
+        asked, pruner, _ = parse(Evaluate, sweep.arguments(args, cell), "openpi evaluate")
+        configuration = asked.describe("LIBERO", pruner, asked.pruner.keywords)
+        part, parts = map(int, args.shard.split("/"))
+        trials = range(args.trials * (part - 1) // parts, args.trials * part // parts)
+        with RecordFile(sweep.records_file(args, cell), configuration) as file:
+            for trial in trials:
+                outcome = "success" if trial % 2 else "failure"
+                file.append(record(trial, outcome, configuration))
+        return 0
+
+    return play
+
+
+def test_a_cell_is_a_pruner_with_arguments_that_evaluate_takes(sweep):
+    made = sweep.cells(sweep.Sweep(keeps=(0.3, 0.1)))
+    assert len(made) == 1 + 5 * 2 and made[0].name == "full" and len({cell.name for cell in made}) == 11
+    found = set()
+    for cell in made:
+        args, pruner, _ = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
+        assert pruner.name in PRUNERS
+        found.add((pruner.name, *sorted(args.pruner.keywords.items())[:1]) if pruner.plan.cut else ("full",))
+        if pruner.plan.cut:
+            assert cell.name.endswith(f"keep{pruner.plan.cut.keep:g}")
+        given = args.pruner.keywords
+        assert (given.get("fuse") == 0.0) == ("shallow" in cell.name)
+        assert (given.get("every") == 10) == ("every" in cell.name)
+
+
+def test_finished_cells_are_skipped_and_all_shards_are_reported(sweep, tmp_path, capsys):
+    options = {"tasks": (0,), "trials": 4, "keeps": (0.5, 0.2), "methods": ("safe", "fastv"), "out": tmp_path}
+    names = ["full", "safe-keep0.5", "safe-keep0.2", "fastv-keep0.5", "fastv-keep0.2"]
+    for shard, left in (("1/2", 2), ("2/2", 2)):
+        args, played = sweep.Sweep(**options, shard=shard), []
+        assert sweep.run(args, player(sweep, played)) == 0 and played == names
+        assert capsys.readouterr().out.count(f"{left} episodes to play") == len(names)
+        assert sweep.run(args, player(sweep, played)) == 0 and played == names
+        assert capsys.readouterr().out.count(": finished\n") == len(names)
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| 4 |") >= len(names)  # episodes of both shards together
+    assert (tmp_path / "success_by_keep.png").stat().st_size > 5000
+    with (tmp_path / "full.1-of-2.jsonl").open("rb+") as file:
+        file.truncate(file.seek(0, 2) - 20)  # a torn record is played again
+    assert sweep.missing(sweep.Sweep(**options, shard="1/2"), sweep.Cell("full", ())) == 1
+    assert len(read_records(tmp_path / "full.1-of-2.jsonl")) == 1
+    other = sweep.Sweep(**options, shard="2/2", evaluate="policy:embedded --num-steps 5")
+    with pytest.raises(RecordsError, match="num_steps: 10 → 5"):
+        sweep.run(other, player(sweep, []))
+
+
+def test_a_cell_that_fails_stops_the_sweep_and_the_next_run_goes_on_there(sweep, tmp_path, capsys):
+    args = sweep.Sweep(tasks=(0,), trials=1, keeps=(0.5,), methods=("safe", "random"), out=tmp_path)
+    played: list[str] = []
+    assert sweep.run(args, player(sweep, played, {"safe-keep0.5": 130})) == 130
+    assert played == ["full", "safe-keep0.5"] and "exit code 130" in capsys.readouterr().err
+    played.clear()
+    assert sweep.run(args, player(sweep, played)) == 0 and played == ["safe-keep0.5", "random-keep0.5"]
+
+
+def test_a_report_of_nothing_says_so(sweep, tmp_path, capsys):
+    assert sweep.main(sweep.Sweep(methods=("saef",), tasks=(0,), out=tmp_path)) == 2
+    assert "methods: expected some of safe" in capsys.readouterr().err
+    assert sweep.main(sweep.Sweep(out=tmp_path, report_only=True)) == 2
+    assert "expected records" in capsys.readouterr().err
