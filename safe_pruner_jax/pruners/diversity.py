@@ -25,7 +25,9 @@ def max_min(z: Array, candidate: Array, k: int, *, neighbour: int = 1) -> Array:
     """
     n = candidate.shape[0]
     u = temporal.unit(jnp.where(candidate[:, None], z, 0))
-    distance = 1.0 - jnp.matmul(u, u.T, precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.matmul(u, u.T, precision=jax.lax.Precision.HIGHEST)
+    # symmetric to the last bit: of two mutual nearest neighbours the first is picked, and not the one rounding favours
+    distance = 1.0 - jnp.maximum(cosine, cosine.T)
     others = jnp.where(candidate[None, :] & ~jnp.eye(n, dtype=bool), distance, jnp.inf)
     nearest = -jax.lax.top_k(-others, neighbour)[0][:, -1]
 
