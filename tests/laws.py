@@ -178,7 +178,8 @@ def later_cuts_choose_among_those_that_run(case: Case):
         pruner, plan = tried.pruner, tried.pruner.plan
         seen = episode(13, pruner, shifts=(), noise=0.01, dead=4, steps=WARM + 1)
         carry, now = play(tried, seen)[0][-2], at(seen, WARM)
-        (state, *_), selection = control_step(pruner, carry, now)
+        (state, *_), selection = run(tried, carry, now)
+        later = jax.jit(pruner.later, static_argnums=2)
         for i, cut in enumerate(plan.for_depth(32).later):
             running = np.isin(np.arange(N), list(kept(selection)))
             now = now.replace(
@@ -186,7 +187,7 @@ def later_cuts_choose_among_those_that_run(case: Case):
                 hidden=np.where(running[:, None], now.hidden, 0),
                 saliency=tuple(attention(i, c, running) for c in cut.capture),
             )
-            before, (state, selection) = state, jax.jit(pruner.later, static_argnums=2)(state, now, i)
+            before, (state, selection) = state, later(state, now, i)
             same(*(jax.tree.map(np.zeros_like, host(s)) for s in (before, state)))
             index, chosen = np.asarray(selection.index), kept(selection)
             assert (np.diff(index) > 0).all() and index[0] >= 0 and index[-1] < N

@@ -33,7 +33,7 @@ class CacheState:
 
 def vla_cache(
     *,
-    keep: float = 0.5,
+    keep: float = 0.8,
     threshold: float = 0.996,
     static: float | None = None,
     relevant: float | None = None,
@@ -47,7 +47,8 @@ def vla_cache(
     same keys and values as the prefix, the reused ones among them.
 
     Args:
-      keep: share of the alive visual tokens computed after the last cut, in (0, 1].
+      keep: share of the alive visual tokens computed after the last cut, in (0, 1]. The default is what the authors'
+        limits leave; with a camera that moves, a much smaller share makes every step a keyframe.
       threshold: cosine of pixels above which a token is static.
       static: at most this share of a camera's tokens is static (authors' code: 150/256). None: 1 - keep/2.
       relevant: share of a camera's tokens that is relevant (authors' code: 100/256). None: keep/2, so that both
