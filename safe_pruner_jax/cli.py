@@ -5,6 +5,7 @@ openpi serve policy:checkpoint --policy.config=pi05_libero --policy.dir=/path/to
 openpi serve policy:embedded --pruner=fastv
 openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe --pruner.keep 0.2 policy:embedded
 openpi report full.jsonl safe.jsonl --out report/
+openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
 """
@@ -34,6 +35,10 @@ from safe_pruner_jax.model.checkpoint import fetch
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
+from safe_pruner_jax.serving.episodes import EpisodeRecorder
+from safe_pruner_jax.serving.inspect import Inspect, header, run_inspect
+from safe_pruner_jax.serving.options import Serving
+from safe_pruner_jax.serving.wire import PROTOCOL
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 from safe_pruner_jax.training.command import Train, run_train
 
@@ -108,10 +113,11 @@ class Model:
         if checkpoint is None:
             logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
         logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
-        for field in dataclasses.fields(Model):
-            if field.name != "policy":
-                options[field.name] = getattr(self, field.name)
-        return load_policy(name, checkpoint, pruner=pruner, **options)
+        return load_policy(name, checkpoint, pruner=pruner, **self.options(), **options)
+
+    def options(self) -> dict[str, Any]:
+        """The choices that `load_policy` takes by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Model) if field.name != "policy"}
 
     def describe(self, environment: str, pruner: pruners.Pruner, choices: dict[str, Any]) -> Configuration:
         """What an evaluation needs to know of it, before weights are read."""
@@ -129,9 +135,11 @@ class Serve(Model):
     Args:
       env: environment whose default policy is served; ignored with another policy.
       default_prompt: used for requests without a prompt.
-      host: address to listen on; 0.0.0.0 for every interface.
+      host: address to listen on; 0.0.0.0 for every interface, which needs an API key.
       port: port to listen on.
       record: write every request and reply to policy_records/.
+      record_as: one file per episode that `openpi inspect` replays, or openpi's own files, one pickle per step.
+      serving: who may connect, and what a request may expect.
     """
 
     env: EnvMode = EnvMode.ALOHA_SIM
@@ -139,17 +147,42 @@ class Serve(Model):
     host: str = "127.0.0.1"
     port: int = 8000
     record: bool = False
+    record_as: Literal["episodes", "openpi"] = "episodes"
+    serving: Serving = dataclasses.field(default_factory=Serving)
 
 
 def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
     """Loads, warms up, listens until interrupted."""
+    access, terms = args.serving.access(args.host), args.serving.terms()  # before gigabytes are read
     policy = args.load(args.env.name, pruner, default_prompt=args.default_prompt, describe=describe)
     if describe and policy.transform.config.robot == LIBERO:
         config = args.describe(args.env.name, pruner, args.pruner.keywords)
         config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
         policy.metadata[sources.SERVED] = {"configuration": config.as_json(), "device": sources.local_device()}
-    recorder = Recorder("policy_records") if args.record else None
-    serve(policy, host=args.host, port=args.port, client_errors=(RequestError,), recorder=recorder)
+        policy.metadata[sources.SERVED]["protocol"] = PROTOCOL
+    recorder = None
+    if args.record:
+        recorder = _recorder(args, pruner, describe)
+    serve(
+        args.serving.fleet(policy),
+        host=args.host,
+        port=args.port,
+        max_message_bytes=args.serving.max_message_mib * 2**20,
+        client_errors=(RequestError,),
+        recorder=recorder,
+        access=access,
+        terms=terms,
+    )
+
+
+def _recorder(args: Serve, pruner: pruners.Pruner, describe: bool) -> Recorder | EpisodeRecorder:
+    if args.record_as == "openpi":
+        return Recorder("policy_records")
+    name, checkpoint = args.named(args.env.name)
+    options = args.options() | {"default_prompt": args.default_prompt, "describe": describe}
+    return EpisodeRecorder(
+        "policy_records", header(name, checkpoint, pruner.name, args.pruner.keywords, options=options)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +200,8 @@ class Evaluate(Model):
       out: records file; one per method, policy and simulator.
       replan: actions executed per policy call.
       max_steps: per episode, if fewer than the suite's limit.
+      delay: control steps from an observation until its actions are used, in which the robot executes the old ones.
+      rtc: real-time chunking: actions continue the old ones.
       retry_errors: play episodes again that ended in an error.
     """
 
@@ -180,6 +215,8 @@ class Evaluate(Model):
     out: Path = Path("records.jsonl")
     replan: int = 5
     max_steps: int | None = None
+    delay: int = 0
+    rtc: bool = False
     retry_errors: bool = False
 
 
@@ -191,7 +228,7 @@ def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int 
     tasks = args.tasks or range(num_tasks(args.suite))
     for task in tasks:
         load_task(args.suite, task)
-    protocol = {"replan": args.replan, "max_steps": args.max_steps}
+    protocol = {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
     jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
     source: sources.Source | None = None
     if args.server:
@@ -298,6 +335,7 @@ COMMANDS = {
     "serve": Command(Serve, run_serve),
     "evaluate": Command(Evaluate, run_evaluate),
     "report": Command(Report, run_report, pruner=False),
+    "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
 }
 

@@ -4,52 +4,31 @@
     full      the rest of the step with all alive tokens; leaves late saliency behind
     pruned    the rest of the step with the selected tokens, through the later cuts of the plan if it has any
 
-Each is a pure function of (weights, control state, inputs). The host reads the keyframe bits and runs `full` on
-the rows that are keyframes and `pruned` on the others, padded to a few batch sizes: under `vmap` a `lax.cond`
-would run both for everybody. Nothing else crosses between host and device implicitly.
+Each is a pure function of (weights, control state, inputs), see `programs`. The host reads the keyframe bits and runs
+`full` on the rows that are keyframes and `pruned` on the others, padded to a few batch sizes: under `vmap` a
+`lax.cond` would run both for everybody. Nothing else crosses between host and device implicitly.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.control import ControlState, Inputs
-from safe_pruner_jax.evidence import captured_shape, everybody, patches, read
+from safe_pruner_jax.evidence import captured_shape
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.gemma import Segment
-from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection, State
-from safe_pruner_jax.tokens import saliency
+from safe_pruner_jax.programs import Carry, finish, shallow
+from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Pruner, Selection
+from safe_pruner_jax.rtc import Guide
 
 BATCH_SIZES = (1, 2, 4, 8)
 """Row counts the second half of a step is compiled for; larger batches take the next power of two."""
-
-
-@struct.dataclass
-class Carry:
-    """Everything `shallow` hands to the second half of the step.
-
-    `past` are the remembered captures of layers before the cut, {place in the plan: array}; `evidence` is there for
-    later cuts only.
-    """
-
-    x: Array
-    segments: tuple[Segment, ...]
-    mask: Array
-    positions: Array
-    noise: Array
-    state: Array
-    selection: Selection
-    control: ControlState
-    past: dict[int, Array]
-    evidence: Evidence | None
 
 
 @dataclass(frozen=True)
@@ -67,192 +46,9 @@ class StepInfo:
     decided_at: float | None
 
 
-def shallow(
-    config: Pi0Config,
-    pruner: Pruner,
-    weights: pi0.Weights,
-    control: ControlState,
-    inputs: Inputs,
-    noise: Array | None,
-) -> Carry:
-    """The step up to the cut and the pruner's decision.
-
-    Args:
-      config, pruner: static.
-      weights: prepared weights.
-      control: state of every robot.
-      inputs: observation of every robot.
-      noise: [B, A, action_dim] float32, or None to draw it from the state's keys.
-
-    Returns:
-      The carry; its `control.since_full` counts the steps as evidence does (`NO_HISTORY` or ≥ 1).
-    """
-    plan = pruner.plan
-    z = pi0.embed_images(weights, config, inputs.images)
-    prompt = pi0.embed_prompt(weights, config, inputs.tokens)
-    visual_alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
-    mask = jnp.concatenate([visual_alive, inputs.token_mask], axis=1)
-    pos = pi0.positions(mask)
-    before = range(plan.cut.layer if plan.cut else 0)
-    wanted = _layers(plan.capture + plan.remember, before)
-    x = jnp.concatenate([z, prompt], axis=1)
-    x, segments, logits = pi0.prefix_layers(weights, config, x, pos, mask, before, wanted)
-    rows = everybody(x, pos, mask, visual_alive.shape[1])
-    see = lambda c: read(c, logits[c.layer], rows, visual_alive.shape[1], visual_alive)
-
-    keys = jax.vmap(jax.random.split)(control.key)
-    if noise is None:
-        shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
-    count = mask.sum(1, dtype=jnp.int32)
-    action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
-    captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
-
-    kept_history = (control.since_full != NO_HISTORY) & (control.alive == visual_alive).all(1)
-    since = jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32)
-    known = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
-    camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
-    evidence = Evidence(
-        since_full=since,
-        visual=z,
-        alive=visual_alive,
-        running=visual_alive,
-        camera=jnp.broadcast_to(camera, visual_alive.shape),
-        saliency=captured,
-        late=known(control.late),
-        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
-        text=prompt,
-        text_alive=inputs.token_mask,
-        hidden=x[:, : visual_alive.shape[1]],
-        patches=patches(inputs.images, config.vision.patch),
-        past=jax.tree.map(known, control.past),
-        actions=known(control.actions),
-    )
-    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
-    control = control.replace(pruner=state, since_full=since, alive=visual_alive, key=keys[:, 0])
-    past = {i: see(c) for i, c in enumerate(plan.remember) if c.layer in before}
-    kept = evidence if plan.later else None
-    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control, past, kept)
-
-
-def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
-    """Layers of a range whose prefix logits are wanted."""
-    return tuple(c.layer for c in captures if c.rows != "action" and c.layer in layers)
-
-
-def _action_saliency(config, plan: Plan, weights, segments, count, state, noise, visual_alive) -> dict:
-    """{layer: over → [B, n] saliency of the action tokens at flow time 1} for the captures that ask for it."""
-    actions = tuple(c.layer for c in plan.capture if c.rows == "action")
-    if not actions:
-        return {}
-    first = jax.tree.map(lambda a: a[0], weights.schedule)
-    tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
-    upto = segments[: max(actions) + 1]
-    _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
-    rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
-
-    def of(layer: int, over: str) -> Array:
-        source = expert[layer][:, :, -config.action_horizon :]
-        return jax.vmap(partial(saliency, over=over))(source, rows, visual_alive)
-
-    return {layer: partial(of, layer) for layer in actions}
-
-
-def finish(
-    config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry, rows: Array | None
-) -> tuple[Array, ControlState]:
-    """The step from the cut to the actions, for some rows of the batch.
-
-    Args:
-      config, pruner, pruned: static; `pruned` keeps only the selected visual tokens.
-      weights: prepared weights.
-      carry: from `shallow`.
-      rows: [b] int32 rows to run, repeats allowed; None runs all of them.
-
-    Returns:
-      actions [b, A, action_dim] float32 and the control state of these rows after the step.
-    """
-    if rows is not None:
-        carry = jax.tree.map(lambda a: a[rows], carry)
-    plan, control = pruner.plan, carry.control
-    n = control.alive.shape[1]
-    deep = _deep(config, pruner, pruned, weights, carry)
-    asked = not pruned or plan.late_from == "every"
-    actions, late = pi0.sample(
-        weights,
-        config,
-        carry.segments + deep.segments,
-        carry.mask.sum(1, dtype=jnp.int32),
-        carry.state,
-        carry.noise,
-        visual_alive=control.alive,
-        columns=deep.columns,
-        late_layers=plan.late_layers if asked else (),
-        late_steps=plan.late_steps,
-    )
-    control = control.replace(
-        pruner=deep.state,
-        running=deep.running,
-        late=control.late if late is None else late,
-        past=tuple(deep.past[i] for i in range(len(plan.remember))),
-        actions=actions,
-        kv=tuple((s.k[:, :n], s.v[:, :n]) for s in deep.segments) if plan.dropped == "reuse" else (),
-    )
-    return actions, control if pruned else control.replace(since_full=jnp.zeros_like(control.since_full))
-
-
-class _Deep(NamedTuple):
-    """What the prefix layers from the first cut on leave.
-
-    Args:
-      segments: keys and values of these layers.
-      past: remembered captures, {place in the plan: array}.
-      state: the pruner's, after its last decision.
-      columns: for layers that have dropped tokens {layer: (slots, alive) of their first keys}.
-      running: [B, n] bool, visual tokens that run in the last layer.
-    """
-
-    segments: tuple[Segment, ...]
-    past: dict[int, Array]
-    state: State
-    columns: dict[int, tuple[Array, Array]]
-    running: Array
-
-
-def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry) -> _Deep:
-    """The prefix layers from the first cut on, cut by cut."""
-    plan, control = pruner.plan, carry.control
-    n, state, past, columns = control.alive.shape[1], control.pruner, dict(carry.past), {}
-    rows = everybody(carry.x, carry.positions, carry.mask, n)
-    reused = pruned and plan.dropped == "reuse"
-    cuts = plan.cuts if pruned else plan.cuts[:1]
-    starts = [c.layer for c in cuts] or [0]
-    selection, segments = carry.selection, ()
-    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], config.depth], strict=True)):
-        if pruned:
-            rows = rows.select(selection.index, selection.alive, selection.rows, n)
-        layers = range(start, stop)
-        captures = plan.later[i].capture if i < len(cuts) - 1 else ()
-        reuse = None
-        if reused:
-            kv = {l: control.kv[l - plan.cut.layer] for l in layers}
-            reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.mask)
-        wanted = _layers(captures + plan.remember, layers)
-        x, more, logits = pi0.prefix_layers(weights, config, rows.x, rows.positions, rows.mask, layers, wanted, reuse)
-        rows, segments = rows.replace(x=x), segments + more
-        keys = control.alive if reused else rows.alive
-        see = lambda c, logits=logits, rows=rows, keys=keys: read(c, logits[c.layer], rows, n, keys)
-        past |= {j: see(c) for j, c in enumerate(plan.remember) if c.layer in layers}
-        if pruned and not reused:
-            columns |= {l: (rows.slots, rows.alive) for l in layers}
-        if i < len(cuts) - 1:
-            evidence = carry.evidence.replace(
-                running=rows.in_slots(rows.alive, n),
-                hidden=rows.in_slots(x[:, : rows.slots.shape[1]], n),
-                saliency=tuple(map(see, captures)),
-            )
-            state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
-    return _Deep(segments, past, state, columns, rows.in_slots(rows.alive, n))
+def _take(carry: Carry, rows: Array) -> Carry:
+    """Some rows of a batch: rows [b] int32, repeats allowed."""
+    return jax.tree.map(lambda a: a[rows], carry)
 
 
 def _merge(full, pruned, source: Array):
@@ -277,9 +73,13 @@ class Engine:
         self.plan = pruner.plan.for_depth(config.depth)
         self.pruner = replace(pruner, plan=self.plan)
         self.shallow = jax.jit(partial(shallow, config, self.pruner))
-        self.full = jax.jit(partial(finish, config, self.pruner, False))
-        self.pruned = jax.jit(partial(finish, config, self.pruner, True))
-        self._merge = jax.jit(_merge)
+        self._take, self._merge = jax.jit(_take), jax.jit(_merge)
+        self.full, self.pruned = self._second_half(False), self._second_half(True)
+
+    def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
+        """`finish` for rows [b] of a carry, None for all; compiled per number of rows, whatever the batch was."""
+        program = jax.jit(partial(finish, self.config, self.pruner, pruned))
+        return lambda weights, carry, rows: program(weights, carry if rows is None else self._take(carry, rows))
 
     def init(self, seeds: tuple[int, ...], cameras: int) -> ControlState:
         """State of fresh robots, one per seed, for a layout of `cameras` encoded cameras.
@@ -333,7 +133,13 @@ class Engine:
         )
 
     def step(
-        self, control: ControlState, inputs: Inputs, noise: Array | None = None
+        self,
+        control: ControlState,
+        inputs: Inputs,
+        noise: Array | None = None,
+        *,
+        full: bool = False,
+        guide: Guide | None = None,
     ) -> tuple[Array, ControlState, StepInfo]:
         """One control step of a batch of robots, each with its own keyframe decision.
 
@@ -341,15 +147,18 @@ class Engine:
           control: state of every robot, from `init` or the step before.
           inputs: observations on the device.
           noise: [B, A, action_dim] float32 on the device; None draws it from each robot's key.
+          full: run the full path whatever the pruner decides.
+          guide: chunks that the new ones shall agree with, on the device; the second half of the step is then another
+            program.
 
         Returns:
           actions [B, A, action_dim] float32 (not yet ready), the next control state, and what happened.
         """
-        carry = self.shallow(self.weights, control, inputs, noise)
+        carry = self.shallow(self.weights, control, inputs, noise).replace(guide=guide)
         if self.plan.cut is None:
             keyframe, decided = np.ones(inputs.tokens.shape[0], bool), None
         else:
-            keyframe, decided = jax.device_get(carry.selection.keyframe), time.perf_counter()
+            keyframe, decided = jax.device_get(carry.selection.keyframe) | full, time.perf_counter()
         if keyframe.all():
             actions, control = self.full(self.weights, carry, None)
         elif not keyframe.any():
@@ -358,11 +167,16 @@ class Engine:
             actions, control = self._mixed(carry, keyframe)
         return actions, control, StepInfo(keyframe, carry.selection, decided)
 
-    def warmup(self, control: ControlState, inputs: Inputs) -> None:
-        """Compiles every program a batch of this shape needs when its robots agree, and waits for it."""
-        carry = self.shallow(self.weights, control, inputs, None)
+    def warmup(self, control: ControlState, inputs: Inputs, guide: Guide | None = None) -> None:
+        """Compiles every program a batch of this shape needs, its robots agreeing or not, and waits for it."""
+        carry = self.shallow(self.weights, control, inputs, None).replace(guide=guide)
         programs = (self.full,) if self.plan.cut is None else (self.full, self.pruned)
         jax.block_until_ready([program(self.weights, carry, None) for program in programs])
+        B, splits = inputs.tokens.shape[0], {}
+        for keyframes in range(1, B if self.plan.cut else 1):
+            splits[batch_size(keyframes), batch_size(B - keyframes)] = keyframes
+        for keyframes in splits.values():
+            jax.block_until_ready(self._mixed(carry, np.arange(B) < keyframes))
 
     def _mixed(self, carry: Carry, keyframe: np.ndarray) -> tuple[Array, ControlState]:
         source = np.empty(len(keyframe), np.int32)

@@ -4,24 +4,29 @@
     session = policy.session()
     reply = session.infer(request)        # openpi's request and reply, plus reply["pruning"]
 
-`Session` is the one mutable object of the project: it holds the control state between control steps, and starts
-afresh on `"reset": True`, on a changed prompt and on a changed set of cameras.
+A control step has two halves: `Policy.read` turns a request into the network's input on the host, `Policy.advance` runs
+one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts afresh on
+`"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet` has many.
 """
 
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.engine import ControlState, Engine, Inputs
+from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.observation import Example
-from safe_pruner_jax.pruners.base import Selection
+from safe_pruner_jax.outcome import NonFinite, Outcome
+from safe_pruner_jax.robots import RequestError, brief
+from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,54 @@ def pack(examples: Sequence[Example], layout: PrefixLayout) -> Inputs:
     )
 
 
+@dataclass
+class Episode:
+    """What one robot remembers between its control steps.
+
+    Args:
+      seed: of the noise.
+      control: state on the device, leading axis 1; None before the first step.
+      prompt, cameras: of the last step; others start afresh.
+      chunk: [A, action_dim] float32, the network's actions of the last step.
+      sent: [A, robot's width], the same as the robot was told them.
+    """
+
+    seed: int
+    control: ControlState | None = None
+    prompt: Any = None
+    cameras: tuple[str, ...] = ()
+    chunk: np.ndarray | None = None
+    sent: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request, ready for the network.
+
+    Args:
+      example: the network's input.
+      context: what `Transform.finish` needs.
+      layout: static shape it runs in.
+      prompt: as it came.
+      reset: a new episode is asked for.
+      noise: [A, action_dim] float32 to start the flow from; None draws it.
+      overlap: how the new chunk lies on the last one, which it shall continue; None: it need not.
+    """
+
+    example: Example
+    context: Any
+    layout: PrefixLayout
+    prompt: Any
+    reset: bool
+    noise: np.ndarray | None
+    overlap: Overlap | None = None
+
+    @property
+    def group(self) -> Hashable:
+        """Requests of one group can share a device step."""
+        return self.layout, self.noise is None, self.overlap is None
+
+
 class Policy:
     """An engine behind one robot's transforms; safe to share between sessions.
 
@@ -104,8 +157,13 @@ class Policy:
         """A fresh episode of one robot."""
         return Session(self)
 
-    def warmup(self) -> None:
-        """Compiles and runs every program of `prompt_lengths` for one robot with its usual cameras."""
+    def warmup(self, sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
+        """Compiles and runs every program of `prompt_lengths` for robots with their usual cameras.
+
+        Args:
+          sizes: robots per device step, ascending.
+          real_time: also the programs of requests with `rtc`.
+        """
         config = self.engine.config
         request = self.transform.config.robot.example(np.random.default_rng(0))
         example, _ = self.transform.prepare(request | {"prompt": "warm up"})
@@ -114,9 +172,128 @@ class Policy:
             start = time.perf_counter()
             layout = PrefixLayout(cameras, config.tokens_per_camera, text)
             short = dataclasses.replace(example, tokens=example.tokens[:text])
-            self.engine.warmup(self.engine.init((self.seed,), len(cameras)), jax.device_put(pack([short], layout)))
+            for rows in sizes:
+                alone = self.engine.init((self.seed,), len(cameras))
+                control = alone if rows == 1 else _stack((alone,) * rows)
+                inputs = jax.device_put(pack([short] * rows, layout))
+                self.engine.warmup(control, inputs)
+                if real_time:
+                    self.engine.warmup(control, inputs, jax.device_put(self._guide([None] * rows)))
+                jax.block_until_ready(_row(control, jax.device_put(np.int32(0))))
             seconds = time.perf_counter() - start
             logger.info("compiled for %d cameras, prompt length %d in %.1f s", len(cameras), text, seconds)
+
+    def read(self, request: dict, noise: np.ndarray | None = None) -> Asked:
+        """The host's half of a control step: pure, and safe to call from several threads.
+
+        Args:
+          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"rtc": {"executed":
+            n, "delay": d}` makes its actions continue the last ones (`rtc`).
+          noise: [A, action_dim] float32 to start the flow from; None draws it.
+
+        Raises:
+          RequestError: a bad request.
+        """
+        example, context = self.transform.prepare(request)
+        layout = layout_of(example, self.engine.config, self.prompt_lengths)
+        noise = None if noise is None else np.asarray(noise, np.float32)
+        reset, overlap = bool(request.get("reset", False)), _overlap(request.get("rtc"))
+        return Asked(example, context, layout, request.get("prompt"), reset, noise, overlap)
+
+    def advance(self, episodes: Sequence[Episode], asked: Sequence[Asked]) -> list[Outcome]:
+        """One device step of robots whose requests are of one group, padded to a compiled size by repeating them.
+
+        A pruned row whose score, κ or actions are not finite is computed again on the full path, from an empty memory
+        and with the same noise.
+
+        Args:
+          episodes: one per robot, changed in place.
+          asked: their requests, from `read`.
+
+        Returns:
+          One outcome per robot. Where also the full path gives actions that are not finite, its error is `NonFinite`
+          and the episode starts afresh.
+        """
+        engine, layout = self.engine, asked[0].layout
+        afresh = [_afresh(episode, a) for episode, a in zip(episodes, asked, strict=True)]
+        controls = [
+            engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
+            for episode, new in zip(episodes, afresh, strict=True)
+        ]
+        rows = np.resize(np.arange(len(asked)), batch_size(len(asked)))
+        before = controls[0] if len(rows) == 1 else _stack(tuple(controls[row] for row in rows))
+        inputs = pack([asked[row].example for row in rows], layout)
+        guide, targets = None, [None] * len(asked)
+        if asked[0].overlap is not None:
+            targets = [None if new else self._target(*one) for new, *one in zip(afresh, episodes, asked, strict=True)]
+            guide = jax.device_put(self._guide([targets[row] for row in rows]))
+
+        start = time.perf_counter()
+        noise = None if asked[0].noise is None else jax.device_put(np.stack([asked[row].noise for row in rows]))
+        actions, control, info = engine.step(before, jax.device_put(inputs), noise, guide=guide)
+        wanted = (actions, info.selection.score, info.selection.kappa, control.running)
+        actions, scores, kappas, running = jax.device_get(wanted)
+        end = time.perf_counter()
+
+        outcomes = []
+        for row, (episode, a) in enumerate(zip(episodes, asked, strict=True)):
+            own = control if len(rows) == 1 else _row(control, jax.device_put(np.int32(row)))
+            keyframe, acts, kappa, left = bool(info.keyframe[row]), actions[row], float(kappas[row]), running[row]
+            alive = np.repeat(inputs.camera_mask[row], engine.config.tokens_per_camera)
+            sound = np.isfinite(scores[row][alive]).all() and not math.isinf(kappa)
+            fallback = not sound
+            if not keyframe and not (sound and np.isfinite(acts).all()):
+                logger.warning("a pruned step was not finite: computed again on the full path")
+                acts, own = self._again(controls[row], episode.seed, a, targets[row])
+                keyframe = fallback = True
+                left = alive
+                end = time.perf_counter()
+            pruning = _describe(keyframe, kappa, left, alive)
+            if fallback:
+                pruning |= {"kappa": None, "fallback": True}
+            if not np.isfinite(acts).all():
+                episode.control = None
+                outcomes.append(Outcome(None, NonFinite(), pruning, afresh[row]))
+                continue
+            episode.control, episode.prompt, episode.cameras = own, a.prompt, layout.cameras
+            reply = self.transform.finish(acts, a.context)
+            episode.chunk, episode.sent = acts, np.asarray(reply["actions"])
+            reply["policy_timing"] = _timing(start, info.decided_at, end)
+            if a.overlap is not None:
+                reply["rtc"] = _describe_overlap(a.overlap, 0 if targets[row] is None else len(acts))
+            if self.describe:
+                reply["pruning"] = pruning
+            outcomes.append(Outcome(reply, None, pruning, afresh[row]))
+        return outcomes
+
+    def _target(self, episode: Episode, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """What a chunk shall agree with, [A, action_dim], and how much, [A]."""
+        finish = lambda actions: np.asarray(self.transform.finish(actions, asked.context)["actions"])
+        chunk = rebase(episode.chunk, episode.sent, finish)
+        return remaining(chunk, asked.overlap), soft_mask(len(chunk), asked.overlap)
+
+    def _guide(self, targets: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> Guide:
+        """Targets of a batch, None where there is none, as NumPy arrays with leading axis B."""
+        config, B = self.engine.config, len(targets)
+        target = np.zeros((B, config.action_horizon, config.action_dim), np.float32)
+        weight = np.zeros((B, config.action_horizon), np.float32)
+        for row, one in enumerate(targets):
+            if one is not None:
+                target[row], weight[row] = one
+        # with few denoise steps β would carry the flow beyond its target
+        limit = min(MAX_GUIDANCE, self.engine.weights.schedule.times.shape[0])
+        return Guide(target, weight, np.full(B, limit, np.float32))
+
+    def _again(
+        self, control: ControlState, seed: int, asked: Asked, target: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[np.ndarray, ControlState]:
+        """One robot's step on the full path, from an empty memory: actions on the host, the state after it."""
+        empty = self.engine.init((seed,), len(asked.layout.cameras)).replace(key=control.key)
+        noise = None if asked.noise is None else jax.device_put(asked.noise[None])
+        inputs = jax.device_put(pack([asked.example], asked.layout))
+        guide = None if asked.overlap is None else jax.device_put(self._guide([target]))
+        actions, control, _ = self.engine.step(empty, inputs, noise, full=True, guide=guide)
+        return jax.device_get(actions)[0], control
 
 
 class Session:
@@ -128,13 +305,11 @@ class Session:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self._control: ControlState | None = None
-        self._cameras: tuple[str, ...] = ()
-        self._prompt: Any = None
+        self._episode = Episode(policy.seed)
 
     def reset(self) -> None:
         """Forgets the episode: the next step is a keyframe and the noise starts from the policy's seed."""
-        self._control = None
+        self._episode.control = None
 
     def infer(self, request: dict, *, noise: np.ndarray | None = None) -> dict:
         """One control step.
@@ -147,41 +322,58 @@ class Session:
           "actions" float64 [A, robot's action width]; "policy_timing" in milliseconds, measured until the actions
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
-          `kappa` (None where undefined) and `index`, the kept visual slots in ascending order.
+          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, and `fallback` (True) if
+          the step had to be computed on the full path because something was not finite; with an `rtc` request "rtc":
+          `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how many of them
+          are executed meanwhile.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
-          FloatingPointError: the model returned non-finite actions; the session is reset.
+          NonFinite: the model returned non-finite actions also on the full path; the session is reset.
         """
-        policy, config = self.policy, self.policy.engine.config
-        example, context = policy.transform.prepare(request)
-        layout = layout_of(example, config, policy.prompt_lengths)
-        prompt = request.get("prompt")
-        started_afresh = (
-            self._control is None
-            or bool(request.get("reset", False))
-            or prompt != self._prompt
-            or layout.cameras != self._cameras
-        )
-        control = policy.engine.init((policy.seed,), len(layout.cameras)) if started_afresh else self._control
-        inputs = pack([example], layout)
-        alive = np.repeat(inputs.camera_mask[0], config.tokens_per_camera)
+        (outcome,) = self.policy.advance([self._episode], [self.policy.read(request, noise)])
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.reply
 
-        start = time.perf_counter()
-        noise = None if noise is None else jax.device_put(np.asarray(noise, np.float32)[None])
-        actions, control, info = policy.engine.step(control, jax.device_put(inputs), noise)
-        actions, selection = jax.device_get((actions, info.selection))
-        end = time.perf_counter()
 
-        if not np.isfinite(actions).all():
-            self.reset()
-            raise FloatingPointError("the model returned non-finite actions; the session was reset, check the weights")
-        self._control, self._prompt, self._cameras = control, prompt, layout.cameras
-        reply = policy.transform.finish(actions[0], context)
-        reply["policy_timing"] = _timing(start, info.decided_at, end)
-        if policy.describe:
-            reply["pruning"] = _describe(bool(info.keyframe[0]), jax.tree.map(lambda a: a[0], selection), alive)
-        return reply
+def _overlap(asked: Any) -> Overlap | None:
+    """The request's `rtc`."""
+    if asked is None:
+        return None
+    advice = 'send {"executed": steps since the last observation, "delay": steps until the reply}'
+    expected = "a map with two whole numbers of control steps, executed and delay"
+    if not isinstance(asked, dict) or not {"executed", "delay"} <= set(asked):
+        raise RequestError("rtc", expected, brief(asked), advice)
+    try:
+        return Overlap(asked["executed"], asked["delay"])
+    except ValueError as error:
+        raise RequestError("rtc", expected, str(error), advice) from error
+
+
+def _describe_overlap(overlap: Overlap, horizon: int) -> dict:
+    return {"frozen": overlap.frozen(horizon), "overlap": overlap.left(horizon)}
+
+
+def _afresh(episode: Episode, asked: Asked) -> bool:
+    return (
+        episode.control is None
+        or asked.reset
+        or asked.prompt != episode.prompt
+        or asked.layout.cameras != episode.cameras
+    )
+
+
+@jax.jit
+def _stack(controls: tuple[ControlState, ...]) -> ControlState:
+    """Control states of single robots → of a batch."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *controls)
+
+
+@jax.jit
+def _row(control: ControlState, row: jax.Array) -> ControlState:
+    """One robot's control state out of a batch, still with its batch axis."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), control)
 
 
 def _timing(start: float, decided: float | None, end: float) -> dict[str, float]:
@@ -191,9 +383,9 @@ def _timing(start: float, decided: float | None, end: float) -> dict[str, float]
     return timing
 
 
-def _describe(keyframe: bool, selection: Selection, alive: np.ndarray) -> dict:
-    index = np.flatnonzero(alive).astype(np.int32) if keyframe else selection.index[selection.alive]
-    kappa = float(selection.kappa)
+def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray) -> dict:
+    """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
+    index = np.flatnonzero(left).astype(np.int32)
     return {
         "kept": len(index),
         "alive": int(alive.sum()),

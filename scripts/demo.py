@@ -130,7 +130,7 @@ class Server:
             raise DemoError(f"the server ({self.pruner}) ended with exit code {code}; {self.log} ends with\n{tail}")
         connection = http.client.HTTPConnection(HOST, self.port, timeout=2)
         with contextlib.closing(connection), contextlib.suppress(OSError):
-            connection.request("GET", "/healthz")
+            connection.request("GET", "/readyz")
             return connection.getresponse().status == http.HTTPStatus.OK
         return False
 

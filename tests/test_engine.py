@@ -679,7 +679,7 @@ def test_actions_that_are_not_finite_are_an_error_and_reset_the_session(policy, 
     session = policy.session()
     session.infer(ask())
     policy.engine = poisoned(engine, "after the cut")
-    with pytest.raises(FloatingPointError, match="non-finite actions; the session was reset"):
+    with pytest.raises(FloatingPointError, match=r"expected finite actions.* memory was reset"):
         session.infer(ask("a0"))
     policy.engine = engine
     reply = session.infer(ask())

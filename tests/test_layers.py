@@ -8,14 +8,15 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
     ("arrays",),
-    ("tokens", "temporal"),
+    ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
     ("robots", "evidence"),
     ("control",),
+    ("programs",),
     ("engine",),
     ("flops",),
     ("configs", "policy"),
-    ("loading", "parity"),
+    ("loading", "parity", "fleet"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
     ("training", "analysis"),
@@ -63,7 +64,7 @@ def floor(name: str) -> int:
 
 def test_the_reader_sees_what_is_there():
     assert {"arrays", "model.pi0", "pruners.safe", "engine", "policy"} <= set(MODULES)
-    assert {"model.pi0", "model.config", "pruners.base", "tokens"} <= imports("engine")
+    assert {"model.pi0", "model.config", "pruners.base", "tokens"} <= imports("programs")
     assert {"model.gemma", "model.siglip", "tokens"} <= imports("model.pi0")
     assert "temporal" in imports("pruners.safe")
 
@@ -91,15 +92,15 @@ def test_there_is_no_circle():
         visit(name)
 
 
-def test_the_engine_alone_joins_model_and_pruners():
+def test_the_programs_alone_join_model_and_pruners():
     joins = {name for name in MODULES if {"model", "pruners"} <= {part(t) for t in imports(name)}}
-    assert "engine" in joins
-    assert all(floor(name) >= floor("engine") for name in joins)
+    assert "programs" in joins
+    assert all(floor(name) >= floor("programs") for name in joins)
     for name in MODULES:
         if part(name) == "pruners":
             assert {part(t) for t in imports(name)} <= {"pruners", "arrays", "tokens", "temporal"}
         if part(name) == "model":
-            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens"}
+            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens", "rtc"}
 
 
 def test_sizes_and_names_are_at_the_bottom_of_the_model():

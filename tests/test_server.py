@@ -18,7 +18,8 @@ import websockets.sync.client
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed
 
-from safe_pruner_jax.serving import Recorder, ServerError, WireError, pack, running, unpack
+from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.serving import Recorder, ServerError, Step, WireError, pack, running, unpack
 
 DEADLINE_S = 5.0
 
@@ -44,6 +45,8 @@ class FakeSession:
                 raise Mistake("expected 2 cameras, got 1; send observation/wrist_image \N{SNOWMAN}")
             case "crash":
                 raise KeyError("a secret detail")
+            case "not finite":
+                raise NonFinite
             case "stop iteration":
                 raise StopIteration
             case "unpackable":
@@ -104,11 +107,15 @@ def raw(server):
     return websockets.sync.client.connect(f"ws://127.0.0.1:{server.port}", compression=None, max_size=None)
 
 
-def health(port):
+def get(port, path, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
-    connection.request("GET", "/healthz")
+    connection.request("GET", path, headers=headers)
     response = connection.getresponse()
     return response.status, response.read()
+
+
+def health(port):
+    return get(port, "/healthz")
 
 
 def until(condition):
@@ -145,7 +152,8 @@ def test_a_request_reaches_the_session_and_the_reply_the_client(connect):
 def test_server_timing(connect, backend):
     client = connect()
     first, second = client.infer({})["server_timing"], client.infer({})["server_timing"]
-    assert list(first) == ["infer_ms"] and list(second) == ["infer_ms", "prev_total_ms"]
+    assert list(first) == ["infer_ms", "queue_ms", "batch"]
+    assert list(second) == ["infer_ms", "prev_total_ms", "queue_ms", "batch"] and second["batch"] == 1
     assert 0 <= first["infer_ms"] <= second["prev_total_ms"] < 1e3 * DEADLINE_S
     backend.started.clear()
 
@@ -220,6 +228,15 @@ def test_an_internal_error_is_in_the_log_not_on_the_wire(connect, caplog, fault)
     assert bystander.infer({})["actions"][0, 0] == 1
 
 
+def test_actions_that_are_not_finite_are_told_counted_and_nobody_elses(connect, server):
+    bystander, client = connect(), connect()
+    bystander.infer({})
+    with pytest.raises(RuntimeError, match=r"expected finite actions.*check its observation"):
+        client.infer({"do": "not finite"})
+    assert server.metrics.errors.labels("non_finite")._value.get() == 1
+    assert bystander.infer({})["actions"][0, 0] == 2
+
+
 @pytest.mark.parametrize(
     "message, says",
     [
@@ -292,12 +309,16 @@ def test_calls_of_clients_that_left_the_queue_are_not_run(connect, backend, serv
     assert backend.finished == 2 and backend.sessions == 1
 
 
-def test_requests_sent_ahead_are_answered_in_order(server):
+def test_requests_sent_ahead_get_one_reply_each_in_order(server):
     with raw(server) as client:
         client.recv(DEADLINE_S)
         for i in range(20):
             client.send(pack({"i": i}))
-        assert [unpack(client.recv(DEADLINE_S))["echo"]["i"] for _ in range(20)] == list(range(20))
+        replies = [client.recv(DEADLINE_S) for _ in range(20)]
+    run = [unpack(reply)["echo"]["i"] for reply in replies if isinstance(reply, bytes)]
+    assert run == sorted(run) and run[-1] == 19  # the newest observation is never given up
+    assert all(reply.startswith("superseded: ") for reply in replies if isinstance(reply, str))
+    assert [isinstance(reply, bytes) for reply in replies] == [i in run for i in range(20)]
 
 
 def test_fragments_make_one_message(server):
@@ -311,32 +332,34 @@ def test_fragments_make_one_message(server):
 # --- start and stop --------------------------------------------------------------------------------------
 
 
-def test_clients_are_refused_until_warm():
+def test_who_comes_during_warm_up_waits_and_is_served_afterwards(caplog):
     backend = FakeBackend()
-    warming, warm = threading.Event(), threading.Event()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def warmup():
-        warming.set()
-        assert warm.wait(DEADLINE_S)
-
-    backend.warmup = warmup
-    outcome = []
+    warm = threading.Event()
+    backend.warmup = lambda: warm.wait(DEADLINE_S)
+    seen = {}
 
     def use():
         with running(backend, port=port) as server:
-            outcome.append(health(server.port))
+            done.wait(DEADLINE_S)
+            seen["after"] = [get(server.port, path)[0] for path in ("/healthz", "/readyz")]
 
-    user = threading.Thread(target=use)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done, user = threading.Event(), threading.Thread(target=use)
     user.start()
-    assert warming.wait(DEADLINE_S)
-    with pytest.raises(ConnectionRefusedError):
-        health(port)
-    warm.set()
+    until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+    assert [get(port, path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
+    with websockets.sync.client.connect(f"ws://127.0.0.1:{port}") as early:
+        with pytest.raises(TimeoutError):
+            early.recv(0.1)
+        early.send(pack({"i": 1}))
+        warm.set()
+        assert unpack(early.recv(DEADLINE_S))["model"] == "fake"
+        assert unpack(early.recv(DEADLINE_S))["echo"] == {"i": 1}
+    done.set()
     user.join(DEADLINE_S)
-    assert outcome == [(200, b"OK\n")]
+    assert seen["after"] == [200, 200]
 
 
 def test_a_failing_warmup_is_raised():
@@ -448,6 +471,10 @@ def test_a_second_signal_ends_a_long_warmup(program):
 # --- recorder --------------------------------------------------------------------------------------------
 
 
+def step(request):
+    return Step("robot", request, {}, False, 1)
+
+
 def load(path):
     return np.load(path, allow_pickle=True).item()
 
@@ -468,17 +495,17 @@ def test_records_are_openpi_s(tmp_path):
 
 
 def test_a_recorder_goes_on_after_existing_steps(tmp_path):
-    Recorder(tmp_path)({"a": 0}, {})
+    Recorder(tmp_path)(step({"a": 0}))
     (tmp_path / "step_x.npy").touch()
     (tmp_path / "step_7.partial").touch()
-    Recorder(tmp_path)({"a": 1}, {})
+    Recorder(tmp_path)(step({"a": 1}))
     assert [load(tmp_path / f"step_{i}.npy")["inputs/a"] for i in range(2)] == [0, 1]
 
 
 def test_a_recorder_shared_by_threads_loses_nothing(tmp_path):
     recorder = Recorder(tmp_path)
     threads = [
-        threading.Thread(target=lambda i=i: [recorder({"i": i, "j": j}, {}) for j in range(20)]) for i in range(4)
+        threading.Thread(target=lambda i=i: [recorder(step({"i": i, "j": j})) for j in range(20)]) for i in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -489,7 +516,7 @@ def test_a_recorder_shared_by_threads_loses_nothing(tmp_path):
 
 
 def test_a_failing_recorder_does_not_stop_the_robot(caplog):
-    def full_disk(request, reply):
+    def full_disk(step):
         raise OSError("no space left on device")
 
     with running(FakeBackend(), recorder=full_disk) as server:

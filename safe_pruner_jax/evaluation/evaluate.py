@@ -48,6 +48,8 @@ def episodes(
     shard: tuple[int, int] = (1, 1),
     replan: int = 5,
     max_steps: int | None = None,
+    delay: int = 0,
+    rtc: bool = False,
 ) -> list[Job]:
     """The episodes of a run, task after task: trials 0 to trials - 1 of each, or the i-th of n equal parts of them.
 
@@ -62,7 +64,8 @@ def episodes(
         raise ValueError(f"trials: expected at least 1, got {trials}")
     if not 1 <= part <= parts:
         raise ValueError(f"shard: expected i/n with 1 ≤ i ≤ n, got {part}/{parts}")
-    jobs = [Job(suite, task, trial, replan, max_steps) for task in dict.fromkeys(tasks) for trial in range(trials)]
+    protocol = (replan, max_steps, delay, rtc)
+    jobs = [Job(suite, task, trial, *protocol) for task in dict.fromkeys(tasks) for trial in range(trials)]
     return jobs[len(jobs) * (part - 1) // parts : len(jobs) * part // parts]
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from safe_pruner_jax.evaluation.rollout import Episode
 Key = tuple[str, int, int]
 """An episode within a configuration: suite, task, trial."""
 
-METHOD = ("pruner", "choices", "plan")
+METHOD = ("pruner", "choices", "plan", "rtc")
 """Fields of a configuration in which methods differ; the others are the conditions under which they are compared."""
 
 
@@ -46,6 +46,8 @@ class Configuration:
       max_steps: per episode; None is the suite's limit.
       noise: where the policy's noise comes from.
       simulator: versions that pictures and contacts depend on, from `libero.provenance`.
+      delay: control steps from an observation until its actions are used.
+      rtc: whether chunks continue the last one (`rtc`).
     """
 
     pruner: str
@@ -60,6 +62,8 @@ class Configuration:
     max_steps: int | None = None
     noise: str = ""
     simulator: Mapping[str, str] = field(default_factory=dict)
+    delay: int = 0
+    rtc: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types, equal to what reading them back gives."""
@@ -87,6 +91,8 @@ class Record:
       device: where the policy ran.
       versions: of what is installed.
       configuration: as JSON.
+      jump: of the arm's actions at the "border" of chunks and "inside" them, see `asynchronous.jumps`; None without
+        a border.
     """
 
     suite: str
@@ -110,6 +116,7 @@ class Record:
     device: str
     versions: Mapping[str, str]
     configuration: Mapping[str, Any]
+    jump: Mapping[str, float] | None = None
 
     @property
     def key(self) -> Key:
@@ -216,6 +223,7 @@ def describe_calls(episode: Episode) -> dict[str, Any]:
         "batch": _mean(t.get("batch") for t in timing),
         "views": views,
         "prompt_slots": next((p["text"] for p in told if "text" in p), None),
+        "jump": episode.jump,
     }
 
 
@@ -328,10 +336,15 @@ def _complete(data: bytes) -> bytes:
     return data[:end]
 
 
+_EARLIER = {"delay": 0, "rtc": False}
+"""What was so before it could be chosen; files of that time go on."""
+
+
 def _parse(path: Path, data: bytes) -> Iterator[Record]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             read = Record(**json.loads(line))
+            read = replace(read, configuration=_EARLIER | read.configuration)
         except (ValueError, TypeError) as error:
             raise RecordsError(f"{path}, line {number}: not a record of an episode ({error})") from error
         yield read

@@ -48,6 +48,7 @@ class Row:
       paper_ratio, exact_ratio: to the baseline's.
       ms: of a typical call, see `typical_ms`.
       ms_ratio: to the baseline's; None unless both ran on one device.
+      jump: of actions where a chunk begins, relative to a step inside; median over the episodes.
     """
 
     conditions: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Row:
     exact_ratio: float | None
     ms: float | None
     ms_ratio: float | None
+    jump: float | None
 
 
 # --- statistics --------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def method_label(configuration: Mapping[str, Any]) -> str:
     plain = lambda value: json.loads(json.dumps(value))
     usual = {key: plain(p.default) for key, p in known.items()}
     told = {k: v for k, v in choices.items() if k != "keep" and not (k in usual and usual[k] == v)}
-    return " ".join([name, *(f"{k}={v}" for k, v in told.items())])
+    return " ".join([name, *(f"{k}={v}" for k, v in told.items()), *(["rtc"] if configuration.get("rtc") else [])])
 
 
 def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
@@ -165,7 +167,7 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
     for record in latest(records):
         c = record.configuration
         conditions = json.dumps({k: v for k, v in c.items() if k not in METHOD}, sort_keys=True)
-        method = json.dumps([c["pruner"], c["choices"], c["plan"]], sort_keys=True)
+        method = json.dumps([c.get(name) for name in METHOD], sort_keys=True)
         by_condition.setdefault(conditions, {}).setdefault(method, []).append(record)
     if not by_condition:
         raise ValueError("no records: the files hold no finished episode")
@@ -218,6 +220,7 @@ def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], bas
         exact_ratio=ratio(mean("exact_flops")),
         ms=ms(group),
         ms_ratio=ratio(ms) if len(devices) == 1 else None,
+        jump=_median(_ratio(r.jump["border"], r.jump["inside"]) for r in group if r.jump),
     )
 
 
@@ -238,7 +241,11 @@ def _mean(records: Iterable[Record], value: Callable[[Record], float | None]) ->
 
 
 def _typical(records: Iterable[Record]) -> float | None:
-    found = [v for v in map(typical_ms, records) if v is not None]
+    return _median(map(typical_ms, records))
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    found = [v for v in values if v is not None]
     return median(found) if found else None
 
 
@@ -252,7 +259,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 def markdown(rows: Sequence[Row], baseline: str = "full") -> str:
     """One table per conditions, under a line that says which."""
     header = ["method", "keep", "suite", "episodes", "errors", "success [95 %]", f"Δ to {baseline}, points [95 %]"]
-    header += ["pairs", "kept tokens", "keyframes", "paper GFLOPs", "exact GFLOPs", "ms", f"ms / {baseline}"]
+    header += ["pairs", "kept tokens", "keyframes", "paper GFLOPs", "exact GFLOPs", "ms", f"ms / {baseline}", "jump"]
     parts = []
     for conditions in _unique(row.conditions for row in rows):
         table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
@@ -265,7 +272,8 @@ NOTE = """\
 Success: share of the episodes without error, Wilson interval. Δ: over the pairs (same suite, task and trial) without \
 error on either side, Newcombe's paired interval. FLOPs: multiply-adds per policy call, in brackets the ratio over \
 shared episodes. ms: a typical call, the episode's median per kind of call weighted by their numbers, median over \
-episodes; the ratio only where all ran on one device."""
+episodes; the ratio only where all ran on one device. jump: L2 distance of the arm's actions where a new chunk begins, \
+over that of a typical step inside chunks."""
 
 
 def _cells(row: Row) -> list[str]:
@@ -287,6 +295,7 @@ def _cells(row: Row) -> list[str]:
         flops(row.exact_flops, row.exact_ratio),
         text(row.ms, "{:.1f}"),
         text(row.ms_ratio, "{:.3f}"),
+        text(row.jump, "{:.2f}"),
     ]
 
 
@@ -296,10 +305,11 @@ def _parts(e: Estimate) -> tuple[float, float, float]:
 
 def _sentence(c: Mapping[str, Any]) -> str:
     steps = f", at most {c['max_steps']} steps" if c["max_steps"] else ""
+    delay = f", used {c['delay']} steps after their observation" if c.get("delay") else ""
     simulator = ", ".join(f"{k} {v}" for k, v in c["simulator"].items())
     return (
         f"Policy {c['policy']}, checkpoint {c['checkpoint']}, {c['precision']}, {c['num_steps']} denoise steps, "
-        f"{c['replan']} actions per call{steps}; noise: {c['noise']}; {simulator}."
+        f"{c['replan']} actions per call{steps}{delay}; noise: {c['noise']}; {simulator}."
     )
 
 

@@ -42,6 +42,8 @@ class Job:
     trial: int
     replan: int = 5
     max_steps: int | None = None
+    delay: int = 0
+    rtc: bool = False
 
 
 class PolicyFailed(RuntimeError):
@@ -163,7 +165,8 @@ class _Player:
             if not job.trial < env.num_init_states:
                 return "fatal", f"{job.suite} task {job.task} has {env.num_init_states} trials, got {job.trial + 1}"
             policy = self._ask if self._server is None else self._remote()
-            episode = rollout(env, policy, init_state=job.trial, replan=job.replan, max_steps=job.max_steps)
+            protocol = {"replan": job.replan, "max_steps": job.max_steps, "delay": job.delay, "rtc": job.rtc}
+            episode = rollout(env, policy, init_state=job.trial, **protocol)
         except (LiberoUnavailable, _NoServer) as error:
             return "fatal", str(error)
         except Exception as error:  # the simulator did not even start: an outcome like any other

@@ -22,6 +22,7 @@ from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.rtc import Guide, guided
 from safe_pruner_jax.tokens import saliency, spread
 
 
@@ -339,6 +340,7 @@ def sample(
     columns: Mapping[int, tuple[Array, Array]] | None = None,
     late_layers: Layers = (),
     late_steps: str = "half",
+    guide: Guide | None = None,
 ) -> tuple[Array, Array | None]:
     """Euler integration of the flow from noise (t=1) to actions (t=0).
 
@@ -352,6 +354,7 @@ def sample(
       columns: {late layer: (slots, alive) [B, k] of its first k keys}, for layers that have dropped tokens.
       late_layers: layers L_d whose saliency is wanted, action tokens as queries.
       late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
+      guide: chunks that the new ones shall agree with (`rtc`).
 
     Returns:
       actions [B, A, action_dim] float32, and late saliency [B, |L_d|, n] float32 (None without layers).
@@ -364,7 +367,8 @@ def sample(
     def step(carry, inputs):
         x, late = carry
         at, share = inputs
-        v, logits = velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
             now = [_late(config, logits[i], visual_alive, (columns or {}).get(i)) for i in late_layers]
             # a step without weight may not bring in its NaN either

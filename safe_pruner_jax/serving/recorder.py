@@ -1,11 +1,32 @@
-"""Writing served steps to disk, in the files of openpi's `--record`."""
+"""Writing served steps to disk: what a recorder is given, and openpi's own files."""
 
 import itertools
 import os
 import pathlib
 import re
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One answered request.
+
+    Args:
+      robot: whose it was.
+      request: as it came.
+      reply: as it went, without `server_timing`.
+      fresh: the robot had no memory before it.
+      batch: robots in the device step.
+    """
+
+    robot: Hashable
+    request: dict
+    reply: dict
+    fresh: bool
+    batch: int
 
 
 class Recorder:
@@ -22,12 +43,12 @@ class Recorder:
         names = (re.fullmatch(r"step_([0-9]+)\.npy", file.name) for file in self.directory.iterdir())
         self._numbers = itertools.count(max((int(name[1]) for name in names if name), default=-1) + 1)
 
-    def __call__(self, request: dict, reply: dict) -> None:
+    def __call__(self, step: Step) -> None:
         """Records one step; safe to call from several threads."""
         path = self.directory / f"step_{next(self._numbers)}.npy"
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.save(file, np.asarray(_flatten({"inputs": request, "outputs": reply})), allow_pickle=True)
+            np.save(file, np.asarray(_flatten({"inputs": step.request, "outputs": step.reply})), allow_pickle=True)
         partial.replace(path)
 
 

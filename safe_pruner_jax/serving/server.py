@@ -1,129 +1,147 @@
 """A websocket server that unmodified openpi clients talk to.
 
-Two threads share the work. The event loop reads, checks and writes messages and answers health checks. The
-device thread, exactly one, runs all that touches the accelerator: warm-up, the making of sessions, inference;
-requests of all connections queue for it in order of arrival. So a health check is answered in mid-inference.
+The event loop reads and writes messages and answers HTTP; host threads check and prepare requests; the device
+thread, exactly one, runs all that touches the accelerator. Requests of all connections wait in one queue
+(`scheduler`), where they are joined into steps. So health checks are answered during compilation and inference.
 
-Life of a server: bind (a port in use is reported at once) → warm up → listen → serve → stop. Whoever comes
-before it listens is refused by the operating system, as if nothing ran there.
-Life of a connection: metadata out, then one reply for each request, in order. The first request makes its
-Session, whatever ends the connection discards it. An error is one text frame and the end of that connection,
-and of no other. The messages: docs/wire.md.
+Life of a server: bind (a port in use is reported at once) → accept, warm up → serve → drain → stop. A client that
+comes before the server is warm is connected, and gets its first message when it is.
+Life of a connection: metadata out, then one reply for each request, in order. A request that was turned away gets a
+text frame; an error is a text frame too, and the end of that connection and of no other. The messages: docs/wire.md.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import http
+import itertools
+import json
 import logging
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from websockets.asyncio import server as websockets
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
-from websockets.protocol import State
+from websockets.http11 import Request, Response
 
-from safe_pruner_jax.serving.wire import LIMITS, WireError, pack, unpack
+import safe_pruner_jax
+from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.serving.access import Access, ServerError
+from safe_pruner_jax.serving.backend import Backend, SessionMaker, as_backend
+from safe_pruner_jax.serving.conversation import Conversation, Desk, first
+from safe_pruner_jax.serving.metrics import TYPE as METRICS_TYPE
+from safe_pruner_jax.serving.metrics import Metrics
+from safe_pruner_jax.serving.recorder import Step
+from safe_pruner_jax.serving.scheduler import Scheduler, Terms
+from safe_pruner_jax.serving.wire import LIMITS, PROTOCOL, WireError, pack
 
 logger = logging.getLogger(__name__)
-
-
-class ServerError(RuntimeError):
-    """The server cannot start; the text says why and what to do."""
-
-
-class Session(Protocol):
-    """What the server keeps for one connection; the only mutable object behind it."""
-
-    def infer(self, request: dict) -> dict:
-        """The reply to one request, complete on the host; blocks, and is called in the device thread."""
-
-
-class Backend(Protocol):
-    """What the server serves. `metadata` greets each client; it must be packable (see `wire.pack`)."""
-
-    metadata: dict
-
-    def session(self) -> Session:
-        """A fresh session, called in the device thread."""
-
-    def warmup(self) -> None:
-        """Compiles every program; blocks, and is called once in the device thread before listening."""
-
-
-@dataclasses.dataclass
-class _Connection:
-    socket: websockets.ServerConnection
-    session: Session | None = None
-    waiting_since: float = 0.0
-    previous_total_s: float | None = None
 
 
 class Server:
     """One backend on one port. `serve` and `running` are the usual ways to use it.
 
     Args:
-      backend: the policy; its `metadata` is read once, here.
-      host: address to bind; "127.0.0.1" admits this machine alone, "0.0.0.0" everybody, unauthenticated.
+      backend: what is served: a `Backend`, or anything with `session()`; its `metadata` is read once, here.
+      host: address to bind; "127.0.0.1" admits this machine alone.
       port: TCP port, 0 for a free one, then found in `self.port` once `ready` is set.
       max_message_bytes: largest request accepted, bytes; a larger one ends its connection with code 1009.
       client_errors: exceptions of the backend that are the client's mistake: their text goes to the client.
         Any other exception is logged with an id and its traceback, and the client is told the id alone.
-      recorder: called with (request, reply without server_timing) after each reply is sent, in any thread.
+      recorder: called with a `Step` after each reply is sent, in any thread.
+      access: who may connect.
+      terms: what a request may expect.
+      send_s: a client that takes longer to take a reply is cut off, seconds.
 
     Raises:
       WireError: the backend's metadata cannot be sent.
+      ServerError: `host` is open to others and nobody is asked for a key.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Backend | SessionMaker,
         *,
         host: str = "127.0.0.1",
         port: int = 8000,
         max_message_bytes: int = LIMITS.message_bytes,
         client_errors: tuple[type[Exception], ...] = (),
-        recorder: Callable[[dict, dict], None] | None = None,
+        recorder: Callable[[Step], None] | None = None,
+        access: Access | None = None,
+        terms: Terms | None = None,
+        send_s: float = 10.0,
     ):
         self.host, self.port = host, port
-        self.ready = threading.Event()  # set when clients can connect
-        self._backend, self._recorder = backend, recorder
-        self._client_errors = (WireError, *client_errors)
+        self.ready = threading.Event()  # set when warm
+        self.metrics = Metrics()
+        self._access, self._terms = access or Access(), terms or Terms()
+        self._access.check(host)
+        self._backend = as_backend(backend)
         self._limits = dataclasses.replace(LIMITS, message_bytes=max_message_bytes)
-        self._metadata = pack(backend.metadata)
+        self._metadata = pack(self._backend.metadata)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._host_threads = ThreadPoolExecutor(2, thread_name_prefix="host")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = asyncio.Event()
-        self._busy: set[websockets.ServerConnection] = set()  # a request received, its reply not yet sent
+        self._stop, self._warm = asyncio.Event(), asyncio.Event()
+        self._numbers = itertools.count(1)
+        self._open: collections.Counter[str] = collections.Counter()  # websocket connections by address
+        self._scheduler = Scheduler(
+            self._backend,
+            self._terms,
+            self._on_device,
+            self._open.total,
+            lambda robots, seconds: self.metrics.stepped(robots, seconds, self._backend.evicted),
+        )
+        self._desk = Desk(
+            backend=self._backend,
+            scheduler=self._scheduler,
+            metrics=self.metrics,
+            limits=self._limits,
+            client_errors=(WireError, NonFinite, *client_errors),
+            recorder=recorder,
+            host_threads=self._host_threads,
+            stop=self._stop,
+            send_s=send_s,
+        )
 
     async def run(self) -> None:
-        """Serves until `stop`, then finishes the calls received. Raises as `serve` does."""
+        """Serves until `stop`, then finishes what runs and answers what waits. Raises as `serve` does."""
         self._loop = asyncio.get_running_loop()
         listener = await self._bind()
+        queue = asyncio.ensure_future(self._scheduler.run())
         try:
             await self._warm_up()
             if not self._stop.is_set():
-                await listener.start_serving()
-                logger.info("ready for clients on ws://%s:%d", self.host, self.port)
+                self._warm.set()
+                self.metrics.ready.set(1)
+                logger.info(
+                    "ready for clients on %s://%s:%d", "wss" if self._access.tls else "ws", self.host, self.port
+                )
                 self.ready.set()
                 await self._stop.wait()
         finally:
+            self._stop.set()
+            self.metrics.ready.set(0)
             listener.close(close_connections=False)
-            idle = listener.connections - self._busy
-            await asyncio.gather(*(socket.close(CloseCode.GOING_AWAY, "server stopping") for socket in idle))
+            self._scheduler.close()
+            await queue
             await listener.wait_closed()
             self._device.shutdown()
+            self._host_threads.shutdown()
 
     def stop(self) -> None:
         """Ends `run` from any thread; returns at once."""
         with contextlib.suppress(RuntimeError):  # the loop has ended already
             self._loop.call_soon_threadsafe(self._stop.set) if self._loop else self._stop.set()
+
+    # --- start ---------------------------------------------------------------------------------------------
 
     async def _bind(self) -> websockets.Server:
         try:
@@ -131,19 +149,21 @@ class Server:
                 self._converse,
                 self.host,
                 self.port,
-                start_serving=False,
+                ssl=self._access.tls,
                 compression=None,
                 max_size=self._limits.message_bytes,
                 max_queue=1,  # a client that sends ahead waits in TCP, not in our memory
-                process_request=_health_check,
+                process_request=self._http,
+                server_header=None,
             )
         except (OSError, OverflowError) as error:  # in use, not allowed, no such host; port beyond 65535
             raise ServerError(f"cannot bind {self.host}:{self.port}: {error}; try another port") from error
         self.port = listener.sockets[0].getsockname()[1]
+        logger.info("listening on %s:%d", self.host, self.port)
         return listener
 
     async def _warm_up(self) -> None:
-        logger.info("warming up: compiling every program, clients can connect afterwards")
+        logger.info("warming up: compiling every program; clients are answered afterwards")
         started = time.monotonic()
         warm_up = asyncio.ensure_future(self._on_device(self._backend.warmup))
         while not (await asyncio.wait({warm_up}, timeout=30))[0]:
@@ -165,92 +185,108 @@ class Server:
             raise error
         return result
 
+    # --- HTTP ----------------------------------------------------------------------------------------------
+
+    async def _http(self, connection: websockets.ServerConnection, request: Request) -> Response | None:
+        """Answers plain HTTP, and decides who may open a websocket (None lets it open)."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if path == "/readyz":
+            if self._warm.is_set() and not self._stop.is_set():
+                return connection.respond(http.HTTPStatus.OK, "ready\n")
+            text = "stopping\n" if self._stop.is_set() else "warming up\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        authorization = request.headers.get_all("Authorization")
+        if not self._access.admits(authorization[0] if len(authorization) == 1 else None):
+            self.metrics.error("unauthorised")
+            logger.warning("%s refused: no valid API key", connection.remote_address)
+            text = "expected the header Authorization: Api-Key <key>; give the client its api_key\n"
+            response = connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
+            response.headers["WWW-Authenticate"] = "Api-Key"
+            return response
+        if path == "/info":
+            return _respond(json.dumps(self._info(), default=_plain).encode(), "application/json")
+        if path == "/metrics":
+            self.metrics.connections.set(self._open.total())
+            self.metrics.waiting.set(self._scheduler.waiting)
+            return _respond(self.metrics.text(), METRICS_TYPE)
+        if self._stop.is_set():
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping\n")
+        if self._full(connection):
+            return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, self._full(connection))
+        return None
+
+    def _full(self, connection: websockets.ServerConnection) -> str | None:
+        if self._open[_address(connection)] >= self._access.per_address:
+            return f"at most {self._access.per_address} connections from one address; close some\n"
+        if self._open.total() >= self._access.connections:
+            return f"at most {self._access.connections} connections; try again later\n"
+        return None
+
+    def _info(self) -> dict:
+        return {
+            "package": "safe_pruner_jax",
+            "version": safe_pruner_jax.__version__,
+            "protocol": PROTOCOL,
+            "ready": self._warm.is_set() and not self._stop.is_set(),
+            "metadata": self._backend.metadata,
+            "limits": dataclasses.asdict(self._limits),
+            "terms": dataclasses.asdict(self._terms),
+            "max_batch": self._backend.limit,
+            "authentication": self._access.key is not None,
+            "tls": self._access.tls is not None,
+        }
+
+    # --- conversations -------------------------------------------------------------------------------------
+
     async def _converse(self, socket: websockets.ServerConnection) -> None:
+        if self._full(socket):  # handshakes that overlapped
+            self.metrics.error("too_many_connections")
+            await socket.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
+            return
+        where, robot = _address(socket), ("connection", next(self._numbers))
+        self._open[where] += 1
         logger.info("%s connected", socket.remote_address)
-        connection = _Connection(socket)
         try:
-            await socket.send(self._metadata)
-            while not self._stop.is_set():
-                connection.waiting_since = time.monotonic()
-                message = await socket.recv()
-                self._busy.add(socket)
-                if not await self._answer(connection, message):
-                    return
-                self._busy.discard(socket)
-            await socket.close(CloseCode.GOING_AWAY, "server stopping")
+            if await first(self._warm.wait(), socket.wait_closed(), self._stop.wait()):
+                await socket.send(self._metadata)
+                await Conversation(self._desk, socket, robot).run()
+            if self._stop.is_set():
+                await socket.close(CloseCode.GOING_AWAY, "server stopping")
         except ConnectionClosed as closed:
             logger.info("%s left: %s", socket.remote_address, closed)
         finally:
-            self._busy.discard(socket)
-
-    async def _answer(self, connection: _Connection, message: bytes | str) -> bool:
-        """Answers one message; False after an error, which ends the connection."""
-        try:
-            if isinstance(message, str):
-                raise WireError("expected a binary frame with a msgpack map, got a text frame")
-            request = unpack(message, self._limits)
-            reply, payload = await self._on_device(self._step, connection, request)
-        except Exception as error:
-            await self._refuse(connection.socket, error)
-            return False
-        try:
-            await connection.socket.send(payload)
-        except ConnectionClosed:
-            logger.info("%s left before its reply, which is dropped", connection.socket.remote_address)
-            return False
-        # As openpi counts it: from waiting for the request to the reply being sent.
-        connection.previous_total_s = time.monotonic() - connection.waiting_since
-        if self._recorder is not None:
-            try:
-                await asyncio.to_thread(self._recorder, request, reply)
-            except Exception:  # a full disk must not stop a robot
-                logger.exception("this step was not recorded")
-        return True
-
-    def _step(self, connection: _Connection, request: dict) -> tuple[dict, bytes]:
-        """One inference, in the device thread: the reply, and the bytes to send."""
-        if connection.socket.state is not State.OPEN:
-            return {}, b""  # the client left while it queued: the send will find out
-        if connection.session is None:
-            connection.session = self._backend.session()
-        started = time.monotonic()
-        reply = connection.session.infer(request)
-        timing = {"infer_ms": (time.monotonic() - started) * 1e3}
-        if connection.previous_total_s is not None:
-            timing["prev_total_ms"] = connection.previous_total_s * 1e3
-        try:
-            return reply, pack({**reply, "server_timing": timing})
-        except WireError as error:  # our fault, not the client's
-            raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
-
-    async def _refuse(self, socket: websockets.ServerConnection, error: Exception) -> None:
-        """Tells the client what went wrong and closes, with openpi's close code."""
-        if isinstance(error, self._client_errors):
-            text = str(error)
-            logger.warning("%s refused: %s", socket.remote_address, text)
-        else:
-            identifier = uuid.uuid4().hex[:8]
-            text = f"internal error, see the server's log (id {identifier})"
-            logger.error("%s internal error (id %s)", socket.remote_address, identifier, exc_info=error)
-        await socket.send(text.encode("utf-8", "replace").decode())
-        await socket.close(CloseCode.INTERNAL_ERROR, "see the error message in the previous frame")
+            self._open -= collections.Counter({where: 1})
+            with contextlib.suppress(RuntimeError):  # the device thread has ended
+                self._device.submit(self._backend.forget, robot)
 
 
-def _health_check(connection: websockets.ServerConnection, request: Any) -> Any:
-    return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
+def _address(connection: websockets.ServerConnection) -> str:
+    return str((connection.remote_address or ("unknown",))[0])
 
 
-def serve(backend: Backend, **options: Any) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes the calls it has received and returns.
+def _respond(body: bytes, content_type: str) -> Response:
+    headers = Headers([("Content-Type", content_type), ("Content-Length", str(len(body))), ("Connection", "close")])
+    return Response(http.HTTPStatus.OK.value, http.HTTPStatus.OK.phrase, headers, body)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and scalars of metadata as JSON has them."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+def serve(backend: Backend | SessionMaker, **options: Any) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what runs, answers what waits, and returns.
 
     A second signal ends the process at once, also in a long warm-up. Main thread only.
 
     Args:
       backend: the policy.
-      **options: host, port, max_message_bytes, client_errors, recorder; see `Server`.
+      **options: see `Server`.
 
     Raises:
-      ServerError: host and port cannot be bound.
+      ServerError: host and port cannot be bound, or must not be without a key.
       Exception: whatever `backend.warmup` raises.
     """
     asyncio.run(_serve_until_signal(Server(backend, **options)))
@@ -264,7 +300,7 @@ async def _serve_until_signal(server: Server) -> None:
         for number in before:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
-        logger.info("stopping after the running call; a second signal stops at once")
+        logger.info("stopping after the requests received; a second signal stops at once")
         server.stop()
 
     for number in before:
@@ -278,7 +314,7 @@ async def _serve_until_signal(server: Server) -> None:
 
 
 @contextlib.contextmanager
-def running(backend: Backend, *, port: int = 0, **options: Any) -> Iterator[Server]:
+def running(backend: Backend | SessionMaker, *, port: int = 0, **options: Any) -> Iterator[Server]:
     """A server in a background thread, warm and listening, for tests and notebooks.
 
     Args:

@@ -32,6 +32,10 @@ _DTYPES = re.compile(
 )
 
 
+PROTOCOL = 1
+"""Version of what this server adds to openpi's protocol; see docs/wire.md."""
+
+
 class WireError(ValueError):
     """A message that cannot be read or written; the text says what was expected, what came, what to do."""
 

@@ -1,0 +1,240 @@
+"""One connection: requests in, one reply each, in order.
+
+A reader and a writer share the connection. The reader checks a request, queues it and reads on, so that a newer
+observation can replace one that still waits; the writer sends replies in the order of the requests.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+
+from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.serving.backend import Backend, Job
+from safe_pruner_jax.serving.metrics import Metrics
+from safe_pruner_jax.serving.recorder import Step
+from safe_pruner_jax.serving.scheduler import Scheduler, Served, Turned
+from safe_pruner_jax.serving.wire import Limits, WireError, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+SENT_AHEAD = 8
+"""Replies of one connection that may be due at a time; a client that is further ahead waits in TCP."""
+
+MAX_ID = 64
+"""Longest robot id, characters."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Desk:
+    """What all conversations of a server share; see `server.Server` for the meaning of each."""
+
+    backend: Backend
+    scheduler: Scheduler
+    metrics: Metrics
+    limits: Limits
+    client_errors: tuple[type[Exception], ...]
+    recorder: Callable[[Step], None] | None
+    host_threads: Executor
+    stop: asyncio.Event
+    send_s: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Addressed:
+    """A request that has been read: whose it is, what it asks, how long it may wait (seconds, None: the server's)."""
+
+    robot: Hashable
+    request: dict
+    job: Job
+    deadline_s: float | None
+
+
+@dataclasses.dataclass(eq=False)
+class _Due:
+    """A reply that is owed. Times are `time.monotonic()`, durations seconds."""
+
+    asked: Addressed | None  # None: it could not be read, and the answer says why
+    since: float  # the server began to wait for the request
+    received: float
+    prepared_s: float
+    answer: asyncio.Future
+
+
+class Conversation:
+    """One connection, from the first request to its end.
+
+    Args:
+      desk: shared.
+      socket: the connection, open.
+      robot: whose memory a request without a robot id means.
+    """
+
+    def __init__(self, desk: Desk, socket: ServerConnection, robot: Hashable):
+        self._desk, self._socket, self._robot = desk, socket, robot
+        self._due: asyncio.Queue[_Due | None] = asyncio.Queue(SENT_AHEAD)
+        self._unanswered: set[_Due] = set()
+        self._previous_total_s: float | None = None
+
+    async def run(self) -> None:
+        """Returns after the client's end, a mistake of it, or when the server stops and everything is answered."""
+        reader = asyncio.ensure_future(self._read())
+        try:
+            await self._write()
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            self._abandon()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                since = time.monotonic()
+                receive = asyncio.ensure_future(self._socket.recv())
+                if not await first(receive, self._desk.stop.wait()):
+                    break
+                due = await self._submit(receive.result(), since)
+                self._unanswered.add(due)
+                await self._due.put(due)
+                if due.asked is None:
+                    return  # the writer tells the mistake and closes
+        except ConnectionClosed as closed:
+            logger.info("%s left: %s", self._socket.remote_address, closed)
+            self._abandon()
+        await self._due.put(None)
+
+    async def _submit(self, message: bytes | str, since: float) -> _Due:
+        received = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            asked = await loop.run_in_executor(self._desk.host_threads, self._prepare, message)
+        except Exception as error:
+            failed = loop.create_future()
+            failed.set_exception(error)
+            return _Due(None, since, received, 0.0, failed)
+        prepared_s = time.monotonic() - received
+        answer = self._desk.scheduler.submit(asked.robot, asked.job, asked.deadline_s)
+        return _Due(asked, since, received, prepared_s, answer)
+
+    def _prepare(self, message: bytes | str) -> Addressed:
+        """Reads and checks a message, in a host thread."""
+        if isinstance(message, str):
+            raise WireError("expected a binary frame with a msgpack map, got a text frame")
+        request = unpack(message, self._desk.limits)
+        robot, deadline_s = self._robot, request.get("deadline_ms")
+        if (name := request.get("robot_id")) is not None:
+            if not isinstance(name, str) or not 1 <= len(name) <= MAX_ID:
+                raise WireError(f"robot_id: expected a str of 1 to {MAX_ID} characters, got {type(name).__name__}")
+            robot = ("robot", name)
+        if deadline_s is not None:
+            if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s < 1e9:
+                raise WireError(f"deadline_ms: expected milliseconds above 0, got {deadline_s!r:.50}")
+            deadline_s = deadline_s / 1e3
+        try:
+            job = self._desk.backend.prepare(robot, request)
+        except StopIteration as error:  # a future refuses it and never ends
+            raise RuntimeError("the backend raised StopIteration") from error
+        return Addressed(robot, request, job, deadline_s)
+
+    def _abandon(self) -> None:
+        """Takes requests out of the queue whose client has left."""
+        for due in self._unanswered:
+            self._desk.scheduler.cancel(due.answer)
+            due.answer.add_done_callback(lambda answer: answer.exception())  # nobody else will look
+        self._unanswered.clear()
+
+    async def _write(self) -> None:
+        while (due := await self._due.get()) is not None:
+            try:
+                served: Served = await asyncio.shield(due.answer)
+                self._desk.metrics.served(served)
+                if served.outcome.error is not None:
+                    raise served.outcome.error
+                payload = self._pack(due, served)
+            except Turned as turned:
+                self._desk.metrics.requests.labels(turned.kind).inc()
+                await self._send(str(turned))
+                self._unanswered.discard(due)
+                continue
+            except Exception as error:
+                self._unanswered.discard(due)
+                await self._refuse(error)
+                return
+            self._unanswered.discard(due)
+            try:
+                await self._send(payload)
+            except ConnectionClosed:
+                logger.info("%s left before its reply, which is dropped", self._socket.remote_address)
+                return
+            self._desk.metrics.requests.labels("ok").inc()
+            self._desk.metrics.latency.observe(time.monotonic() - due.received)
+            # As openpi counts it: from waiting for the request to the reply being sent.
+            self._previous_total_s = time.monotonic() - due.since
+            await self._record(due.asked, served)
+
+    def _pack(self, due: _Due, served: Served) -> bytes:
+        timing = {"infer_ms": (due.prepared_s + served.device_s) * 1e3}
+        if self._previous_total_s is not None:
+            timing["prev_total_ms"] = self._previous_total_s * 1e3
+        timing |= {"queue_ms": served.queue_s * 1e3, "batch": served.batch}
+        try:
+            return pack({**served.outcome.reply, "server_timing": timing})
+        except (WireError, TypeError) as error:  # our fault, not the client's
+            raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
+
+    async def _send(self, payload: bytes | str) -> None:
+        try:
+            async with asyncio.timeout(self._desk.send_s):
+                await self._socket.send(payload)
+        except TimeoutError:
+            self._desk.metrics.error("slow_reader")
+            logger.warning("%s cut off: it takes no replies", self._socket.remote_address)
+            self._socket.transport.abort()
+
+    async def _record(self, asked: Addressed, served: Served) -> None:
+        if self._desk.recorder is None:
+            return
+        outcome = served.outcome
+        step = Step(asked.robot, asked.request, outcome.reply, outcome.fresh, served.batch)
+        try:
+            await asyncio.to_thread(self._desk.recorder, step)
+        except Exception:  # a full disk must not stop a robot
+            logger.exception("this step was not recorded")
+
+    async def _refuse(self, error: Exception) -> None:
+        """Tells the client what went wrong and closes, with openpi's close code."""
+        self._desk.metrics.requests.labels("error").inc()
+        where = self._socket.remote_address
+        if isinstance(error, self._desk.client_errors):
+            kinds = ((WireError, "bad_message"), (NonFinite, "non_finite"))
+            self._desk.metrics.error(next((kind for type_, kind in kinds if isinstance(error, type_)), "bad_request"))
+            text = str(error)
+            logger.warning("%s refused: %s", where, text)
+        else:
+            self._desk.metrics.error("internal")
+            identifier = uuid.uuid4().hex[:8]
+            text = f"internal error, see the server's log (id {identifier})"
+            logger.error("%s internal error (id %s)", where, identifier, exc_info=error)
+        await self._send(text.encode("utf-8", "replace").decode())
+        await self._socket.close(CloseCode.INTERNAL_ERROR, "see the error message in the previous frame")
+
+
+async def first(wanted: Any, *others: Any) -> bool:
+    """Waits until one of several awaitables is done and cancels the rest; whether `wanted` was."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in (wanted, *others)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done()
+    finally:
+        rest = [task for task in tasks if not task.done()]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
