@@ -322,10 +322,10 @@ class Session:
           "actions" float64 [A, robot's action width]; "policy_timing" in milliseconds, measured until the actions
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
-          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, and `fallback` (True) if
-          the step had to be computed on the full path because something was not finite; with an `rtc` request "rtc":
-          `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how many of them
-          are executed meanwhile.
+          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, and `fallback`
+          (True) if the step had to be computed on the full path because something was not finite; with an `rtc`
+          request "rtc": `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how
+          many of them are executed meanwhile.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
