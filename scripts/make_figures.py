@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from PIL import Image
 from tyro.conf import Positional
 
 from safe_pruner_jax import pruners
@@ -60,8 +61,10 @@ def main(names: Positional[tuple[str, ...]] = tuple(FIGURES), out: Path = FOLDER
         return 2
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        FIGURES[name]().savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})  # the same bytes every time
-        print(out / f"{name}.png")
+        path = out / f"{name}.png"
+        FIGURES[name]().savefig(path, dpi=150, metadata={"Software": None})  # the same bytes every time
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        print(path)
     return 0
 
 
