@@ -114,8 +114,8 @@ class Spoilt:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def step(self, control, inputs, noise=None, *, full=False):
-        actions, control, info = self._engine.step(control, inputs, noise, full=full)
+    def step(self, control, inputs, noise=None, *, full=False, guide=None):
+        actions, control, info = self._engine.step(control, inputs, noise, full=full, guide=guide)
         if full and not self._full:
             return actions, control, info
         for row in (r for r in self._rows if r < actions.shape[0]):
