@@ -8,6 +8,7 @@ openpi report full.jsonl safe.jsonl --out report/
 openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
+openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tyro.conf import Positional, arg
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import command as analysis
+from safe_pruner_jax.bench.command import Bench, run_bench
 from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
@@ -337,6 +339,7 @@ COMMANDS = {
     "report": Command(Report, run_report, pruner=False),
     "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
+    "bench": Command(Bench, run_bench, pruner=False),
 }
 
 
@@ -356,7 +359,7 @@ def _analyze(name: str) -> Command:
 
 
 COMMANDS |= {f"analyze {name}": _analyze(name) for name in analysis.COMMANDS}
-ERRORS = (ValueError, OSError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
+ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
 """What is a person's to mend: told in one line."""
 
 

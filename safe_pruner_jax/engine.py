@@ -74,11 +74,12 @@ class Engine:
         self.pruner = replace(pruner, plan=self.plan)
         self.shallow = jax.jit(partial(shallow, config, self.pruner))
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
+        self.second = {pruned: jax.jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
 
     def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
         """`finish` for rows [b] of a carry, None for all; compiled per number of rows, whatever the batch was."""
-        program = jax.jit(partial(finish, self.config, self.pruner, pruned))
+        program = self.second[pruned]
         return lambda weights, carry, rows: program(weights, carry if rows is None else self._take(carry, rows))
 
     def init(self, seeds: tuple[int, ...], cameras: int) -> ControlState:

@@ -20,6 +20,7 @@ FLOORS = (
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
     ("training", "analysis"),
+    ("bench",),
     ("cli",),
 )
 """From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""
