@@ -19,6 +19,11 @@ _HOME = {
     "fastv": "pruners.fastv",
     "random": "pruners.random",
     "safe": "pruners.safe",
+    "vla_pruner": "pruners.vla_pruner",
+    "specprune": "pruners.specprune",
+    "vla_cache": "pruners.vla_cache",
+    "sparsevlm": "pruners.sparsevlm",
+    "divprune": "pruners.divprune",
     # a model
     "Pi0Config": "model.config",
     "pi05": "model.config",

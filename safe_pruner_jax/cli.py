@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv[:2] = [" ".join(argv[:2])]
     if not argv or argv[0] not in COMMANDS:
         asked = not argv or argv[0] in ("-h", "--help")
-        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; pruners: none, {', '.join(pruners.PRUNERS)}")
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; pruners: none, {', '.join(pruners.names())}")
         if not asked:
             print(f"openpi: expected a command, one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
         return 0 if asked and argv else 2

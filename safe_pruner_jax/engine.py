@@ -2,86 +2,33 @@
 
     shallow   images, prompt → layers before the cut → evidence → vmap(pruner.step)      one keyframe bit per robot
     full      the rest of the step with all alive tokens; leaves late saliency behind
-    pruned    the rest of the step with the selected tokens
+    pruned    the rest of the step with the selected tokens, through the later cuts of the plan if it has any
 
-Each is a pure function of (weights, control state, inputs). The host reads the keyframe bits and runs `full` on
-the rows that are keyframes and `pruned` on the others, padded to a few batch sizes: under `vmap` a `lax.cond`
-would run both for everybody. Nothing else crosses between host and device implicitly.
+Each is a pure function of (weights, control state, inputs), see `programs`. The host reads the keyframe bits and runs
+`full` on the rows that are keyframes and `pruned` on the others, padded to a few batch sizes: under `vmap` a
+`lax.cond` would run both for everybody. Nothing else crosses between host and device implicitly.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.control import ControlState, Inputs
+from safe_pruner_jax.evidence import captured_shape
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.gemma import Segment
-from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Plan, Pruner, Selection, State
+from safe_pruner_jax.programs import Carry, finish, shallow
+from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Pruner, Selection
 from safe_pruner_jax.rtc import Guide
-from safe_pruner_jax.tokens import gather, saliency
 
 BATCH_SIZES = (1, 2, 4, 8)
 """Row counts the second half of a step is compiled for; larger batches take the next power of two."""
-
-
-@struct.dataclass
-class Inputs:
-    """What the network reads at one control step, padded to a static layout.
-
-    Args:
-      images: [B, C, S, S, 3] uint8.
-      camera_mask: [B, C] bool.
-      tokens: [B, T] int32, padding 0.
-      token_mask: [B, T] bool.
-      state: [B, action_dim] float32, normalised and padded; only π0 reads it.
-    """
-
-    images: Array
-    camera_mask: Array
-    tokens: Array
-    token_mask: Array
-    state: Array
-
-
-@struct.dataclass
-class ControlState:
-    """What travels from one control step to the next, every leaf with leading axis B.
-
-    Args:
-      pruner: the pruner's own state.
-      since_full: [B] int32 steps since the last full pass (0: the last step was one), `NO_HISTORY` before any.
-      alive: [B, n] bool visual tokens of the last step; another set makes the history void.
-      late: [B, |L_d|, n] float32 late saliency of the last full pass.
-      key: [B] PRNG keys.
-    """
-
-    pruner: State
-    since_full: Array
-    alive: Array
-    late: Array
-    key: Array
-
-
-@struct.dataclass
-class Carry:
-    """Everything `shallow` hands to the second half of the step."""
-
-    x: Array
-    segments: tuple[Segment, ...]
-    mask: Array
-    positions: Array
-    noise: Array
-    state: Array
-    selection: Selection
-    control: ControlState
-    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -90,132 +37,13 @@ class StepInfo:
 
     Args:
       keyframe: [B] bool on the host: which robots ran the full path.
-      selection: what the pruner chose, with score and κ, leading axis B.
+      selection: what the pruner chose at the first cut, with score and κ, leading axis B.
       decided_at: `time.perf_counter()` when the keyframe bits were on the host; None without a decision.
     """
 
     keyframe: np.ndarray
     selection: Selection
     decided_at: float | None
-
-
-def shallow(
-    config: Pi0Config,
-    pruner: Pruner,
-    weights: pi0.Weights,
-    control: ControlState,
-    inputs: Inputs,
-    noise: Array | None,
-) -> Carry:
-    """The step up to the cut and the pruner's decision.
-
-    Args:
-      config, pruner: static.
-      weights: prepared weights.
-      control: state of every robot.
-      inputs: observation of every robot.
-      noise: [B, A, action_dim] float32, or None to draw it from the state's keys.
-
-    Returns:
-      The carry; its `control.since_full` counts the steps as evidence does (`NO_HISTORY` or ≥ 1).
-    """
-    plan = pruner.plan
-    z = pi0.embed_images(weights, config, inputs.images)
-    prompt = pi0.embed_prompt(weights, config, inputs.tokens)
-    visual_alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
-    mask = jnp.concatenate([visual_alive, inputs.token_mask], axis=1)
-    pos = pi0.positions(mask)
-    before = range(plan.cut.layer if plan.cut else 0)
-    wanted = tuple(c.layer for c in plan.capture if c.rows != "action")
-    x = jnp.concatenate([z, prompt], axis=1)
-    x, segments, logits = pi0.prefix_layers(weights, config, x, pos, mask, before, wanted)
-
-    keys = jax.vmap(jax.random.split)(control.key)
-    if noise is None:
-        shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
-    count = mask.sum(1, dtype=jnp.int32)
-    captured = _capture(config, plan, weights, segments, logits, count, inputs, noise, visual_alive)
-
-    kept_history = (control.since_full != NO_HISTORY) & (control.alive == visual_alive).all(1)
-    since = jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32)
-    camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
-    evidence = Evidence(
-        since_full=since,
-        visual=z,
-        alive=visual_alive,
-        camera=jnp.broadcast_to(camera, visual_alive.shape),
-        saliency=captured,
-        late=jnp.where(kept_history[:, None, None], control.late, 0.0),
-        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
-    )
-    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
-    control = ControlState(state, since, visual_alive, control.late, keys[:, 0])
-    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control)
-
-
-def _capture(config, plan: Plan, weights, segments, logits, count, inputs, noise, visual_alive) -> tuple[Array, ...]:
-    """One [B, n] saliency per `plan.capture`."""
-    n = visual_alive.shape[1]
-    actions = tuple(c.layer for c in plan.capture if c.rows == "action")
-    if actions:
-        first = jax.tree.map(lambda a: a[0], weights.schedule)
-        tokens = pi0.suffix_tokens(weights, config, inputs.state, noise, first.mix)
-        upto = segments[: max(actions) + 1]
-        _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
-    out = []
-    for c in plan.capture:
-        if c.rows == "action":
-            source = expert[c.layer][:, :, -config.action_horizon :]
-            rows = jnp.ones((source.shape[0], config.action_horizon), bool)
-        else:
-            source, rows = logits[c.layer][:, :, n:], inputs.token_mask
-            if c.rows == "last":
-                rows = jnp.arange(rows.shape[1]) == rows.sum(1, keepdims=True) - 1
-        out.append(jax.vmap(partial(saliency, over=c.over))(source, rows, visual_alive))
-    return tuple(out)
-
-
-def finish(
-    config: Pi0Config, plan: Plan, pruned: bool, weights: pi0.Weights, carry: Carry
-) -> tuple[Array, ControlState]:
-    """The step from the cut to the actions.
-
-    Args:
-      config, plan, pruned: static; `pruned` keeps only the selected visual tokens.
-      weights: prepared weights.
-      carry: from `shallow`.
-
-    Returns:
-      actions [B, A, action_dim] float32 and the control state after the step.
-    """
-    control, mask, pos, x = carry.control, carry.mask, carry.positions, carry.x
-    n = control.alive.shape[1]
-    count = mask.sum(1, dtype=jnp.int32)
-    if pruned:
-        chosen = carry.selection
-        keep = lambda a, v: jnp.concatenate([v, a[:, n:]], axis=1)
-        x = keep(x, gather(x, chosen.index))
-        pos = keep(pos, gather(pos, chosen.index))
-        mask = keep(mask, chosen.alive)
-    after = range(plan.cut.layer if plan.cut else 0, config.depth)
-    _, segments, _ = pi0.prefix_layers(weights, config, x, pos, mask, after)
-    actions, late = pi0.sample(
-        weights,
-        config,
-        carry.segments + segments,
-        count,
-        carry.state,
-        carry.noise,
-        visual_alive=control.alive,
-        late_layers=() if pruned else plan.late_layers,
-        late_steps=plan.late_steps,
-        guide=carry.guide,
-    )
-    if pruned:
-        return actions, control
-    late = control.late if late is None else late
-    return actions, control.replace(since_full=jnp.zeros_like(control.since_full), late=late)
 
 
 def _take(carry: Carry, rows: Array) -> Carry:
@@ -243,10 +71,10 @@ class Engine:
     def __init__(self, weights: pi0.Weights, config: Pi0Config, pruner: Pruner):
         self.weights, self.config = weights, config
         self.plan = pruner.plan.for_depth(config.depth)
-        self.pruner = Pruner(pruner.name, self.plan, pruner.init, pruner.step)
+        self.pruner = replace(pruner, plan=self.plan)
         self.shallow = jax.jit(partial(shallow, config, self.pruner))
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
-        self.second = {pruned: jax.jit(partial(finish, config, self.plan, pruned)) for pruned in (False, True)}
+        self.second = {pruned: jax.jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
 
     def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
@@ -260,31 +88,49 @@ class Engine:
         Raises:
           ValueError: the pruner's `keep` is a count above the number of visual tokens.
         """
-        n, B = cameras * self.config.tokens_per_camera, len(seeds)
-        keep = self.plan.cut.keep if self.plan.cut else 1
+        config, pruner = self.config, self.pruner
+        plan = pruner.plan
+        n, B, shape = cameras * config.tokens_per_camera, len(seeds), jax.ShapeDtypeStruct
+        keep = max((c.keep for c in plan.cuts), default=1)
         if keep > n:
             raise ValueError(
-                f"keep: expected at most {n} visual tokens ({cameras} cameras × {self.config.tokens_per_camera}), "
+                f"keep: expected at most {n} visual tokens ({cameras} cameras × {config.tokens_per_camera}), "
                 f"got {keep}; lower keep or give a share in (0, 1]"
             )
-        late = jnp.zeros((len(self.plan.late_layers), n), jnp.float32)
-        shape = jax.ShapeDtypeStruct
+        late = jnp.zeros((len(plan.late_layers), n), jnp.float32)
+        past = tuple(jnp.zeros(() if c.rows == "entropy" else n, jnp.float32) for c in plan.remember)
+        actions = jnp.zeros((config.action_horizon, config.action_dim), jnp.float32)
+        kept = jnp.zeros((n, config.prefix.num_kv_heads, config.prefix.head_dim), config.dtype)
+        kv = tuple((kept, kept) for _ in range(plan.cut.layer, config.depth)) if plan.dropped == "reuse" else ()
+        rows = shape((n, config.prefix.width), config.dtype)
+        T = config.max_token_len  # the longest prompt; no state may depend on it
         evidence = Evidence(
             since_full=shape((), jnp.int32),
-            visual=shape((n, self.config.prefix.width), self.config.dtype),
+            visual=rows,
             alive=shape((n,), bool),
+            running=shape((n,), bool),
             camera=shape((n,), jnp.int32),
-            saliency=tuple(shape((n,), jnp.float32) for _ in self.plan.capture),
+            saliency=tuple(shape(captured_shape(c, n, T), jnp.float32) for c in plan.capture),
             late=late,
             key=jax.eval_shape(lambda: jax.random.key(0)),
+            text=shape((T, config.prefix.width), config.dtype),
+            text_alive=shape((T,), bool),
+            hidden=rows,
+            patches=shape((n, 3 * config.vision.patch**2), jnp.uint8),
+            past=past,
+            actions=actions,
         )
         batched = lambda a: jnp.broadcast_to(a, (B, *a.shape))
         return ControlState(
-            pruner=jax.tree.map(batched, self.pruner.init(evidence)),
+            pruner=jax.tree.map(batched, pruner.init(evidence)),
             since_full=jnp.full(B, NO_HISTORY, jnp.int32),
             alive=jnp.zeros((B, n), bool),
+            running=jnp.zeros((B, n), bool),
             late=batched(late),
             key=jnp.stack([jax.random.key(s) for s in seeds]),
+            past=jax.tree.map(batched, past),
+            actions=batched(actions),
+            kv=jax.tree.map(batched, kv),
         )
 
     def step(

@@ -19,7 +19,7 @@ from safe_pruner_jax.tokens import PrefixLayout, budget
 def tokens_per_layer(
     plan: Plan, layout: PrefixLayout | tuple[int, int], depth: int, *, pruned: bool
 ) -> tuple[int, ...]:
-    """Prefix tokens N_ℓ that enter each layer.
+    """Prefix tokens N_ℓ whose rows each layer computes; a merged token counts like any other.
 
     Args:
       plan: of a pruner.
@@ -32,26 +32,33 @@ def tokens_per_layer(
       [L] token counts.
 
     Raises:
-      ValueError: the cut is not inside the model.
+      ValueError: a cut is not inside the model.
 
     >>> from safe_pruner_jax.pruners import safe
     >>> tokens_per_layer(safe(keep=0.2).plan, (512, 20), 5, pruned=True)
     (532, 532, 532, 122, 122)
     """
     visual, text = (layout.visual, layout.text) if isinstance(layout, PrefixLayout) else layout
-    cut = plan.for_depth(depth).cut
-    if cut is None or not pruned:
-        return (visual + text,) * depth
-    return (visual + text,) * cut.layer + (budget(cut.keep, visual) + text,) * (depth - cut.layer)
+    cuts = plan.for_depth(depth).cuts if pruned else ()
+    tokens = [visual + text] * depth
+    for cut in cuts:
+        tokens[cut.layer :] = [budget(cut.keep, visual) + text] * (depth - cut.layer)
+    return tuple(tokens)
 
 
-def paper_flops(tokens: Sequence[float], d: int, m: int) -> float:
+def keys_per_layer(plan: Plan, layout: PrefixLayout | tuple[int, int], depth: int, *, pruned: bool) -> tuple[int, ...]:
+    """Prefix keys of each layer: `tokens_per_layer`, or all slots where dropped tokens keep their old keys."""
+    return tokens_per_layer(plan, layout, depth, pruned=pruned and plan.dropped == "discard")
+
+
+def paper_flops(tokens: Sequence[float], d: int, m: int, keys: Sequence[float] | None = None) -> float:
     """The papers' cost of a prefix, Σ_ℓ C(N_ℓ) with C(N) = 4Nd² + 2N²d + 3Ndm (SAFE-Pruner, App. C).
 
     Args:
       tokens: N_ℓ of every layer, from `tokens_per_layer`; the papers do not round K, so shares are allowed.
       d: width of the language model.
       m: inner width of its MLP.
+      keys: M_ℓ of every layer where N_ℓ rows see other keys than their own, 2NMd for 2N²d; from `keys_per_layer`.
 
     Returns:
       Multiply-adds.
@@ -59,7 +66,7 @@ def paper_flops(tokens: Sequence[float], d: int, m: int) -> float:
     >>> round(paper_flops([968] * 18, 2048, 16384) / 1e12, 4)
     2.1154
     """
-    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens)
+    return sum(4 * n * d * d + 2 * n * k * d + 3 * n * d * m for n, k in zip(tokens, keys or tokens, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class ExactFlops:
       vision: SigLIP over the encoded cameras.
       prefix: the language model; of its last layer only the keys and values.
       capture: the expert's part of the shallow saliency, where action tokens are the queries.
-      matching: similarities between the visual tokens of now and of the keyframe (Algorithm 2).
+      matching: matrix products of the decision, such as similarities between visual tokens (`Plan.compares`).
       expert: all denoise steps.
     """
 
@@ -95,7 +102,7 @@ def exact_flops(
 
     Args:
       config: sizes of the model.
-      plan: of a pruner; one with late layers forecasts them, and so matches tokens.
+      plan: of a pruner.
       layout: cameras that are encoded and prompt slots.
       pruned: `shallow` then `pruned` (True), or `shallow` then `full`.
       num_steps: denoise steps.
@@ -105,15 +112,23 @@ def exact_flops(
     """
     plan = plan.for_depth(config.depth)
     tokens = tokens_per_layer(plan, layout, config.depth, pruned=pruned)
-    c, n = config.prefix, layout.visual
-    matched = bool(plan.late_layers)
+    keys = keys_per_layer(plan, layout, config.depth, pruned=pruned)
+    c = config.prefix
+    deciding = (plan, *plan.later) if pruned else (plan,)
     return ExactFlops(
         vision=len(layout.cameras) * _vision(config),
-        prefix=sum(_layer(c, N, N) for N in tokens[:-1]) + tokens[-1] * c.width * 2 * c.num_kv_heads * c.head_dim,
+        prefix=sum(_layer(c, N, M) for N, M in zip(tokens[:-1], keys[:-1], strict=True))
+        + tokens[-1] * c.width * 2 * c.num_kv_heads * c.head_dim,
         capture=_capture(config, plan, layout.slots),
-        matching=n * n * c.width if matched else 0,
-        expert=num_steps * _denoise_step(config, tokens),
+        matching=sum(_compare(pair, layout) for p in deciding for pair in p.compares) * c.width,
+        expert=num_steps * _denoise_step(config, keys),
     )
+
+
+def _compare(pair: tuple[str | float, str | float], layout: PrefixLayout) -> int:
+    sizes = {"visual": layout.visual, "text": layout.text}
+    rows, columns = (sizes[p] if isinstance(p, str) else round(p * layout.visual) for p in pair)
+    return rows * columns
 
 
 def _qkv(c: GemmaConfig, rows: int) -> int:

@@ -5,6 +5,7 @@
     kept_patches_figure([Shown(images, index, "step 0, keyframe"), …], 256)      one row per control step
     saliency_figure(images, {"layer 2": s, "layer 17": s}, 256)                  where it looks, one row per saliency
     picture(figure)                                                              a figure as an image, for notebooks
+    methods_figure([Shown(images, index, "fastv"), …], 256)                      one picture, several methods
     paths_diagram()                                                              the two paths of a step
 
 Visual tokens are numbered camera after camera, row by row over the patch grid of each.
@@ -223,6 +224,32 @@ def heat(image: np.ndarray, s: np.ndarray, *, peak: float | None = None, strengt
     colours = matplotlib.colormaps["inferno"](level)[..., :3] * 255
     grey = image.mean(-1, keepdims=True)
     return ((1 - strength) * grey + strength * colours).round().astype(np.uint8)
+
+
+def methods_figure(shown: Sequence[Shown], tokens_per_camera: int, columns: int = 3, *, dim: float = 0.4) -> Figure:
+    """Several selections side by side, each with all its cameras and its label over them.
+
+    Args:
+      shown: what to draw; line after line.
+      tokens_per_camera: slots of one camera.
+      columns: selections per line.
+      dim: see `overlay`.
+
+    Raises:
+      ValueError: nothing to draw.
+    """
+    if not shown:
+        raise ValueError("shown: expected at least one selection to draw, got none")
+    lines, cameras = -(-len(shown) // columns), max(len(s.images) for s in shown)
+    figure = _figure(1.75 * cameras * columns, 2.15 * lines)
+    figure.set_layout_engine("constrained")
+    for ax in figure.subplots(lines, columns, squeeze=False).ravel():
+        ax.axis("off")
+    for ax, s in zip(figure.axes, shown, strict=False):
+        kept = _per_camera(list(s.images), s.index, tokens_per_camera)
+        ax.imshow(np.concatenate([overlay(_enlarged(s.images[c], 448), kept[c], dim=dim) for c in kept], axis=1))
+        ax.set_title(s.label, fontsize=9)
+    return figure
 
 
 def saliency_figure(

@@ -25,7 +25,6 @@ from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.observation import Example
 from safe_pruner_jax.outcome import NonFinite, Outcome
-from safe_pruner_jax.pruners.base import Selection
 from safe_pruner_jax.robots import RequestError, brief
 from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
@@ -232,23 +231,24 @@ class Policy:
         start = time.perf_counter()
         noise = None if asked[0].noise is None else jax.device_put(np.stack([asked[row].noise for row in rows]))
         actions, control, info = engine.step(before, jax.device_put(inputs), noise, guide=guide)
-        actions, selection = jax.device_get((actions, info.selection))
+        wanted = (actions, info.selection.score, info.selection.kappa, control.running)
+        actions, scores, kappas, running = jax.device_get(wanted)
         end = time.perf_counter()
 
         outcomes = []
         for row, (episode, a) in enumerate(zip(episodes, asked, strict=True)):
             own = control if len(rows) == 1 else _row(control, jax.device_put(np.int32(row)))
-            chosen = jax.tree.map(lambda leaf, row=row: leaf[row], selection)
-            keyframe, acts = bool(info.keyframe[row]), actions[row]
+            keyframe, acts, kappa, left = bool(info.keyframe[row]), actions[row], float(kappas[row]), running[row]
             alive = np.repeat(inputs.camera_mask[row], engine.config.tokens_per_camera)
-            sound = np.isfinite(chosen.score[alive]).all() and not np.isinf(chosen.kappa)
+            sound = np.isfinite(scores[row][alive]).all() and not math.isinf(kappa)
             fallback = not sound
             if not keyframe and not (sound and np.isfinite(acts).all()):
                 logger.warning("a pruned step was not finite: computed again on the full path")
                 acts, own = self._again(controls[row], episode.seed, a, targets[row])
                 keyframe = fallback = True
+                left = alive
                 end = time.perf_counter()
-            pruning = _describe(keyframe, chosen, alive)
+            pruning = _describe(keyframe, kappa, left, alive)
             if fallback:
                 pruning |= {"kappa": None, "fallback": True}
             if not np.isfinite(acts).all():
@@ -322,10 +322,10 @@ class Session:
           "actions" float64 [A, robot's action width]; "policy_timing" in milliseconds, measured until the actions
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
-          `kappa` (None where undefined), `index`, the kept visual slots in ascending order, and `fallback` (True) if
-          the step had to be computed on the full path because something was not finite; with an `rtc` request "rtc":
-          `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how many of them
-          are executed meanwhile.
+          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, and `fallback`
+          (True) if the step had to be computed on the full path because something was not finite; with an `rtc`
+          request "rtc": `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how
+          many of them are executed meanwhile.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
@@ -383,9 +383,9 @@ def _timing(start: float, decided: float | None, end: float) -> dict[str, float]
     return timing
 
 
-def _describe(keyframe: bool, selection: Selection, alive: np.ndarray) -> dict:
-    index = np.flatnonzero(alive).astype(np.int32) if keyframe else selection.index[selection.alive]
-    kappa = float(selection.kappa)
+def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray) -> dict:
+    """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
+    index = np.flatnonzero(left).astype(np.int32)
     return {
         "kept": len(index),
         "alive": int(alive.sum()),

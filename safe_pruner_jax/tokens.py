@@ -7,7 +7,7 @@ order, so positions stay monotone after the gather.
 """
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -99,17 +99,22 @@ def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") 
     Returns:
       [n] float32; dead tokens have 0. Without alive rows or tokens everything is 0.
     """
-    n = alive.shape[0]
-    logits = logits.astype(jnp.float32)
-    if over == "visual":
-        # a huge number, not -inf: with no token alive the row stays finite and is zeroed below
-        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
-    else:
-        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
-    heads = probs.reshape(-1, *probs.shape[-2:]).mean(0)
+    heads = visual_attention(logits, alive, over)
     weight = rows.astype(jnp.float32)
     s = (weight[:, None] * heads).sum(0) / jnp.maximum(weight.sum(), 1.0)
     return jnp.where(alive, s, 0.0)
+
+
+def visual_attention(logits: Array, alive: Array, over: str) -> Array:
+    """Head-mean attention of every row to the visual tokens, arguments as in `saliency`: [R, n] float32."""
+    n = alive.shape[0]
+    logits = logits.astype(jnp.float32)
+    if over == "visual":
+        # a huge number, not -inf: with no token alive the row stays finite, and its sum over rows is zeroed later
+        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
+    else:
+        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
+    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
 
 
 def budget(keep: float, n: int) -> int:
@@ -150,25 +155,42 @@ def top_k(
     """
     n = score.shape[0]
     k = budget(keep, n)
-    lowest = jnp.finfo(jnp.float32).min
-    score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
-    # -0.0 would sort below 0.0
-    score = jnp.where(alive, jnp.where(score == 0, 0.0, score), -jnp.inf)
     if per_camera:
+        score = _comparable(score, alive)
         order = jnp.argsort(-score, stable=True)
         rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
         ahead = (camera[:, None] == camera[None, :]) & (rank[None, :] < rank[:, None])
         first = (ahead.sum(1) < per_camera) & alive
         # all of the reserved tokens before all of the others, each group by score
-        order = jnp.lexsort((rank, ~first))
-    else:
-        order = jax.lax.top_k(score, k)[1]
-    chosen = order[:k].astype(jnp.int32)
-    budgets = jnp.asarray(np.array([budget(keep, m) for m in range(n + 1)], np.int32))
-    kept = (jnp.arange(k) < budgets[alive.sum()]) & alive[chosen]
+        score = -jnp.argsort(jnp.lexsort((rank, ~first)))
+    return best(score, alive, k, table(lambda m: budget(keep, m), n)[alive.sum()])
+
+
+def table(f: Callable[[int], int], n: int) -> Array:
+    """f(0), …, f(n) as an int32 array, to be looked up with a number of tokens that only the device knows."""
+    return jnp.asarray(np.array([f(m) for m in range(n + 1)], np.int32))
+
+
+def best(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
+    """The `count` best tokens (int32 scalar, at most k) in k slots; score, alive and result as in `top_k`."""
+    chosen = jax.lax.top_k(_comparable(score, alive), k)[1].astype(jnp.int32)
+    kept = (jnp.arange(k) < count) & alive[chosen]
     # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
     packed = jnp.sort(chosen * 2 + kept)
     return packed // 2, (packed % 2).astype(bool)
+
+
+def _comparable(score: Array, alive: Array) -> Array:
+    """A score without NaN, dead tokens below everything."""
+    lowest = jnp.finfo(jnp.float32).min
+    score = jnp.maximum(jnp.where(jnp.isnan(score), lowest, score.astype(jnp.float32)), lowest)
+    # -0.0 would sort below 0.0
+    return jnp.where(alive, jnp.where(score == 0, 0.0, score), -jnp.inf)
+
+
+def spread(x: Array, slots: Array, alive: Array, n: int) -> Array:
+    """The inverse of a gather, for one robot: x [k, ...] back in its slots [k] of n; 0 where nothing alive [k] lies."""
+    return jnp.zeros((n, *x.shape[1:]), x.dtype).at[jnp.where(alive, slots, n)].set(x, mode="drop")
 
 
 def gather(x: Array, index: Array) -> Array:

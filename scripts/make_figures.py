@@ -1,22 +1,72 @@
-"""Draws the pictures of the documentation that need no policy: docs/figures/*.png.
+"""Draws the pictures of the documentation: docs/figures/*.png.
 
-python scripts/make_figures.py [FOLDER]
+    python scripts/make_figures.py                            all of them
+    python scripts/make_figures.py kept --out /tmp/figures    one, somewhere else
+
+`two_paths` needs no policy. `kept` plays the recording inside the package to the embedded policy, once per method, and
+draws what each is left with at the same call; it compiles every method and takes minutes on a CPU.
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 
-from safe_pruner_jax.plotting import paths_diagram
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from tyro.conf import Positional
 
-FIGURES = {"two_paths": paths_diagram}
+from safe_pruner_jax import pruners
+from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.loading import load_policy
+from safe_pruner_jax.plotting import Shown, methods_figure, paths_diagram
+from safe_pruner_jax.policy import Policy
+
+FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 
 
-def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw().savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})  # the same bytes every time
-        print(folder / f"{name}.png")
+def kept(keep: float = 0.2, call: int = 5) -> Figure:
+    """One frame through every pruner: what is left after the last cut, slots that are computed for `vla_cache`."""
+    policy, shown = load_policy("mini_libero"), []
+    (recording,) = episodes(EXAMPLE)
+    requests = [c.request for c in islice(recording.calls(), call + 1)]
+    example, _ = policy.transform.prepare(requests[-1])
+    for name in pruners.PRUNERS:
+        pruner = pruners.make(name) if name == "full" else pruners.make(name, keep=keep)
+        engine = Engine(policy.engine.weights, policy.engine.config, pruner)
+        session = Policy(engine, policy.transform, seed=policy.seed, prompt_lengths=policy.prompt_lengths).session()
+        told = [session.infer(request)["pruning"] for request in requests]
+        last, keyframes = told[-1], sum(p["keyframe"] for p in told)
+        count = "keyframe" if last["keyframe"] else f"{last['kept']} of {last['alive']}"
+        print(f"{name}: {count}, {keyframes} of {len(told)} calls were keyframes")
+        images = {c: np.asarray(i) for c, i in example.images.items() if example.image_mask[c]}
+        shown.append(Shown(images, last["index"], f"{name} · {count}"))
+    return methods_figure(shown, policy.engine.config.tokens_per_camera)
+
+
+FIGURES = {"two_paths": paths_diagram, "kept": kept}
+
+
+def main(names: Positional[tuple[str, ...]] = tuple(FIGURES), out: Path = FOLDER) -> int:
+    """Draws figures.
+
+    Args:
+      names: which ones.
+      out: folder.
+    """
+    if unknown := set(names) - set(FIGURES):
+        print(f"make_figures: expected {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = out / f"{name}.png"
+        FIGURES[name]().savefig(path, dpi=150, metadata={"Software": None})  # the same bytes every time
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        print(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "figures")
+    sys.exit(tyro.cli(main, description=__doc__))

@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("laws")
+pytest.register_assert_rewrite("laws", "synthetic", "tiny_engine")
 
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # the first example compiles
 settings.register_profile("local", max_examples=50, **QUIET)

@@ -8,6 +8,7 @@ import pytest
 
 from safe_pruner_jax import cli
 from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Evaluate, Serve, parse, split_pruner
+from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.serving.options import Serving
 
 
@@ -46,6 +47,15 @@ def test_a_pruners_factory_arguments_may_stand_anywhere(where):
     args, made, describe = serve_args(*(pruner + policy if where == "before" else policy + pruner))
     assert args.policy == Embedded() and args.port == 1 and describe
     assert made.plan.cut.keep == 0.3 and made.plan.capture[0].rows == "text" and made.plan.late_layers == (0, -1)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_pruner_takes_its_choices_from_the_command_line(name):
+    args, made, describe = serve_args(f"--pruner={name}")
+    assert made.name == name and made.plan == PRUNERS[name]().plan and describe
+    if "layers" in args.pruner.keywords:
+        _, made, _ = serve_args(f"--pruner={name}", "--pruner.layers", "3", "9", "12")
+        assert made.plan == PRUNERS[name](layers=(3, 9, 12)).plan
 
 
 def test_split_pruner():

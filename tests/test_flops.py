@@ -1,6 +1,8 @@
 """Closed-form costs: the papers' three numbers, and XLA's own count of the compiled programs."""
 
 import functools
+import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from safe_pruner_jax.engine import Engine, Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig, pi05
 from safe_pruner_jax.model.params import param_shapes
-from safe_pruner_jax.pruners import fastv, full, safe
+from safe_pruner_jax.pruners import PRUNERS as METHODS
+from safe_pruner_jax.pruners import Cut, Later, Plan, divprune, fastv, full, make, safe, sparsevlm, vla_cache
 from safe_pruner_jax.tokens import PrefixLayout
 
 # π0.5's widths, so that matrix products dominate, and few layers; programs are compiled and never run
@@ -27,6 +30,9 @@ PRUNERS = {
     "safe-action": safe(keep=0.2, cut=2),
     "fastv": fastv(keep=100, cut=1),
     "full": full(),
+    "divprune": divprune(keep=0.2),
+    "sparsevlm": sparsevlm(keep=0.3, layers=(0, 1, 2)),
+    "vla_cache": vla_cache(keep=0.5, layers=(1, 2)),
 }
 
 
@@ -51,6 +57,29 @@ def test_layouts_are_counted_as_the_programs_run_them():
     assert flops.tokens_per_layer(full().plan, LAYOUT, 4, pruned=True) == (544,) * 4
     with pytest.raises(ValueError, match="cut"):
         flops.tokens_per_layer(plan, LAYOUT, 2, pruned=True)
+
+
+def test_several_cuts_and_reused_keys_are_counted_layer_by_layer():
+    plan = Plan(Cut(1, 0.5), later=(Later(3, 0.25), Later(4, 100)))
+    assert flops.tokens_per_layer(plan, LAYOUT, 6, pruned=True) == (544, 288, 288, 160, 132, 132)
+    assert flops.tokens_per_layer(plan, LAYOUT, 6, pruned=False) == (544,) * 6
+    assert flops.tokens_per_layer(divprune(keep=0.25).plan, LAYOUT, 3, pruned=True) == (160,) * 3
+    cached = vla_cache(keep=0.5).plan  # cuts before layers 2, 6, 9, 11 of 32
+    rows = flops.tokens_per_layer(cached, (512, 32), 18, pruned=True)
+    assert rows == (544,) + (480,) * 2 + (416,) * 2 + (352,) + (288,) * 12
+    assert flops.keys_per_layer(cached, (512, 32), 18, pruned=True) == (544,) * 18
+    assert flops.keys_per_layer(plan, LAYOUT, 6, pruned=True) == (544, 288, 288, 160, 132, 132)
+    d, m = 8, 16
+    assert flops.paper_flops([3], d, m, [5]) == 4 * 3 * d * d + 2 * 3 * 5 * d + 3 * 3 * d * m
+
+
+def test_decisions_are_counted_where_they_are_made():
+    config = pi05()
+    cost = lambda pruner, pruned: flops.exact_flops(config, pruner.plan, LAYOUT, pruned=pruned).matching
+    assert cost(divprune(), True) == 512 * 512 * 2048
+    v2 = sparsevlm(version="v2")
+    assert (cost(v2, False), cost(v2, True)) == (512 * 32 * 2048, 3 * 512 * 32 * 2048)
+    assert cost(fastv(), True) == cost(vla_cache(), True) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- the exact column
@@ -90,7 +119,15 @@ def xla_flops(pi05: bool, name: str) -> dict[bool, float]:
 
 @pytest.mark.parametrize(
     ("pi05", "name"),
-    [(True, "safe-action"), (True, "full"), (False, "safe-action"), (True, "fastv")],
+    [
+        (True, "safe-action"),
+        (True, "full"),
+        (False, "safe-action"),
+        (True, "fastv"),
+        (True, "divprune"),
+        (True, "sparsevlm"),
+        (True, "vla_cache"),
+    ],
 )
 def test_exact_flops_are_xlas_count(pi05, name):
     """Two operations per multiply-add. XLA also counts element-wise work (softmax over the logits, norms, gelu,
@@ -131,3 +168,27 @@ def test_a_keyframe_costs_more_than_a_pruned_step_and_the_parts_say_where():
     plain = flops.exact_flops(config, full().plan, LAYOUT, pruned=False)
     assert (plain.capture, plain.matching) == (0, 0)
     assert (plain.prefix, plain.expert) == (key.prefix, key.expert)
+
+
+# ---------------------------------------------------------------------------------------------------- the page of costs
+
+
+def cost_row(name: str, choices: dict) -> str:
+    """A row of the table in docs/pruners.md: a pruned step of π0.5 at keep=0.2."""
+    config, plan = pi05(), make(name, **({} if name == "full" else {"keep": 0.2}), **choices).plan
+    tokens, keys = (f(plan, LAYOUT, config.depth, pruned=True) for f in (flops.tokens_per_layer, flops.keys_per_layer))
+    slots = ", ".join(f"{len(list(run))} × {count}" for count, run in itertools.groupby(tokens))
+    paper = flops.paper_flops(tokens, config.prefix.width, config.prefix.mlp_dim, keys)
+    exact = flops.exact_flops(config, plan, LAYOUT, pruned=True)
+    decision = exact.matching + exact.capture
+    told = "".join(f", {value}" if key == "version" else f", `{key}={value}`" for key, value in choices.items())
+    cost = f"{decision / 1e9:.2f} G" if decision else "–"
+    return f"| `{name}`{told} | {slots} | {paper / 1e12:.3f} T | {exact.total / 1e12:.3f} T | {cost} |"
+
+
+def test_the_page_of_pruners_tells_these_costs():
+    extra = {"sparsevlm": [{"version": "v1"}, {"version": "v2"}], "safe": [{}, {"queries": "text"}]}
+    rows = [cost_row(name, choices) for name in METHODS for choices in extra.get(name, [{}])]
+    page = (Path(__file__).parents[1] / "docs" / "pruners.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- costs -->")[2].partition("<!-- /costs -->")[0].splitlines()
+    assert [line for line in table if line][2:] == rows, "\n".join(rows)

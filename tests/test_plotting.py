@@ -12,6 +12,7 @@ from safe_pruner_jax.plotting import (
     Shown,
     heat,
     kept_patches_figure,
+    methods_figure,
     overlay,
     paths_diagram,
     picture,
@@ -120,9 +121,22 @@ def test_slots_that_no_camera_has_are_refused(index, tokens, message):
         video_frame({"base": IMAGE, "wrist": IMAGE}, index, tokens, "")
 
 
+def test_methods_lie_side_by_side_with_all_cameras_and_their_label():
+    images = {"base": IMAGE, "wrist": IMAGE}
+    shown = [Shown(images, np.arange(512), "full"), *(Shown(images, np.arange(256), f"half {i}") for i in range(3))]
+    figure = methods_figure(shown, 256, columns=2)
+    assert [ax.get_title() for ax in figure.axes] == ["full", "half 0", "half 1", "half 2"]
+    full, half = (ax.images[0].get_array() for ax in figure.axes[:2])
+    assert full.shape == half.shape == (448, 896, 3)
+    np.testing.assert_array_equal(full[:, :448], half[:, :448])
+    assert half[:, 448:].mean() < 0.6 * full[:, 448:].mean()  # the dropped camera is dimmed
+    assert pixels(figure).std() > 10
+
+
 def test_no_steps_is_an_error():
-    with pytest.raises(ValueError, match="at least one"):
-        kept_patches_figure([], 256)
+    for draw in (kept_patches_figure, methods_figure):
+        with pytest.raises(ValueError, match="at least one"):
+            draw([], 256)
 
 
 def test_the_diagram_stays_inside_its_picture():

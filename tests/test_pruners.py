@@ -5,7 +5,8 @@ import inspect
 import laws
 import numpy as np
 import pytest
-from laws import case, episode, kept, play, put
+import synthetic
+from synthetic import case, episode, kept, play, put
 from test_temporal import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
 from test_tokens import slow_top_k
 
@@ -91,7 +92,7 @@ def test_safe_is_algorithm_1(case):
     for seed in range(3):
         seen = episode(100 + seed, case.pruner, dead=3 * seed, noise=0.05 + 0.1 * seed)
         if seed == 2:  # a camera's tokens change
-            alive = put(seen.alive, slice(6, None), ~seen.alive[6] | (np.arange(laws.N) < 12))
+            alive = put(seen.alive, slice(6, None), ~seen.alive[6] | (np.arange(synthetic.N) < 12))
             seen = seen.replace(alive=alive, saliency=tuple(np.where(alive, s, 0) for s in seen.saliency))
         log = algorithm_1(seen, **dict(case.choices))
         _, selections = play(case, seen)
@@ -130,7 +131,7 @@ def test_safe_remembers_the_unit_tokens_and_tested_saliency_of_the_keyframe():
 def test_safe_compares_kappa_with_gamma(kappa, keyframe):
     c = case("safe")
     seen = episode(2, c.pruner, steps=2, shifts=(), noise=0.0, moving=False)
-    s = np.zeros((2, laws.N), np.float32)
+    s = np.zeros((2, synthetic.N), np.float32)
     s[0, 3], s[1, 3], s[1, 7] = 1.0, kappa, np.sqrt(1 - kappa**2)
     selection = play(c, seen.replace(saliency=(s,)))[1][1]
     np.testing.assert_allclose(selection.kappa, kappa, atol=1e-6)
@@ -141,7 +142,7 @@ def test_safe_at_kappa_equal_to_gamma_prunes():
     # orthogonal saliency: κ is exactly 0
     c = case("safe", threshold=0.0)
     seen = episode(2, c.pruner, steps=2, shifts=(), noise=0.0, moving=False)
-    s = np.zeros((2, laws.N), np.float32)
+    s = np.zeros((2, synthetic.N), np.float32)
     s[0, 3], s[1, 7] = 1.0, 1.0
     selection = play(c, seen.replace(saliency=(s,)))[1][1]
     assert selection.kappa == 0 and not selection.keyframe
@@ -161,7 +162,7 @@ def test_safe_without_forecast_does_not_need_late_saliency():
     clean = play(c, seen)[1]
     sick = play(c, seen.replace(late=np.full_like(seen.late, np.nan)))[1]
     for a, b in zip(clean, sick, strict=True):
-        laws.same(a, b)
+        synthetic.same(a, b)
     assert not all(s.keyframe for s in clean)
 
 
@@ -179,11 +180,11 @@ def test_safe_does_not_trust_a_sick_reference():
     """A keyframe with a NaN token leaves a reference that every later token would match; see it refreshed."""
     c = case("safe")
     seen = episode(4, c.pruner, shifts=(), noise=0.01, moving=False)
-    flat = np.full_like(seen.saliency[0], 1 / laws.N) + 1e-4 * np.arange(laws.N, dtype=np.float32)
+    flat = np.full_like(seen.saliency[0], 1 / synthetic.N) + 1e-4 * np.arange(synthetic.N, dtype=np.float32)
     seen = seen.replace(saliency=(flat,), visual=put(seen.visual, (2, 3, 0), np.nan))
     carries, selections = play(c, seen)
     assert selections[2].keyframe and selections[3].keyframe
-    assert laws.all_finite(carries[-1][0])
+    assert synthetic.all_finite(carries[-1][0])
 
 
 # the other pruners
@@ -205,12 +206,12 @@ def test_random_draws_anew_from_the_key_alone():
     seen = episode(0, c.pruner, steps=60, dead=4)
     selections = play(c, seen)[1]
     assert not any(s.keyframe for s in selections)
-    counts = np.bincount([v for s in selections for v in kept(s)], minlength=laws.N)
+    counts = np.bincount([v for s in selections for v in kept(s)], minlength=synthetic.N)
     assert (counts[~seen.alive[0]] == 0).all()
     # 60 draws of 4 of 20: 12 each on average, standard deviation 3.1
     assert counts.sum() == 60 * 4 and (counts[seen.alive[0]] >= 2).all() and counts.max() <= 24
     other = episode(1, c.pruner, steps=60, dead=~seen.alive[0]).replace(key=seen.key)
-    laws.same(play(c, other)[1][7], selections[7])
+    synthetic.same(play(c, other)[1][7], selections[7])
 
 
 def test_full_is_always_a_keyframe_and_cuts_nothing():
@@ -243,7 +244,7 @@ def test_plans_know_their_model():
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: Cut(0, 0.2), "cut: expected .* got 0"),
+        (lambda: Cut(-1, 0.2), "cut: expected .* got -1"),
         (lambda: Cut(3, 0), "keep: expected .* got 0"),
         (lambda: Plan(late_steps="first"), "late_steps: expected .* got 'first'"),
         (lambda: Plan(Cut(3, 0.2), (Capture(2, "rows"),)), "queries: expected .* got 'rows'"),

@@ -89,6 +89,19 @@ def test_rows_pair_by_episode_and_leave_errors_out():
     assert second.keyframes == pytest.approx(2 / 22) and second.kept == 139.5
 
 
+def test_the_share_is_the_one_that_was_asked_for_and_not_the_first_cuts():
+    several = {"cut": {"layer": 2, "keep": 0.47}, "later": [{"layer": 4, "keep": 0.3}]}
+    share = lambda pruner, choices, plan=several: (
+        summarise(
+            group(FULL, 1) + group(dataclasses.replace(CONFIGURATION, pruner=pruner, choices=choices, plan=plan), 1)
+        )[1].keep
+    )
+    assert share("sparsevlm", {"keep": 0.3}) == 0.3
+    assert share("sparsevlm", {}) == 0.2
+    assert share("of another package", {}) == 0.47
+    assert share("divprune", {"keep": 64}, {"cut": {"layer": 0, "keep": 64}}) == 64 / 512
+
+
 def test_labels_show_what_is_not_the_default():
     choices = {"keep": 0.5, "fuse": 0.0, "cut": 3, "late_layers": [0, -2, -1], "every": 8}
     assert method_label({"pruner": "safe", "choices": choices}) == "safe fuse=0.0 every=8"

@@ -108,7 +108,8 @@ def test_a_live_source_is_suite_task_trial(source):
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("safe", SAFE), ("safe", {"cut": 3, "queries": "action", "every": 3}), ("fastv", {"cut": 1})]
+    ("name", "choices"),
+    [("safe", SAFE), ("safe", {"cut": 3, "queries": "action", "every": 3}), ("fastv", {"cut": 1}), ("divprune", {})],
 )
 def test_a_replay_decides_what_a_session_decides(policy, watched, name, choices):
     if choices is SAFE:  # γ between the steps within a scene and the cut
@@ -148,8 +149,8 @@ def test_saliencies_are_distributions_over_alive_tokens(watched):
 
 
 def test_a_method_that_needs_more_than_a_trace_is_refused(watched):
-    other = dataclasses.replace(PRUNERS["random"](), name="other")
-    with pytest.raises(ValueError, match="which needs more evidence"):
-        replay(other, watched)
+    for other in (PRUNERS["specprune"](), dataclasses.replace(PRUNERS["random"](), name="other")):
+        with pytest.raises(ValueError, match="which needs more evidence"):
+            replay(other, watched)
     selections = replay(PRUNERS["full"](), watched)
     assert all(s.keyframe for s in selections) and len(selections) == len(watched)

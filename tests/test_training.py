@@ -15,7 +15,7 @@ from test_loading import DATA
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model import flow, pi0
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import param_shapes
 from safe_pruner_jax.observation import Tokenizer
@@ -65,7 +65,7 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
     noise = rng.normal(size=(B, draws, *shape)).astype(np.float32)
     times = rng.uniform(0.1, 1, (B, draws)).astype(np.float32)
     observed = (images, cameras, tokens, mask, state)
-    loss = jax.jit(pi0.flow_loss, static_argnums=1)(params, config, *observed, actions, times, noise)
+    loss = jax.jit(flow.flow_loss, static_argnums=1)(params, config, *observed, actions, times, noise)
     assert loss.shape == (B, draws, config.action_horizon)
 
     weights = pi0.prepare(params, config)
@@ -83,7 +83,7 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
 
 
 def test_times_are_betas():
-    times = np.asarray(pi0.draw_times(jax.random.key(0), (50_000,)))
+    times = np.asarray(flow.draw_times(jax.random.key(0), (50_000,)))
     assert times.min() >= 0.001 and times.max() <= 1.0
     # Beta(1.5, 1): mean 0.6, distribution function t^1.5
     assert times.mean() == pytest.approx(0.6 * 0.999 + 0.001, abs=5e-3)

@@ -26,8 +26,8 @@ from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 from safe_pruner_jax.tokens import PrefixLayout, saliency
 
-REPLAYED = ("full", "safe", "fastv", "random")
-"""Pruners that decide on what a trace holds: visual tokens, saliency, and the late saliency of full passes."""
+REPLAYED = ("full", "safe", "fastv", "divprune", "random")
+"""Pruners that decide once, on what a trace holds: visual tokens, saliency, and the late saliency of full passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +200,7 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
             "since_full": np.int32(since),
             "visual": trace.visual[t],
             "alive": trace.alive[t],
+            "running": trace.alive[t],
             "camera": trace.camera,
             "saliency": tuple(s[t] for s in captured),
             "late": late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),

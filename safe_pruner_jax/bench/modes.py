@@ -30,7 +30,7 @@ import numpy as np
 from safe_pruner_jax.bench.clock import Step
 from safe_pruner_jax.bench.machine import Limits
 from safe_pruner_jax.engine import Engine, Inputs
-from safe_pruner_jax.flops import exact_flops, tokens_per_layer
+from safe_pruner_jax.flops import exact_flops, keys_per_layer, tokens_per_layer
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
@@ -176,7 +176,8 @@ def step_mode(
         facts |= {"tokens_per_layer": list(layers), "macs": dataclasses.asdict(counted) | {"total": counted.total}}
         facts["weight_bytes"] = weight_bytes(weights)
         if phases:
-            marks = _marks(engine, control, inputs, layers, pruned, facts)
+            keys = keys_per_layer(plan, layout, config.depth, pruned=pruned)
+            marks = _marks(engine, control, inputs, keys, pruned, facts)
     return Mode(name, B, step, marks, facts)
 
 
@@ -197,14 +198,14 @@ def _mix(fresh: Any, settled: Any, keyframes: int) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a[:keyframes], b[keyframes:]]), fresh, settled)
 
 
-def _marks(engine: Engine, control: Any, inputs: Inputs, layers: Sequence[int], pruned: bool, facts: dict) -> dict:
+def _marks(engine: Engine, control: Any, inputs: Inputs, keys: Sequence[int], pruned: bool, facts: dict) -> dict:
     """Programs for the phases, compiled; XLA's own counts go into `facts`."""
     config, weights = engine.config, engine.weights
     carry = engine.shallow(weights, control, inputs, None)
     B, c = inputs.tokens.shape[0], config.prefix
     ones = lambda n: jnp.ones((B, n, c.num_kv_heads, c.head_dim), config.dtype)
-    segments = tuple(Segment(ones(n), ones(n), jnp.ones((B, 1, n), bool)) for n in layers)
-    noise, count = jnp.ones((B, config.action_horizon, config.action_dim)), jnp.full(B, max(layers), jnp.int32)
+    segments = tuple(Segment(ones(n), ones(n), jnp.ones((B, 1, n), bool)) for n in keys)
+    noise, count = jnp.ones((B, config.action_horizon, config.action_dim)), jnp.full(B, max(keys), jnp.int32)
     programs: dict[str, tuple[Any, tuple]] = {
         "vision": (_vision(config), (weights, inputs)),
         "before": (_before(config, engine.plan.cut.layer if engine.plan.cut else 0), (weights, inputs)),

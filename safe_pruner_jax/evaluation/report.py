@@ -40,7 +40,8 @@ class Row:
     Args:
       conditions: what all rows of a table have in common, from the configuration.
       method: the pruner and its choices, but for `keep` and what is the factory's default.
-      keep: share of the visual tokens that a pruned call keeps, 1 without a cut; None if unknown.
+      keep: share of the visual tokens that the method was told to keep, 1 without a cut; None if unknown. Methods with
+        several cuts mean different things by it: see `kept` and the FLOPs.
       episodes, errors: how many, errors included.
       success: share of the episodes without error, Wilson's interval; None without any.
       difference: success minus the baseline's over `pairs` episodes without error on either side, Newcombe's interval.
@@ -146,11 +147,15 @@ def method_label(configuration: Mapping[str, Any]) -> str:
     'safe fuse=0.0'
     """
     name, choices = configuration["pruner"], configuration["choices"]
-    known = inspect.signature(PRUNERS[name]).parameters if name in PRUNERS else {}
-    plain = lambda value: json.loads(json.dumps(value))
-    usual = {key: plain(p.default) for key, p in known.items()}
+    usual = _defaults(name)
     told = {k: v for k, v in choices.items() if k != "keep" and not (k in usual and usual[k] == v)}
     return " ".join([name, *(f"{k}={v}" for k, v in told.items()), *(["rtc"] if configuration.get("rtc") else [])])
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """A factory's defaults as JSON has them; none of a pruner of another package."""
+    known = inspect.signature(PRUNERS[name]).parameters if name in PRUNERS else {}
+    return {key: json.loads(json.dumps(p.default)) for key, p in known.items()}
 
 
 def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
@@ -225,13 +230,14 @@ def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], bas
 
 
 def _keep(group: Sequence[Record]) -> float | None:
-    cut = group[0].configuration["plan"].get("cut")
-    if not group[0].configuration["plan"]:
+    c = group[0].configuration
+    if not c["plan"]:
         return None
-    if cut is None:
+    if c["plan"].get("cut") is None:
         return 1.0
+    keep = {"keep": c["plan"]["cut"]["keep"], **_defaults(c["pruner"]), **c["choices"]}["keep"]
     alive = next((r.alive for r in group if r.alive), None)
-    return cut["keep"] if cut["keep"] <= 1 else cut["keep"] / alive if alive else None
+    return keep if keep <= 1 else keep / alive if alive else None
 
 
 def _mean(records: Iterable[Record], value: Callable[[Record], float | None]) -> float | None:

@@ -21,7 +21,7 @@ from safe_pruner_jax.evaluation.batched import Robots
 from safe_pruner_jax.evaluation.records import Configuration, checkpoint_fingerprint
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.workers import connect
-from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.flops import exact_flops, keys_per_layer, paper_flops, tokens_per_layer
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import Plan, Pruner, make
@@ -53,8 +53,10 @@ class Cost:
         paper = exact = 0.0
         for (views, text, keyframe), count in told.items():
             layout = PrefixLayout(views, self.config.tokens_per_camera, text)
-            tokens = tokens_per_layer(self.plan, layout, self.config.depth, pruned=not keyframe)
-            paper += count * paper_flops(tokens, self.config.prefix.width, self.config.prefix.mlp_dim)
+            of = {"pruned": not keyframe}
+            tokens = tokens_per_layer(self.plan, layout, self.config.depth, **of)
+            keys = keys_per_layer(self.plan, layout, self.config.depth, **of)
+            paper += count * paper_flops(tokens, self.config.prefix.width, self.config.prefix.mlp_dim, keys)
             steps = self.num_steps
             exact += count * exact_flops(self.config, self.plan, layout, pruned=not keyframe, num_steps=steps).total
         return paper / told.total(), exact / told.total()

@@ -5,6 +5,8 @@ float32. Attention logits are a return value: whoever wants saliency reduces the
 removes them where nobody does.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -37,6 +39,9 @@ class Modulation:
 
     attn: Array
     mlp: Array
+
+
+Place = Callable[[Array, Array], tuple[Array, Array]]
 
 
 @struct.dataclass
@@ -145,6 +150,7 @@ def layer(
     mask: Array,
     cache: tuple[Segment, ...] = (),
     mod: Modulation | None = None,
+    place: Place | None = None,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """One transformer block: x += gate · Attn(norm(x)); x += gate · MLP(norm(x)).
 
@@ -153,15 +159,17 @@ def layer(
       w: its weights.
       x: [B, S, D] in the activation dtype.
       cos_sin: rotation of these rows.
-      mask: [B, 1 or S, S] bool, which of the own keys a row may see.
+      mask: [B, 1 or S, keys] bool, which of the own (placed) keys a row may see.
       cache: keys and values of earlier tokens, seen before the own ones.
       mod: adaptive norms, None for plain ones.
+      place: puts the own keys and values among others before anybody sees them; None: they are all there is.
 
     Returns:
-      x, the own (k, v) [B, S, K, H], and the attention logits [B, N, S, keys], cached keys first.
+      x, the own (placed) (k, v) [B, S, K, H], and the attention logits [B, N, S, keys], cached keys first.
     """
     h, gate = rms_norm(x, w.gain1, None if mod is None else mod.attn)
     q, k, v = project_qkv(c, w, h, cos_sin)
+    k, v = place(k, v) if place else (k, v)
     out, logits = attend(q, (*cache, Segment(k, v, mask)))
     x = x + gate * dense(out, w.out)
     h, gate = rms_norm(x, w.gain2, None if mod is None else mod.mlp)

@@ -10,7 +10,8 @@ layer: that is all pruning needs. Time enters through a `Schedule` that depends 
 weights only; it is computed once when weights are prepared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from safe_pruner_jax.model import gemma, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.rtc import Guide, guided
-from safe_pruner_jax.tokens import saliency
+from safe_pruner_jax.tokens import saliency, spread
 
 
 @struct.dataclass
@@ -170,6 +171,29 @@ def positions(mask: Array) -> Array:
     return jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
 
 
+@struct.dataclass
+class Reuse:
+    """Keys and values of the step before, for visual slots that are not computed again.
+
+    Args:
+      kv: {layer: (k, v)}, each [B, n, K, H].
+      slots: [B, k] int32, slot of each of the first k rows; n where a row counts for nothing.
+      mask: [B, n + T] bool alive slots.
+    """
+
+    kv: dict[int, tuple[Array, Array]]
+    slots: Array
+    mask: Array
+
+
+def _among(reuse: Reuse, kept: tuple[Array, Array], k: Array, v: Array) -> tuple[Array, Array]:
+    """New keys and values [B, k+T, K, H] in their slots among the kept ones: [B, n+T, K, H]."""
+    count = reuse.slots.shape[1]
+    put = jax.vmap(lambda old, slots, new: old.at[slots].set(new, mode="drop"))
+    place = lambda old, new: jnp.concatenate([put(old, reuse.slots, new[:, :count]), new[:, count:]], axis=1)
+    return place(kept[0], k), place(kept[1], v)
+
+
 def prefix_layers(
     weights: Weights,
     config: Pi0Config,
@@ -178,6 +202,7 @@ def prefix_layers(
     mask: Array,
     layers: range,
     logits_of: Layers = (),
+    reuse: Reuse | None = None,
 ) -> tuple[Array, tuple[gemma.Segment, ...], dict[int, Array]]:
     """Runs a range of prefix layers; of the model's last layer only keys and values are computed.
 
@@ -188,22 +213,27 @@ def prefix_layers(
       mask: [B, P] bool, alive slots.
       layers: contiguous layer indices.
       logits_of: layers whose attention logits are returned.
+      reuse: keys and values for the slots that are not among these rows; None: the rows are all there is.
 
     Returns:
-      x after the range, one `Segment` per layer with mask [B, 1, P], and {layer: logits [B, N, P, P]}.
+      x after the range, one `Segment` per layer with mask [B, 1, keys], and {layer: logits [B, N, P, keys]}; keys are
+      the P rows, or with `reuse` all slots.
     """
     c = config.prefix
     rotation = gemma.rope(pos, c.head_dim)
-    own = mask[:, :, None] & mask[:, None, :]
+    keys = mask if reuse is None else reuse.mask
+    own = mask[:, :, None] & keys[:, None, :]
     segments, kept = [], {}
     for i in layers:
+        place = None if reuse is None else partial(_among, reuse, reuse.kv[i])
         if i == config.depth - 1:
             k, v = gemma.keys_and_values(c, weights.prefix[i], x, rotation)
+            k, v = place(k, v) if place else (k, v)
         else:
-            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own)
+            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own, place=place)
             if i in logits_of:
                 kept[i] = logits
-        segments.append(gemma.Segment(k, v, mask[:, None, :]))
+        segments.append(gemma.Segment(k, v, keys[:, None, :]))
     return x, tuple(segments), kept
 
 
@@ -290,6 +320,14 @@ def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array) -> Ar
     return jax.vmap(lambda x, a: saliency(x[..., -config.action_horizon :, :], rows, a))(logits, visual_alive)
 
 
+def _late(config: Pi0Config, logits: Array, visual_alive: Array, columns: tuple[Array, Array] | None) -> Array:
+    """`action_saliency` in slots, [B, n]."""
+    if columns is None:
+        return action_saliency(config, logits, visual_alive)
+    s = action_saliency(config, logits, columns[1])
+    return jax.vmap(partial(spread, n=visual_alive.shape[1]))(s, *columns)
+
+
 def sample(
     weights: Weights,
     config: Pi0Config,
@@ -299,6 +337,7 @@ def sample(
     noise: Array,
     *,
     visual_alive: Array | None = None,
+    columns: Mapping[int, tuple[Array, Array]] | None = None,
     late_layers: Layers = (),
     late_steps: str = "half",
     guide: Guide | None = None,
@@ -312,6 +351,7 @@ def sample(
       state: [B, action_dim] float32 (only π0 reads it).
       noise: [B, A, action_dim] float32.
       visual_alive: [B, n] bool, needed with `late_layers`.
+      columns: {late layer: (slots, alive) [B, k] of its first k keys}, for layers that have dropped tokens.
       late_layers: layers L_d whose saliency is wanted, action tokens as queries.
       late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
       guide: chunks that the new ones shall agree with (`rtc`).
@@ -330,62 +370,10 @@ def sample(
         flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers)
         v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
-            now = [action_saliency(config, logits[i], visual_alive) for i in late_layers]
+            now = [_late(config, logits[i], visual_alive, (columns or {}).get(i)) for i in late_layers]
             # a step without weight may not bring in its NaN either
             late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
         return (x + (-1.0 / s) * v, late), None
 
     (actions, late), _ = jax.lax.scan(step, (noise, late), (weights.schedule, share))
     return actions, late
-
-
-# --- training -----------------------------------------------------------------------------------------------
-
-
-def flow_loss(
-    params: Params,
-    config: Pi0Config,
-    images: Array,
-    camera_mask: Array,
-    tokens: Array,
-    token_mask: Array,
-    state: Array,
-    actions: Array,
-    times: Array,
-    noise: Array,
-) -> Array:
-    """Flow-matching loss per observation and draw, as openpi trains: ‖v(x_t, t) - (noise - actions)‖² / action_dim.
-
-    The prefix does not depend on time or noise, so one prefix pass serves several draws of the expert.
-
-    Args:
-      params: openpi's parameter tree.
-      config: sizes.
-      images: [B, C, S, S, 3] uint8, or float32 in [-1, 1] after augmentation.
-      camera_mask, tokens, token_mask, state: as in `engine.Inputs`.
-      actions: [B, A, action_dim] float32, normalised and zero-padded.
-      times: [B, draws] float32 in (0, 1], see `draw_times`.
-      noise: [B, draws, A, action_dim] float32, standard normal.
-
-    Returns:
-      [B, draws, A] float32: mean square over action_dim.
-    """
-    weights = prepare(params, config)
-    x = jnp.concatenate([embed_images(weights, config, images), embed_prompt(weights, config, tokens)], axis=1)
-    mask = jnp.concatenate([jnp.repeat(camera_mask, config.tokens_per_camera, axis=1), token_mask], axis=1)
-    _, segments, _ = prefix_layers(weights, config, x, positions(mask), mask, range(config.depth))
-    alive = mask.sum(1, dtype=jnp.int32)
-
-    def draw(t: Array, noise: Array) -> Array:
-        at = jax.tree.map(lambda a: a[:, None], schedule(params, config, t))
-        mix = t[:, None, None]
-        x_t = mix * noise + (1 - mix) * actions
-        v, _ = velocity(weights, config, segments, alive, state, x_t, at)
-        return jnp.square(v.astype(jnp.float32) - (noise - actions)).mean(-1)
-
-    return jax.vmap(draw, in_axes=1, out_axes=1)(times, noise)
-
-
-def draw_times(key: Array, shape: tuple[int, ...]) -> Array:
-    """Flow times of training: Beta(1.5, 1)·0.999 + 0.001, by inversion (the distribution function is t^1.5)."""
-    return jax.random.uniform(key, shape) ** (1 / 1.5) * 0.999 + 0.001

@@ -14,91 +14,43 @@ Three instances, from nothing to everything:
     fastv    keeps the tokens the last prompt row looks at in layer 2               no state
     safe     forecasts what late layers will look at from the last keyframe         unit tokens + one saliency
 
-Adding one is one file with a factory and one line in `PRUNERS`.
+A method that decides again deeper in the network adds `later`, one call per further cut of its plan; the others
+never see it. Evidence is in slots at every cut: arrays have all n visual slots, and `running` says who is left.
+
+Adding one is one file with a factory and one line in `PRUNERS`, or an entry point of another package
+(docs/new_pruner.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.tokens import check_keep
+from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners.plan import Capture, Cut, Later, Plan, check_layer
+
+__all__ = [
+    "NO_HISTORY",
+    "Capture",
+    "Cut",
+    "Evidence",
+    "Later",
+    "Plan",
+    "Pruner",
+    "Selection",
+    "State",
+    "check_layer",
+    "finite",
+    "stateless",
+]
 
 State = Any
 """A pytree of arrays whose structure, shapes and dtypes never change from step to step."""
 
 NO_HISTORY = -1
 """`Evidence.since_full` when nothing earlier may be used."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Visual tokens are dropped before layer `layer` (≥ 1); `keep` is a share or a count of the alive ones."""
-
-    layer: int
-    keep: float
-
-    def __post_init__(self):
-        check_keep(self.keep)
-        if not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"cut: expected a layer index of at least 1, got {self.layer!r}; use for example cut=3")
-
-
-@dataclass(frozen=True)
-class Capture:
-    """Saliency of a layer before the cut.
-
-    Args:
-      layer: layer index.
-      rows: whose attention: "action" (action tokens in the expert at flow time 1), "text" (alive prompt rows) or
-        "last" (last alive prompt row).
-      over: "visual" normalises over alive visual tokens (SAFE-Pruner, Eq. 1); "all" keeps the model's own
-        probabilities.
-    """
-
-    layer: int
-    rows: Literal["action", "text", "last"]
-    over: Literal["visual", "all"] = "visual"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The static side of a pruner; hashable, part of the key a program is compiled for.
-
-    Args:
-      cut: where and how much is dropped; None keeps everything.
-      capture: saliencies wanted from layers before the cut, in the order of `Evidence.saliency`.
-      late_layers: expert layers whose saliency a full pass must leave behind; negative counts from the end.
-      late_steps: denoise steps averaged for it: "half" (second half), "all", "last".
-    """
-
-    cut: Cut | None = None
-    capture: tuple[Capture, ...] = ()
-    late_layers: Layers = ()
-    late_steps: Literal["half", "all", "last"] = "half"
-
-    def __post_init__(self):
-        if self.late_steps not in ("half", "all", "last"):
-            raise ValueError(f'late_steps: expected "half", "all" or "last", got {self.late_steps!r}')
-        for c in self.capture:
-            if c.rows not in ("action", "text", "last"):
-                raise ValueError(f'queries: expected "action", "text" or "last", got {c.rows!r}')
-            if c.over not in ("visual", "all"):
-                raise ValueError(f'over: expected "visual" or "all", got {c.over!r}')
-            if self.cut is None or not 0 <= c.layer < self.cut.layer:
-                raise ValueError(f"capture: layer {c.layer} is not computed before the cut {self.cut}")
-
-    def for_depth(self, depth: int) -> "Plan":
-        """The same plan with non-negative late layers, checked against a model of `depth` layers."""
-        if self.cut and self.cut.layer >= depth:
-            raise ValueError(f"cut: expected a layer index below the model's depth {depth}, got {self.cut.layer}")
-        late = tuple(l % depth for l in self.late_layers if -depth <= l < depth)
-        if len(late) != len(self.late_layers):
-            raise ValueError(f"late_layers: expected layer indices of a model of depth {depth}, got {self.late_layers}")
-        return Plan(self.cut, self.capture, late, self.late_steps)
 
 
 @struct.dataclass
@@ -110,19 +62,33 @@ class Evidence:
         `NO_HISTORY` on the first step, after a reset and whenever the set of alive cameras changed.
       visual: [n, d] visual tokens Z as they enter the language model.
       alive: [n] bool.
+      running: [n] bool, alive tokens that no earlier cut has dropped; `alive` at the first cut.
       camera: [n] int32, camera of each token.
-      saliency: one [n] float32 per `plan.capture`.
-      late: [|L_d|, n] float32, saliency of the last full pass per `plan.late_layers`; zeros without history.
+      saliency: one array per `plan.capture` (at a later cut: per capture of that cut), float32; shapes in `Capture`.
+      late: [|L_d|, n] float32, saliency of the last full pass (or step) per `plan.late_layers`; zeros without history.
       key: PRNG key of this step.
+      text: [T, d] prompt tokens as they enter the language model.
+      text_alive: [T] bool.
+      hidden: [n, d] rows of the visual tokens at this cut; 0 where a token does not run.
+      patches: [n, 3·patch²] uint8, the pixels of each token.
+      past: one float32 array per `plan.remember`, left behind by the previous step; zeros without history.
+      actions: [A, action_dim] float32, what the previous step returned, normalised; zeros without history.
     """
 
     since_full: Array
     visual: Array
     alive: Array
+    running: Array
     camera: Array
     saliency: tuple[Array, ...]
     late: Array
     key: Array
+    text: Array
+    text_alive: Array
+    hidden: Array
+    patches: Array
+    past: tuple[Array, ...]
+    actions: Array
 
 
 @struct.dataclass
@@ -132,9 +98,10 @@ class Selection:
     Args:
       index: [k] int32, kept visual slots, ascending and unique.
       alive: [k] bool, false where the slot is padding.
-      keyframe: bool scalar; the step must run all alive tokens.
+      keyframe: bool scalar; the step must run all alive tokens. Without meaning at a later cut.
       score: [n] float32 that the choice was made by.
       kappa: float32 scalar κ of Eq. 6, NaN where a method has none.
+      rows: [k, d] what the kept slots hold from here on, for methods that merge tokens; None: what they held.
     """
 
     index: Array
@@ -142,16 +109,25 @@ class Selection:
     keyframe: Array
     score: Array
     kappa: Array
+    rows: Array | None = None
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """A named method; see the module's docstring. Two calls of a factory make unequal pruners."""
+    """A named method; see the module's docstring. Two calls of a factory make unequal pruners.
+
+    Args:
+      name: of the method.
+      plan: its static side.
+      init, step: see the module's docstring.
+      later: (state, evidence, i) → (state, selection) at `plan.later[i]`, on the pruned path only.
+    """
 
     name: str
     plan: Plan
     init: Callable[[Evidence], State]
     step: Callable[[State, Evidence], tuple[State, Selection]]
+    later: Callable[[State, Evidence, int], tuple[State, Selection]] | None = None
 
 
 def finite(*arrays: Array) -> Array:

@@ -10,6 +10,7 @@ from safe_pruner_jax.pruners.base import (
     Pruner,
     Selection,
     State,
+    check_layer,
     finite,
     stateless,
 )
@@ -29,7 +30,7 @@ def fastv(*, keep: float = 0.2, cut: int = 3) -> Pruner:
     References:
       "An Image is Worth 1/2 Tokens After Layer 2", Section 4.1.
     """
-    plan = Plan(Cut(cut, keep), capture=(Capture(cut - 1, "last", over="all"),))
+    plan = Plan(Cut(check_layer(cut), keep), capture=(Capture(cut - 1, "last", over="all"),))
 
     def step(state: State, e: Evidence) -> tuple[State, Selection]:
         (score,) = e.saliency

@@ -3,7 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax.pruners.base import Cut, Evidence, Plan, Pruner, Selection, State, finite, stateless
+from safe_pruner_jax.pruners.base import (
+    Cut,
+    Evidence,
+    Plan,
+    Pruner,
+    Selection,
+    State,
+    check_layer,
+    finite,
+    stateless,
+)
 from safe_pruner_jax.tokens import top_k
 
 
@@ -14,7 +24,7 @@ def random(*, keep: float = 0.2, cut: int = 3) -> Pruner:
       keep: share of the alive visual tokens in (0, 1], or a number of tokens.
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
     """
-    plan = Plan(Cut(cut, keep))
+    plan = Plan(Cut(check_layer(cut), keep))
 
     def step(state: State, e: Evidence) -> tuple[State, Selection]:
         score = jnp.where(e.alive, jax.random.uniform(e.key, e.alive.shape), 0.0)

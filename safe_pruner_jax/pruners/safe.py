@@ -18,7 +18,17 @@ from flax import struct
 
 from safe_pruner_jax import temporal
 from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Cut, Evidence, Plan, Pruner, Selection, finite
+from safe_pruner_jax.pruners.base import (
+    NO_HISTORY,
+    Capture,
+    Cut,
+    Evidence,
+    Plan,
+    Pruner,
+    Selection,
+    check_layer,
+    finite,
+)
 from safe_pruner_jax.tokens import top_k
 
 
@@ -72,12 +82,13 @@ def safe(
     References:
       SAFE-Pruner, Algorithms 1 and 2, Eq. 1-7.
     """
+    check_layer(cut)
     late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    _check(weight, threshold, late_layers, match, every, max_age, per_camera, variant)
+    _check(weight, threshold, queries, late_layers, match, every, max_age, per_camera, variant)
     capture = (Capture(cut - 1, queries),) + ((Capture(0, "last"),) if released else ())
-    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps)
+    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, compares=(("visual", "visual"),))
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
@@ -105,13 +116,14 @@ def safe(
     return Pruner("safe", plan, init, step)
 
 
-def _check(weight, threshold, late_layers, match, every, max_age, per_camera, variant):
+def _check(weight, threshold, queries, late_layers, match, every, max_age, per_camera, variant):
     def require(ok: bool, name: str, expected: str, got) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
     require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
     require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
+    require(queries in ("action", "text", "last"), "queries", '"action", "text" or "last"', queries)
     whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(
         len(late_layers) > 0 and all(isinstance(l, int) for l in late_layers),

@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.flow import draw_times, flow_loss
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.model.pi0 import draw_times, flow_loss
 from safe_pruner_jax.training.augment import augment
 from safe_pruner_jax.training.data import Samples, batches, split
 

@@ -1,0 +1,231 @@
+"""The two halves of a control step, as pure functions of (weights, control state, inputs).
+
+    shallow   images, prompt → layers before the first cut → evidence → vmap(pruner.step)
+    finish    the remaining layers, cut by cut, then the denoise steps; with all alive tokens or with the selected ones
+
+`engine` compiles them. No method is known by name: a plan says what is captured, cut, reused and remembered.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.control import ControlState, Inputs
+from safe_pruner_jax.evidence import everybody, patches, read
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.gemma import Segment
+from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection, State
+from safe_pruner_jax.rtc import Guide
+from safe_pruner_jax.tokens import saliency
+
+
+@struct.dataclass
+class Carry:
+    """Everything `shallow` hands to the second half of the step.
+
+    `past` are the remembered captures of layers before the cut, {place in the plan: array}; `evidence` is there for
+    later cuts only.
+    """
+
+    x: Array
+    segments: tuple[Segment, ...]
+    mask: Array
+    positions: Array
+    noise: Array
+    state: Array
+    selection: Selection
+    control: ControlState
+    past: dict[int, Array]
+    evidence: Evidence | None
+    guide: Guide | None = None
+
+
+def shallow(
+    config: Pi0Config,
+    pruner: Pruner,
+    weights: pi0.Weights,
+    control: ControlState,
+    inputs: Inputs,
+    noise: Array | None,
+) -> Carry:
+    """The step up to the cut and the pruner's decision.
+
+    Args:
+      config, pruner: static.
+      weights: prepared weights.
+      control: state of every robot.
+      inputs: observation of every robot.
+      noise: [B, A, action_dim] float32, or None to draw it from the state's keys.
+
+    Returns:
+      The carry; its `control.since_full` counts the steps as evidence does (`NO_HISTORY` or ≥ 1).
+    """
+    plan = pruner.plan
+    z = pi0.embed_images(weights, config, inputs.images)
+    prompt = pi0.embed_prompt(weights, config, inputs.tokens)
+    visual_alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
+    mask = jnp.concatenate([visual_alive, inputs.token_mask], axis=1)
+    pos = pi0.positions(mask)
+    before = range(plan.cut.layer if plan.cut else 0)
+    wanted = _layers(plan.capture + plan.remember, before)
+    x = jnp.concatenate([z, prompt], axis=1)
+    x, segments, logits = pi0.prefix_layers(weights, config, x, pos, mask, before, wanted)
+    rows = everybody(x, pos, mask, visual_alive.shape[1])
+    see = lambda c: read(c, logits[c.layer], rows, visual_alive.shape[1], visual_alive)
+
+    keys = jax.vmap(jax.random.split)(control.key)
+    if noise is None:
+        shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
+    count = mask.sum(1, dtype=jnp.int32)
+    action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
+    captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
+
+    kept_history = (control.since_full != NO_HISTORY) & (control.alive == visual_alive).all(1)
+    since = jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32)
+    known = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
+    camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
+    evidence = Evidence(
+        since_full=since,
+        visual=z,
+        alive=visual_alive,
+        running=visual_alive,
+        camera=jnp.broadcast_to(camera, visual_alive.shape),
+        saliency=captured,
+        late=known(control.late),
+        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
+        text=prompt,
+        text_alive=inputs.token_mask,
+        hidden=x[:, : visual_alive.shape[1]],
+        patches=patches(inputs.images, config.vision.patch),
+        past=jax.tree.map(known, control.past),
+        actions=known(control.actions),
+    )
+    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
+    control = control.replace(pruner=state, since_full=since, alive=visual_alive, key=keys[:, 0])
+    past = {i: see(c) for i, c in enumerate(plan.remember) if c.layer in before}
+    kept = evidence if plan.later else None
+    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control, past, kept)
+
+
+def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
+    """Layers of a range whose prefix logits are wanted."""
+    return tuple(c.layer for c in captures if c.rows != "action" and c.layer in layers)
+
+
+def _action_saliency(config, plan: Plan, weights, segments, count, state, noise, visual_alive) -> dict:
+    """{layer: over → [B, n] saliency of the action tokens at flow time 1} for the captures that ask for it."""
+    actions = tuple(c.layer for c in plan.capture if c.rows == "action")
+    if not actions:
+        return {}
+    first = jax.tree.map(lambda a: a[0], weights.schedule)
+    tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
+    upto = segments[: max(actions) + 1]
+    _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
+    rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
+
+    def of(layer: int, over: str) -> Array:
+        source = expert[layer][:, :, -config.action_horizon :]
+        return jax.vmap(partial(saliency, over=over))(source, rows, visual_alive)
+
+    return {layer: partial(of, layer) for layer in actions}
+
+
+def finish(
+    config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry
+) -> tuple[Array, ControlState]:
+    """The step from the cut to the actions.
+
+    Args:
+      config, pruner, pruned: static; `pruned` keeps only the selected visual tokens.
+      weights: prepared weights.
+      carry: from `shallow`.
+
+    Returns:
+      actions [B, A, action_dim] float32 and the control state after the step.
+    """
+    plan, control = pruner.plan, carry.control
+    n = control.alive.shape[1]
+    deep = _deep(config, pruner, pruned, weights, carry)
+    asked = not pruned or plan.late_from == "every"
+    actions, late = pi0.sample(
+        weights,
+        config,
+        carry.segments + deep.segments,
+        carry.mask.sum(1, dtype=jnp.int32),
+        carry.state,
+        carry.noise,
+        visual_alive=control.alive,
+        columns=deep.columns,
+        late_layers=plan.late_layers if asked else (),
+        late_steps=plan.late_steps,
+        guide=carry.guide,
+    )
+    control = control.replace(
+        pruner=deep.state,
+        running=deep.running,
+        late=control.late if late is None else late,
+        past=tuple(deep.past[i] for i in range(len(plan.remember))),
+        actions=actions,
+        kv=tuple((s.k[:, :n], s.v[:, :n]) for s in deep.segments) if plan.dropped == "reuse" else (),
+    )
+    return actions, control if pruned else control.replace(since_full=jnp.zeros_like(control.since_full))
+
+
+class _Deep(NamedTuple):
+    """What the prefix layers from the first cut on leave.
+
+    Args:
+      segments: keys and values of these layers.
+      past: remembered captures, {place in the plan: array}.
+      state: the pruner's, after its last decision.
+      columns: for layers that have dropped tokens {layer: (slots, alive) of their first keys}.
+      running: [B, n] bool, visual tokens that run in the last layer.
+    """
+
+    segments: tuple[Segment, ...]
+    past: dict[int, Array]
+    state: State
+    columns: dict[int, tuple[Array, Array]]
+    running: Array
+
+
+def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights, carry: Carry) -> _Deep:
+    """The prefix layers from the first cut on, cut by cut."""
+    plan, control = pruner.plan, carry.control
+    n, state, past, columns = control.alive.shape[1], control.pruner, dict(carry.past), {}
+    rows = everybody(carry.x, carry.positions, carry.mask, n)
+    reused = pruned and plan.dropped == "reuse"
+    cuts = plan.cuts if pruned else plan.cuts[:1]
+    starts = [c.layer for c in cuts] or [0]
+    selection, segments = carry.selection, ()
+    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], config.depth], strict=True)):
+        if pruned:
+            rows = rows.select(selection.index, selection.alive, selection.rows, n)
+        layers = range(start, stop)
+        captures = plan.later[i].capture if i < len(cuts) - 1 else ()
+        reuse = None
+        if reused:
+            kv = {l: control.kv[l - plan.cut.layer] for l in layers}
+            reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.mask)
+        wanted = _layers(captures + plan.remember, layers)
+        x, more, logits = pi0.prefix_layers(weights, config, rows.x, rows.positions, rows.mask, layers, wanted, reuse)
+        rows, segments = rows.replace(x=x), segments + more
+        keys = control.alive if reused else rows.alive
+        see = lambda c, logits=logits, rows=rows, keys=keys: read(c, logits[c.layer], rows, n, keys)
+        past |= {j: see(c) for j, c in enumerate(plan.remember) if c.layer in layers}
+        if pruned and not reused:
+            columns |= {l: (rows.slots, rows.alive) for l in layers}
+        if i < len(cuts) - 1:
+            evidence = carry.evidence.replace(
+                running=rows.in_slots(rows.alive, n),
+                hidden=rows.in_slots(x[:, : rows.slots.shape[1]], n),
+                saliency=tuple(map(see, captures)),
+            )
+            state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
+    return _Deep(segments, past, state, columns, rows.in_slots(rows.alive, n))
