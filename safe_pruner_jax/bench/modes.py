@@ -17,6 +17,7 @@ prefixes of that step, each a program of its own, so they add up to the whole by
 import dataclasses
 import functools
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -249,9 +250,11 @@ def _wait(program: Callable, arguments: tuple) -> None:
 
 
 def weight_bytes(weights: pi0.Weights) -> dict[str, int]:
-    """Bytes of weights a step reads, part by part: the expert's once per denoise step, of the last prefix layer only
-    what keys and values need."""
-    size = lambda tree: sum(a.nbytes for a in jax.tree.leaves(tree))
+    """Bytes of weights (or of their shapes) that a step reads, part by part.
+
+    The expert's once per denoise step; of the last prefix layer only what keys and values need.
+    """
+    size = lambda tree: sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
     last = weights.prefix[-1]
     queries = last.out.shape[0] * last.qkv.shape[0] * last.qkv.dtype.itemsize
     return {

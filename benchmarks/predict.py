@@ -1,0 +1,64 @@
+"""Least time of a control step on a machine that is not at hand: the roofline of its data sheet, part by part.
+
+python benchmarks/predict.py [--macs-per-s 494.5e12] [--bytes-per-s 4.8e12] [--views 2] [--prompt 20]
+
+The defaults are an H200's: 989 TFLOP/s in dense bfloat16 and 4.8 TB/s. Nothing is run. No program reaches these times;
+`openpi bench` says how near one comes on the machine it runs on.
+"""
+
+import dataclasses
+import sys
+from typing import Literal
+
+import tyro
+
+from safe_pruner_jax.bench.machine import Limits
+from safe_pruner_jax.bench.modes import example_of, make, roofline_s, shapes_of, weight_bytes
+from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.flops import exact_flops
+from safe_pruner_jax.policy import all_slots, layout_of
+from safe_pruner_jax.pruners import full
+
+
+def main(
+    macs_per_s: float = 494.5e12,
+    bytes_per_s: float = 4.8e12,
+    views: int = 2,
+    prompt: int = 20,
+    num_steps: int = 10,
+    config: str = "pi05_libero",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1),
+) -> int:
+    """Prints milliseconds: the larger of multiplying and of reading weights, per part.
+
+    Args:
+      macs_per_s: multiply-adds, half of what is sold as FLOP/s.
+      bytes_per_s: of the memory.
+      views: real cameras.
+      prompt: alive prompt tokens.
+      num_steps: denoise steps.
+      config: whose sizes.
+      dtype: weights and activations.
+      keeps: shares kept by SAFE-Pruner.
+    """
+    model = get_config(config).model.replace(dtype=dtype)
+    limits, read = Limits(macs_per_s, bytes_per_s), weight_bytes(shapes_of(model, num_steps))
+    example = example_of(model, views, prompt)
+    alive, slots = layout_of(example, model), all_slots(model)
+    modes = {"all slots": (full().plan, slots, False), "full": (full().plan, alive, False)}
+    modes |= {f"safe {keep:g}": (make("safe", keep).plan, alive, True) for keep in keeps}
+    print(f"{'mode':10} {'10⁹ macs':>9} {'vision':>7} {'prefix':>7} {'expert':>7} {'sum, ms':>8}  prefix bound by")
+    for name, (plan, layout, pruned) in modes.items():
+        macs = dataclasses.asdict(exact_flops(model, plan, layout, pruned=pruned, num_steps=num_steps))
+        part = {"vision": ("vision",), "prefix": ("prefix", "matching"), "expert": ("capture", "expert")}
+        ms = {p: 1e3 * limits.seconds(sum(macs[k] for k in keys), read[p]) for p, keys in part.items()}
+        assert abs(sum(ms.values()) - 1e3 * roofline_s(macs, read, limits)) < 1e-9
+        bound = "reading weights" if ms["prefix"] == 1e3 * read["prefix"] / bytes_per_s else "products"
+        times = " ".join(f"{ms[p]:7.2f}" for p in part)
+        print(f"{name:10} {sum(macs.values()) / 1e9:9.0f} {times} {sum(ms.values()):8.2f}  {bound}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
