@@ -26,6 +26,7 @@ from tyro.conf import Positional, arg
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import command as analysis
 from safe_pruner_jax.bench.command import Bench, run_bench
+from safe_pruner_jax.coldstart import default_folder, keep_programs
 from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
@@ -141,6 +142,8 @@ class Serve(Model):
       port: port to listen on.
       record: write every request and reply to policy_records/.
       record_as: one file per episode that `openpi inspect` replays, or openpi's own files, one pickle per step.
+      programs: folder that keeps compiled programs for the next start; "none": nowhere. Default:
+        $SAFE_PRUNER_PROGRAMS, else in ~/.cache.
       serving: who may connect, and what a request may expect.
     """
 
@@ -150,12 +153,15 @@ class Serve(Model):
     port: int = 8000
     record: bool = False
     record_as: Literal["episodes", "openpi"] = "episodes"
+    programs: str | None = None
     serving: Serving = dataclasses.field(default_factory=Serving)
 
 
 def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
     """Loads, warms up, listens until interrupted."""
     access, terms = args.serving.access(args.host), args.serving.terms()  # before gigabytes are read
+    if args.programs != "none":
+        keep_programs(args.programs or default_folder())
     policy = args.load(args.env.name, pruner, default_prompt=args.default_prompt, describe=describe)
     if describe and policy.transform.config.robot == LIBERO:
         config = args.describe(args.env.name, pruner, args.pruner.keywords)

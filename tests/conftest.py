@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("laws", "synthetic", "tiny_engine")
 
+os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # tests compile what they run, and leave nothing behind
+
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # the first example compiles
 settings.register_profile("local", max_examples=50, **QUIET)
 settings.register_profile("ci", max_examples=50, derandomize=True, **QUIET)

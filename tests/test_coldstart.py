@@ -1,0 +1,62 @@
+"""Programs that are kept: a second process takes what the first compiled; nothing breaks where nothing can be kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from safe_pruner_jax import coldstart
+
+PROGRAM = """
+import json, sys
+from safe_pruner_jax.coldstart import keep_programs
+keep_programs(sys.argv[1])
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+seen = []
+jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
+x = jnp.arange(6.0).reshape(2, 3)
+result = float(jax.jit(lambda x: (x @ x.T).sum())(x))
+print(json.dumps({"result": result, "taken": sum("cache_hits" in event for event in seen)}))
+"""
+
+
+too_old = tuple(map(int, jax.__version__.split(".")[:2])) < coldstart.LEAST_VERSION
+
+
+@pytest.mark.skipif(too_old, reason="jax before 0.6 keeps no CPU programs to be trusted")
+def test_a_second_process_takes_what_the_first_has_compiled(tmp_path):
+    folder = tmp_path / "kept" / "programs"
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=True)
+        runs.append(json.loads(done.stdout))
+    assert runs[0]["taken"] == 0 and runs[1]["taken"] > 0
+    assert runs[0]["result"] == runs[1]["result"]
+    assert any(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    coldstart.keep_programs(tmp_path / "file" / "programs")
+    assert "give --programs another folder" in caplog.text
+    coldstart.keep_programs(None)
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_the_usual_folder_follows_the_system(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    assert coldstart.default_folder() is None  # what the tests say
+    monkeypatch.setenv("SAFE_PRUNER_PROGRAMS", "/elsewhere")
+    assert coldstart.default_folder() == Path("/elsewhere")
+    monkeypatch.delenv("SAFE_PRUNER_PROGRAMS")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert coldstart.default_folder() == Path("/somewhere/safe_pruner_jax/programs")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert coldstart.default_folder().parts[-3:] == (".cache", "safe_pruner_jax", "programs")
+    monkeypatch.setattr(jax, "__version__", "0.5.3")
+    assert coldstart.default_folder() is None
