@@ -48,7 +48,9 @@ def main() -> int:
         values = np.resize(block, shape.shape) * (0.5 * (shape.shape[-2] if len(shape.shape) > 1 else 1) ** -0.5)
         return jnp.asarray(values, args.dtype)
 
-    state = jax.tree.map(lambda s: leaf(s) if hasattr(s, "shape") and s.dtype != jax.dtypes.prng_key else s, state)
+    state = jax.tree.map(
+        lambda s: leaf(s) if hasattr(s, "shape") and not jnp.issubdtype(s.dtype, jax.dtypes.prng_key) else s, state
+    )
     model = nnx.merge(graph, state)
     sample = nnx_utils.module_jit(model.sample_actions)
     names = openpi_model.IMAGE_KEYS
