@@ -16,13 +16,11 @@ help:
 demo: libero
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
-# tests of evaluation and expert start simulator processes and can stall: run them by hand, `pytest tests/test_evaluate.py`
-BY_HAND := evaluate expert
 test: libero lint
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(BY_HAND:%=--ignore=tests/test_%.py) $(ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(ARGS)
 
-# openpi's pins matter for serving; training and evaluation are tested on the newest versions
-NOT_PINNED := training evaluate records report demonstrations expert libero demo
+# openpi's pins matter for the model, the pruners and serving; the rest is tested on the newest versions
+NOT_PINNED := training evaluate records report demonstrations expert libero demo bench analysis trace notebooks sweep soak plotting
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(NOT_PINNED:%=--ignore=tests/test_%.py) $(ARGS)
 

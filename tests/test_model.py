@@ -108,9 +108,10 @@ def test_initial_parameters_keep_activations_at_unit_size(pi05):
 
 
 def test_released_and_embedded_sizes():
-    for config, horizon, prompt in ((pi05_config(), 50, 200), (pi0_config(), 50, 48), (mini(), 10, 200)):
+    released = (pi05_config(), 32, 50, 200), (pi0_config(), 32, 50, 48)
+    for config, action_dim, horizon, prompt in (*released, (mini(), 8, 10, 200)):
         assert config.tokens_per_camera == 256
-        assert (config.action_dim, config.action_horizon, config.max_token_len) == (32, horizon, prompt)
+        assert (config.action_dim, config.action_horizon, config.max_token_len) == (action_dim, horizon, prompt)
         hash(config)
     assert pi05_config().depth == 18
     assert pi05_config(action_horizon=10).action_horizon == 10

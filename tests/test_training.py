@@ -107,9 +107,9 @@ def test_samples_of_sparse_frames_are_the_dense_ones_of_those_steps(samples):
 
 
 def test_chunks_follow_the_step_and_repeat_the_last_action(samples):
-    assert samples.actions.shape == (22, 4, 32) and samples.frames.shape == (22, 2, 28, 28, 3)
+    assert samples.actions.shape == (22, 4, 8) and samples.frames.shape == (22, 2, 28, 28, 3)
     np.testing.assert_array_equal(samples.actions[0, 1:], samples.actions[1, :3])
-    np.testing.assert_array_equal(samples.actions[8], np.broadcast_to(samples.actions[8, 0], (4, 32)))
+    np.testing.assert_array_equal(samples.actions[8], np.broadcast_to(samples.actions[8, 0], (4, 8)))
     assert (samples.actions[:, :, 7:] == 0).all()  # padding of the network's width
     assert samples.tokens[samples.prompt[0]].tolist() != samples.tokens[samples.prompt[10]].tolist()
     assert samples.prompt[0] == samples.prompt[-1] and samples.episode.tolist() == [0] * 9 + [1] * 6 + [2] * 7
