@@ -292,6 +292,8 @@ def test_an_interrupted_process_leaves_a_file_that_continues(path, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell starts what runs in the background with SIGINT ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     child.stdout.readline()
     os.killpg(child.pid, signal.SIGINT)
