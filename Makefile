@@ -20,7 +20,8 @@ test: libero lint
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 # openpi's pins matter for the model, the pruners and serving; the rest is tested on the newest versions
-NOT_PINNED := training evaluate records report demonstrations expert libero demo bench analysis trace notebooks sweep soak plotting
+NOT_PINNED := training evaluate records report demonstrations expert libero demo bench analysis trace notebooks sweep soak \
+	plotting promises asynchronous flops plans peers_history coldstart
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(NOT_PINNED:%=--ignore=tests/test_%.py) $(ARGS)
 

@@ -7,7 +7,7 @@ PACKAGE = "safe_pruner_jax"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
-    ("arrays",),
+    ("arrays", "coldstart"),
     ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
     ("robots", "evidence"),

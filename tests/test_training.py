@@ -239,10 +239,10 @@ print(len(jax.devices()))
     results = []
     for devices in (1, 2):
         out = tmp_path / str(devices)
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         run = subprocess.run(
             [sys.executable, "-c", program, str(DATA.parent), str(out)],
-            env={**os.environ, **flags},
+            env={**os.environ, "XLA_FLAGS": flags},
             capture_output=True,
             text=True,
             check=True,
