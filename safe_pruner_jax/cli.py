@@ -35,6 +35,7 @@ from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task, num_
 from safe_pruner_jax.evaluation.records import Configuration, RecordFile, RecordsError, read_records
 from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
 from safe_pruner_jax.model.checkpoint import fetch
+from safe_pruner_jax.model.precision import EightBit
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
@@ -86,6 +87,7 @@ class Model:
 
     Args:
       dtype: activations and weights; the default is the configuration's (bfloat16).
+      quantise: 8-bit weights for the language model and the expert, see docs/performance.md.
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths, which a server compiles before it accepts clients. Fewer start faster; a
         prompt is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
@@ -95,6 +97,7 @@ class Model:
     """
 
     dtype: Literal["bfloat16", "float32"] | None = None
+    quantise: EightBit | None = None
     num_steps: int = 10
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
     tokenizer: str | None = None
@@ -127,8 +130,9 @@ class Model:
         name, checkpoint = self.named(environment)
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
-        options = {"dtype": self.dtype, "num_steps": self.num_steps, "prompt_lengths": self.prompt_lengths}
-        return sources.describe(name, folder, pruner, choices, note=note, **options)
+        options = self.options()
+        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "prompt_lengths")}
+        return sources.describe(name, folder, pruner, choices, note=note, **known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model import pi0, precision
 from safe_pruner_jax.model.checkpoint import fetch, load_params
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params, spec
@@ -58,6 +58,7 @@ def load_policy(
     tokenizer: str | os.PathLike | None = None,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    quantise: precision.EightBit | None = None,
     num_steps: int = 10,
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
     seed: int = 0,
@@ -75,6 +76,8 @@ def load_policy(
       dtype: activation dtype, "bfloat16" or "float32"; None takes the configuration's.
       param_dtype: dtype the checkpoint is cast to while it is read; None takes the activation dtype. (openpi always
         reads bfloat16.)
+      quantise: 8-bit weights for the language model and the expert, see `model.precision`; a device that cannot run
+        them takes the next best, and the log says so.
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths programs are compiled for.
       seed: seed of the noise of every session.
@@ -103,6 +106,8 @@ def load_policy(
     stats = load_norm_stats(folder, config.asset_id)
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
     weights = jax.tree.map(jnp.asarray, pi0.prepare(params, model, num_steps=num_steps))
+    if quantise is not None and (usable := precision.usable(quantise, model.dtype)):
+        weights = precision.reduce(weights, usable)
     return Policy(
         Engine(weights, model, pruner),
         io,

@@ -50,12 +50,17 @@ def test_every_round_runs_every_step_and_the_first_rounds_do_not_count():
 
         return run
 
-    told = []
-    times = interleave({"a": step("a", 1), "b": step("b", 3)}, 2, warm_up=1, on_round=told.append, clock=lambda: now[0])
-    assert ran == ["a", "b"] * 3 and told == [1, 2, 3]
+    told, clock = [], lambda: now[0]
+    both = {"a": step("a", 1), "b": step("b", 3)}
+    times = interleave(both, 2, warm_up=1, on_round=lambda *row: told.append(row), clock=clock)
+    assert ran == ["a", "b"] * 3 and told == [(i, {"a": 1.0, "b": 3.0}) for i in (1, 2, 3)]
     assert times["a"].tolist() == [1, 1] and times["b"].tolist() == [3, 3]
     with pytest.raises(ValueError, match="at least 1, got 0"):
         interleave({}, 0)
+    # time is up before the second round, and the first one that counts runs all the same
+    enough = interleave({"a": step("a", 1)}, 9, warm_up=1, seconds=0.5, clock=clock)
+    assert enough["a"].tolist() == [1]
+    assert len(interleave({"a": step("a", 1)}, 9, warm_up=0, seconds=2.5, clock=clock)["a"]) == 3
 
 
 def test_a_ratio_is_taken_within_rounds():
@@ -171,10 +176,11 @@ def stand_in(tmp_path: Path, program: str) -> str:
 def test_the_command_measures_and_leaves_table_figure_and_numbers(tiny_libero, tmp_path, capsys):
     python = stand_in(tmp_path, STAND_IN)
     options = {"keeps": (0.25,), "pruners": ("safe",), "batches": (1, 2), "rounds": 2, "prompt": 9}
+    options |= {"quantise": ("int8",)}
     run_bench(Bench(config="mini_libero", out=tmp_path, openpi_python=python, **options))
     report = json.loads((tmp_path / "bench.json").read_text())
     wanted = {"openpi", "all slots", "full", "safe 0.25", "safe keyframe", "full ×2", "safe 0.25 ×2"}
-    wanted |= {"safe 0.25 ×2, 1 at a keyframe"}
+    wanted |= {"safe 0.25 ×2, 1 at a keyframe", "full, int8", "safe 0.25, int8"}
     assert wanted == set(report["modes"]) and report["baseline"] == "openpi"
     for name, row in report["modes"].items():
         assert row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"], name
@@ -182,6 +188,12 @@ def test_the_command_measures_and_leaves_table_figure_and_numbers(tiny_libero, t
     assert (
         ours["roofline_share"] > 0 and ours["times_full"]["median"] > 0 and set(ours["phases_ms"]) == set(modes.PHASES)
     )
+    eighth = report["modes"]["full, int8"]["weight_bytes"]["prefix"]
+    assert eighth < 0.5 * report["modes"]["full"]["weight_bytes"]["prefix"]
+    rounds = [json.loads(line) for line in (tmp_path / "bench.rounds.jsonl").read_text().splitlines()]
+    assert [row["warm_up"] for row in rounds] == [True, True, False, False]
+    again = 1e3 * np.median([row["seconds"]["full/step"] for row in rounds[2:]])
+    assert again == pytest.approx(report["modes"]["full"]["ms"]["median"])
     assert (tmp_path / "bench.png").stat().st_size > 5000
     assert "| openpi" in capsys.readouterr().out and "| mode |" in (tmp_path / "bench.md").read_text()
 

@@ -25,7 +25,8 @@ def interleave(
     rounds: int,
     *,
     warm_up: int = WARM_UP,
-    on_round: Callable[[int], None] = lambda number: None,
+    on_round: Callable[[int, dict[str, float]], None] = lambda number, seconds: None,
+    seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Wall times.
@@ -34,7 +35,8 @@ def interleave(
       steps: name → step.
       rounds: counted rounds, at least 1.
       warm_up: rounds before them that are not counted.
-      on_round: called after every round with its number, from 1, those of the warm-up included.
+      on_round: called after every round with its number, from 1, those of the warm-up included, and its times.
+      seconds: no round begins after so many, except the first counted one; None: all of them do.
       clock: seconds.
 
     Returns:
@@ -43,12 +45,15 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     times: dict[str, list[float]] = {name: [] for name in steps}
+    began = clock()
     for number in range(warm_up + rounds):
+        if seconds is not None and number > warm_up and clock() - began > seconds:
+            break
         for name, step in steps.items():
             start = clock()
             step()
             times[name].append(clock() - start)
-        on_round(number + 1)
+        on_round(number + 1, {name: values[-1] for name, values in times.items()})
     return {name: np.array(values[warm_up:]) for name, values in times.items()}
 
 

@@ -6,6 +6,7 @@ openpi bench --config pi05_libero --openpi-python /path/to/openpi/.venv/bin/pyth
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -24,7 +25,9 @@ from safe_pruner_jax.bench.clock import WARM_UP, Step, interleave, ratio, spread
 from safe_pruner_jax.bench.modes import Mode, example_of, make, random_weights, roofline_s, shapes_of, step_mode
 from safe_pruner_jax.bench.picture import bars, table
 from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.model import pi0, precision
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.precision import EightBit
 from safe_pruner_jax.policy import all_slots, layout_of
 from safe_pruner_jax.pruners import factory, full
 
@@ -48,13 +51,15 @@ class Bench:
       num_steps: denoise steps.
       pruners: methods, each at every share of `keeps`; their keyframes once.
       keeps: shares of the visual tokens kept.
+      quantise: 8-bit weights that every mode for one robot is also run with.
       batches: robots per step; more than one also with a quarter of them at a keyframe.
       rounds: counted rounds.
+      minutes: no further round begins after so many minutes of timing; the report says how many there were.
       phases: whether to time the phases of each step too.
       openpi_python: interpreter that can import openpi, with its pins; without one, the baseline is this
         package's path with all slots.
       openpi_variant: "dummy" takes openpi's test sizes, to try things out.
-      out: folder for NAME.json, NAME.md and NAME.png.
+      out: folder for NAME.json, NAME.md and NAME.png, and for NAME.rounds.jsonl, which gets every round as it ends.
       name: of these files.
     """
 
@@ -65,8 +70,10 @@ class Bench:
     num_steps: int = 10
     pruners: tuple[str, ...] = ("safe",)
     keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
+    quantise: tuple[EightBit, ...] = ()
     batches: tuple[int, ...] = (1,)
     rounds: int = 10
+    minutes: float | None = None
     phases: bool = True
     openpi_python: str | None = None
     openpi_variant: str = ""
@@ -142,10 +149,11 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
     alive, slots = layout_of(example, config), all_slots(config)
     report["limits"] = limits.as_json()
     report["layout"] = {"alive": alive.slots, "all slots": slots.slots, "visual": alive.visual, "text": alive.text}
-    report["weights_bytes"] = sum(a.nbytes for a in jax.tree.leaves(weights))
+    held = lambda tree: sum(a.nbytes for a in jax.tree.leaves(tree))
+    report["weights_bytes"] = held(weights)
     modes: list[Mode] = []
 
-    def add(name: str, layout: Any, pruner: Any, **options: Any) -> None:
+    def add(name: str, layout: Any, pruner: Any, weights: pi0.Weights = weights, **options: Any) -> None:
         say(f"compiling {name}")
         modes.append(step_mode(name, weights, config, layout, example, pruner, **options))
 
@@ -165,6 +173,17 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
                 some = max(1, robots // 4)
                 name = f"{pruner} {args.keeps[0]:g}{times}, {some} at a keyframe"
                 add(name, alive, make(pruner, args.keeps[0]), robots=robots, keyframes=some, phases=False)
+    for kind in args.quantise:
+        say(f"making {kind} weights")
+        usable = precision.usable(kind, config.dtype)
+        report.setdefault("quantise", {})[kind] = usable or "not possible on this device"
+        if usable != kind:
+            continue
+        small = precision.reduce(weights, kind)
+        report["weights_bytes"] += held((small.prefix, small.expert))  # the rest is shared
+        add(f"{FULL}, {kind}", alive, full(), small, phases=args.phases)
+        for pruner, keep in itertools.product(args.pruners, args.keeps):
+            add(f"{pruner} {keep:g}, {kind}", alive, make(pruner, keep), small, phases=args.phases)
     steps: dict[str, Step] = {}
     for mode in modes:
         say(f"memory of {mode.name}")
@@ -173,9 +192,17 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
     beside = report.pop("_openpi", None)
     if beside is not None:
         steps[OPENPI] = beside.step_seconds
-    rounds = args.rounds + WARM_UP
-    say("timing", total=rounds, completed=0)
-    times = interleave(steps, args.rounds, on_round=lambda number: say("timing", completed=number))
+    say("timing", total=args.rounds + WARM_UP, completed=0)
+    with (args.out / f"{args.name}.rounds.jsonl").open("w", encoding="utf-8") as file:
+
+        def ended(number: int, seconds: dict[str, float]) -> None:
+            file.write(json.dumps({"round": number, "warm_up": number <= WARM_UP, "seconds": seconds}) + "\n")
+            file.flush()
+            say("timing", completed=number)
+
+        budget = None if args.minutes is None else 60 * args.minutes
+        times = interleave(steps, args.rounds, on_round=ended, seconds=budget)
+    report["rounds"] = rounds = len(next(iter(times.values())))
     if beside is not None:
         beside.close()
         before = {OPENPI: times.pop(OPENPI)}
@@ -184,7 +211,7 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
     report["baseline"] = base
     for mode in modes:
         own = {key.rpartition("/")[2]: t for key, t in times.items() if key.rpartition("/")[0] == mode.name}
-        row = _row(own["step"], whole, base, args.rounds) | mode.facts
+        row = _row(own["step"], whole, base, rounds) | mode.facts
         row["robots_per_s"] = mode.robots / float(np.median(own["step"]))
         row["phases_ms"] = {k: dataclasses.asdict(spread(1e3 * v)) for k, v in mode.phases(own).items()}
         if mode.robots == 1 and "macs" in row:

@@ -39,7 +39,7 @@ class Configuration:
       pruner, choices, plan: name, factory arguments and static plan of the method.
       policy: openpi's name of the configuration.
       checkpoint: from `checkpoint_fingerprint`.
-      precision: dtype of the activations.
+      precision: dtype of the activations, and of the weights where they are in 8 bits.
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths.
       replan: actions executed per policy call.

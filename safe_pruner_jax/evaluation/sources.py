@@ -88,6 +88,7 @@ def describe(
     choices: Mapping[str, Any],
     *,
     dtype: str | None = None,
+    quantise: str | None = None,
     num_steps: int = 10,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     note: str = "",
@@ -98,7 +99,7 @@ def describe(
       policy: openpi's name of the configuration.
       folder: of the checkpoint, on this machine.
       pruner, choices: the method and the factory arguments that made it.
-      dtype, num_steps, prompt_lengths: as for `load_policy`.
+      dtype, quantise, num_steps, prompt_lengths: as for `load_policy`.
       note: enters the checkpoint's fingerprint.
 
     Raises:
@@ -115,7 +116,7 @@ def describe(
         plan=asdict(pruner.plan.for_depth(config.model.depth)),
         policy=policy,
         checkpoint=checkpoint_fingerprint(folder, note),
-        precision=dtype or config.model.dtype,
+        precision=(dtype or config.model.dtype) + (f", {quantise} weights" if quantise else ""),
         num_steps=num_steps,
         prompt_lengths=tuple(prompt_lengths),
     )

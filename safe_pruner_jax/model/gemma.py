@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, dense
+from safe_pruner_jax.arrays import Array, Matrix, columns, dense
 from safe_pruner_jax.model.config import GemmaConfig
 
 MASKED = -2.3819763e38  # what openpi writes over masked logits; a fully masked row becomes uniform
@@ -22,15 +22,16 @@ class LayerWeights:
     """One layer of one expert, ready to run.
 
     `gain1`/`gain2` [D] are 1 + scale of the two RMS norms, None in an adaptive expert. `qkv` [D, (N+2K)·H] and
-    `gate_up` [D, 2F] are fused projections; `out` [N·H, D] and `down` [F, D] close the two branches.
+    `gate_up` [D, 2F] are fused projections; `out` [N·H, D] and `down` [F, D] close the two branches. The matrices may
+    be in 8 bits (`precision`).
     """
 
     gain1: Array | None
     gain2: Array | None
-    qkv: Array
-    out: Array
-    gate_up: Array
-    down: Array
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
 
 
 @struct.dataclass
@@ -181,6 +182,6 @@ def layer(
 def keys_and_values(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
     """Only k and v [B, S, K, H] of a layer: all that the last prefix layer is needed for."""
     h, _ = rms_norm(x, w.gain1)
-    kv = dense(h, w.qkv[:, c.num_heads * c.head_dim :]).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)
+    kv = dense(h, columns(w.qkv, c.num_heads * c.head_dim)).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)
     k, v = jnp.split(kv, 2, axis=2)
     return _rotate(k, cos_sin), v
