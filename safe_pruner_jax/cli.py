@@ -12,7 +12,6 @@ openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
 import dataclasses
-import enum
 import functools
 import logging
 import sys
@@ -27,112 +26,21 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import command as analysis
 from safe_pruner_jax.bench.command import Bench, run_bench
 from safe_pruner_jax.coldstart import default_folder, keep_programs
-from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.figures import report_figures
 from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task, num_tasks, provenance
-from safe_pruner_jax.evaluation.records import Configuration, RecordFile, RecordsError, read_records
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
-from safe_pruner_jax.model.checkpoint import fetch
-from safe_pruner_jax.model.precision import EightBit
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
 from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
 from safe_pruner_jax.serving.episodes import EpisodeRecorder
 from safe_pruner_jax.serving.inspect import Inspect, header, run_inspect
 from safe_pruner_jax.serving.options import Serving
 from safe_pruner_jax.serving.wire import PROTOCOL
-from safe_pruner_jax.tokens import PROMPT_LENGTHS
 from safe_pruner_jax.training.command import Train, run_train
+from safe_pruner_jax.which import EnvMode, Model
 
 logger = logging.getLogger(__name__)
-
-
-class EnvMode(enum.Enum):
-    """Environments that have a default policy."""
-
-    ALOHA = "aloha"
-    ALOHA_SIM = "aloha_sim"
-    DROID = "droid"
-    LIBERO = "libero"
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A trained checkpoint.
-
-    Args:
-      config: openpi's name of the training configuration, for example pi05_libero.
-      dir: checkpoint folder, local or gs://.
-    """
-
-    config: str
-    dir: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Default:
-    """The policy that openpi publishes for the environment."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Embedded:
-    """The small policy inside this package; nothing is downloaded."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """What computes.
-
-    Args:
-      dtype: activations and weights; the default is the configuration's (bfloat16).
-      quantise: 8-bit weights for the language model and the expert, see docs/performance.md.
-      num_steps: denoise steps.
-      prompt_lengths: static prompt lengths, which a server compiles before it accepts clients. Fewer start faster; a
-        prompt is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
-      tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
-      seed: seed of the noise.
-      policy: what is run.
-    """
-
-    dtype: Literal["bfloat16", "float32"] | None = None
-    quantise: EightBit | None = None
-    num_steps: int = 10
-    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
-    tokenizer: str | None = None
-    seed: int = 0
-    policy: Checkpoint | Default | Embedded = dataclasses.field(default_factory=Default)
-
-    def named(self, environment: str) -> tuple[str, str | None]:
-        """Name of the configuration and folder or address of its checkpoint, None for the embedded one."""
-        match self.policy:
-            case Checkpoint(config, folder):
-                return config, folder
-            case Embedded():
-                return EMBEDDED, None
-        return DEFAULT_CHECKPOINTS[environment]
-
-    def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
-        """The policy, with its weights."""
-        name, checkpoint = self.named(environment)
-        if checkpoint is None:
-            logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
-        logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
-        return load_policy(name, checkpoint, pruner=pruner, **self.options(), **options)
-
-    def options(self) -> dict[str, Any]:
-        """The choices that `load_policy` takes by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Model) if field.name != "policy"}
-
-    def describe(self, environment: str, pruner: pruners.Pruner, choices: dict[str, Any]) -> Configuration:
-        """What an evaluation needs to know of it, before weights are read."""
-        name, checkpoint = self.named(environment)
-        get_config(name)  # a name that does not exist, before its checkpoint is looked for
-        folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
-        options = self.options()
-        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "prompt_lengths")}
-        return sources.describe(name, folder, pruner, choices, note=note, **known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +82,7 @@ def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
         policy.metadata[sources.SERVED]["protocol"] = PROTOCOL
     recorder = None
     if args.record:
-        recorder = _recorder(args, pruner, describe)
+        recorder = _recorder(args, pruner, describe, policy.engine.config.kernels)
     serve(
         args.serving.fleet(policy),
         host=args.host,
@@ -187,11 +95,13 @@ def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
     )
 
 
-def _recorder(args: Serve, pruner: pruners.Pruner, describe: bool) -> Recorder | EpisodeRecorder:
+def _recorder(
+    args: Serve, pruner: pruners.Pruner, describe: bool, kernels: tuple[str, ...]
+) -> Recorder | EpisodeRecorder:
     if args.record_as == "openpi":
         return Recorder("policy_records")
     name, checkpoint = args.named(args.env.name)
-    options = args.options() | {"default_prompt": args.default_prompt, "describe": describe}
+    options = args.options() | {"default_prompt": args.default_prompt, "describe": describe, "kernels": kernels}
     return EpisodeRecorder(
         "policy_records", header(name, checkpoint, pruner.name, args.pruner.keywords, options=options)
     )

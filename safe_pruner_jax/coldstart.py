@@ -15,13 +15,18 @@ LEAST_VERSION = (0, 6)
 """jax before this keeps no CPU programs that can be trusted: one was seen to crash on reading its own."""
 
 
+def trusted() -> bool:
+    """Whether this jax is new enough to read back what it has kept (`LEAST_VERSION`)."""
+    return tuple(int(part) for part in jax.__version__.split(".")[:2]) >= LEAST_VERSION
+
+
 def default_folder() -> Path | None:
     """Where programs are kept if nobody says otherwise.
 
     `$SAFE_PRUNER_PROGRAMS` ("none": nowhere), else `$XDG_CACHE_HOME/safe_pruner_jax/programs`, by default under
     ~/.cache; None where jax is too old to keep any.
     """
-    if tuple(int(part) for part in jax.__version__.split(".")[:2]) < LEAST_VERSION:
+    if not trusted():
         return None
     if chosen := os.environ.get("SAFE_PRUNER_PROGRAMS"):
         return None if chosen == "none" else Path(chosen)

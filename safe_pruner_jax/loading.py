@@ -7,6 +7,7 @@ load_policy("mini_libero", pruner=safe(keep=0.2))          the embedded policy, 
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import traverse_util
 
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.model import pi0, precision
+from safe_pruner_jax.model import pi0, precision, tune
 from safe_pruner_jax.model.checkpoint import fetch, load_params
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params, spec
@@ -59,6 +60,7 @@ def load_policy(
     dtype: str | None = None,
     param_dtype: str | None = None,
     quantise: precision.EightBit | None = None,
+    kernels: Literal["auto"] | tuple[str, ...] = (),
     num_steps: int = 10,
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
     seed: int = 0,
@@ -78,6 +80,8 @@ def load_policy(
         reads bfloat16.)
       quantise: 8-bit weights for the language model and the expert, see `model.precision`; a device that cannot run
         them takes the next best, and the log says so.
+      kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `model.tune` measures to be
+        faster on this device, none on a CPU. What is measured may change between starts, and with it the last bits.
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths programs are compiled for.
       seed: seed of the noise of every session.
@@ -108,6 +112,10 @@ def load_policy(
     weights = jax.tree.map(jnp.asarray, pi0.prepare(params, model, num_steps=num_steps))
     if quantise is not None and (usable := precision.usable(quantise, model.dtype)):
         weights = precision.reduce(weights, usable)
+    if kernels == "auto":
+        model, _ = tune.on_gpu(weights, model)
+    else:
+        model = model.replace(kernels=tuple(kernels))
     return Policy(
         Engine(weights, model, pruner),
         io,

@@ -29,7 +29,7 @@ class Server:
             self._command = [sys.executable, str(program)]
         else:
             model = ["policy:embedded", "--prompt-lengths", "16"]
-            self._command = [sys.executable, "-c", "import sys; from safe_pruner_jax.cli import main; sys.exit(main())"]
+            self._command = [sys.executable, "-m", "safe_pruner_jax"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

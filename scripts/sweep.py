@@ -25,8 +25,6 @@ from safe_pruner_jax.evaluation.libero import num_tasks
 from safe_pruner_jax.evaluation.records import METHOD, RecordsError, differences, read_records
 from safe_pruner_jax.pruners import PRUNERS
 
-RUN = "import sys; from safe_pruner_jax.cli import main; sys.exit(main())"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -120,7 +118,7 @@ def missing(sweep: Sweep, cell: Cell) -> int:
 
 def play(sweep: Sweep, cell: Cell) -> int:
     """Runs `openpi evaluate` for a cell in a process of its own; its exit code."""
-    return subprocess.run([sys.executable, "-c", RUN, "evaluate", *arguments(sweep, cell)]).returncode
+    return subprocess.run([sys.executable, "-m", "safe_pruner_jax", "evaluate", *arguments(sweep, cell)]).returncode
 
 
 def run(sweep: Sweep, play: Callable[[Sweep, Cell], int] = play) -> int:

@@ -1,15 +1,37 @@
-"""Hypothesis profiles and assert rewriting, shared by all tests."""
+"""Hypothesis profiles, assert rewriting, and what makes compiling cheap; shared by all tests."""
 
 import os
+import shutil
+import tempfile
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from safe_pruner_jax import coldstart
 
 pytest.register_assert_rewrite("laws", "synthetic", "tiny_engine")
 
 # the models are tiny, so compiling is most of the time: a quarter less with code that is not optimised
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # tests compile what they run, and leave nothing behind
+os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # servers leave nothing behind
+
+# one program is compiled once for all workers, servers and notebooks of a run; the folder goes with the run
+PROGRAMS = None
+if "PYTEST_XDIST_WORKER" not in os.environ and coldstart.trusted():
+    PROGRAMS = tempfile.mkdtemp(prefix="programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    jax.config.update("jax_compilation_cache_dir", PROGRAMS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_unconfigure():
+    if PROGRAMS is not None:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
+
 
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # the first example compiles
 settings.register_profile("local", max_examples=50, **QUIET)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from safe_pruner_jax import cli
-from safe_pruner_jax.cli import Checkpoint, Default, Embedded, EnvMode, Evaluate, Serve, parse, split_pruner
+from safe_pruner_jax import cli, which
+from safe_pruner_jax.cli import Evaluate, Serve, parse, split_pruner
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.serving.options import Serving
+from safe_pruner_jax.which import Checkpoint, Default, Embedded, EnvMode
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,6 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_policy", lambda *args, **options: interrupted())
+    monkeypatch.setattr(which, "load_policy", lambda *args, **options: interrupted())
     assert cli.main(["serve", "policy:embedded"]) == 130
     assert capsys.readouterr().err.strip().endswith("openpi serve: interrupted")

@@ -24,10 +24,7 @@ print(json.dumps({"result": result, "taken": sum("cache_hits" in event for event
 """
 
 
-too_old = tuple(map(int, jax.__version__.split(".")[:2])) < coldstart.LEAST_VERSION
-
-
-@pytest.mark.skipif(too_old, reason="jax before 0.6 keeps no CPU programs to be trusted")
+@pytest.mark.skipif(not coldstart.trusted(), reason="jax before 0.6 keeps no CPU programs to be trusted")
 def test_a_second_process_takes_what_the_first_has_compiled(tmp_path):
     folder = tmp_path / "kept" / "programs"
     runs = []

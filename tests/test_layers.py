@@ -20,8 +20,9 @@ FLOORS = (
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
     ("training", "analysis"),
-    ("bench",),
+    ("bench", "which"),
     ("cli",),
+    ("__main__",),
 )
 """From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""
 

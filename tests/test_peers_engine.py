@@ -343,4 +343,4 @@ def test_saliency_of_rows_is_saliency_of_slots(engines):
         p = np.asarray(jax.nn.softmax(logits[layer][0], axis=-1)).mean(0)
         want = p[:N, N : N + LENGTHS[2]].mean(1)
         want[CONFIG.tokens_per_camera :] = 0  # the second camera is masked
-        close(got[0], want, 1e-6)
+        close(got[0], want, 3e-6)  # shares up to 0.2 in float32

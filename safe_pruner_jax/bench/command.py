@@ -25,7 +25,7 @@ from safe_pruner_jax.bench.clock import WARM_UP, Step, interleave, ratio, spread
 from safe_pruner_jax.bench.modes import Mode, example_of, make, random_weights, roofline_s, shapes_of, step_mode
 from safe_pruner_jax.bench.picture import bars, table
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.model import pi0, precision
+from safe_pruner_jax.model import pi0, precision, tune
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.precision import EightBit
 from safe_pruner_jax.policy import all_slots, layout_of
@@ -145,6 +145,9 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
     limits = machine.limits(config.dtype)
     say("making weights")
     weights = jax.block_until_ready(random_weights(config, args.num_steps))
+    say("trying kernels")
+    config, found = tune.on_gpu(weights, config)
+    report["kernels"] = {name: dataclasses.asdict(finding) for name, finding in found.items()}
     example = example_of(config, args.views, args.prompt)
     alive, slots = layout_of(example, config), all_slots(config)
     report["limits"] = limits.as_json()

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """Prefix order of the cameras; fixed by openpi whatever the order in a request."""
 
+KERNELS = ("attention", "gated_mlp")
+"""Names that `Pi0Config.kernels` may hold, see `model.kernels`."""
+
 
 @dataclass(frozen=True)
 class GemmaConfig:
@@ -46,6 +49,8 @@ class Pi0Config:
       discrete_state_input: whether the state is written into the prompt as text.
       image_size: side of the square input image, pixels.
       dtype: activation dtype, "bfloat16" or "float32".
+      cameras: their names, in prefix order.
+      kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `tune.tuned`.
 
     Raises:
       ValueError: sizes that cannot form one model.
@@ -63,6 +68,7 @@ class Pi0Config:
     image_size: int = 224
     dtype: str = "bfloat16"
     cameras: tuple[str, ...] = field(default=CAMERAS)
+    kernels: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -85,6 +91,8 @@ class Pi0Config:
                 f"vision.width must be a multiple of vision.num_heads, got {self.vision.width} and "
                 f"{self.vision.num_heads}"
             )
+        if unknown := set(self.kernels) - set(KERNELS):
+            raise ValueError(f"kernels: expected some of {', '.join(KERNELS)}, got {', '.join(sorted(unknown))}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f'dtype must be "bfloat16" or "float32", got {self.dtype!r}')
 

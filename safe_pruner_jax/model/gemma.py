@@ -43,6 +43,8 @@ class Modulation:
 
 
 Place = Callable[[Array, Array], tuple[Array, Array]]
+Attend = Callable[[Array, tuple["Segment", ...]], tuple[Array, Array | None]]
+Gate = Callable[[Array, Matrix], Array]
 
 
 @struct.dataclass
@@ -143,6 +145,12 @@ def attend(q: Array, segments: tuple[Segment, ...]) -> tuple[Array, Array]:
     return out, logits.swapaxes(2, 3).reshape(B, N, R, -1)
 
 
+def gate_and_up(x: Array, w: Matrix) -> Array:
+    """gelu(x @ gate) · (x @ up) [..., F] of the fused matrix w [D, 2F]."""
+    g, u = jnp.split(dense(x, w), 2, axis=-1)
+    return jax.nn.gelu(g) * u
+
+
 def layer(
     c: GemmaConfig,
     w: LayerWeights,
@@ -152,7 +160,9 @@ def layer(
     cache: tuple[Segment, ...] = (),
     mod: Modulation | None = None,
     place: Place | None = None,
-) -> tuple[Array, tuple[Array, Array], Array]:
+    attend: Attend = attend,
+    gate_and_up: Gate = gate_and_up,
+) -> tuple[Array, tuple[Array, Array], Array | None]:
     """One transformer block: x += gate · Attn(norm(x)); x += gate · MLP(norm(x)).
 
     Args:
@@ -164,9 +174,11 @@ def layer(
       cache: keys and values of earlier tokens, seen before the own ones.
       mod: adaptive norms, None for plain ones.
       place: puts the own keys and values among others before anybody sees them; None: they are all there is.
+      attend, gate_and_up: the two parts that a kernel may stand in for.
 
     Returns:
-      x, the own (placed) (k, v) [B, S, K, H], and the attention logits [B, N, S, keys], cached keys first.
+      x, the own (placed) (k, v) [B, S, K, H], and the attention logits [B, N, S, keys], cached keys first; None where
+      `attend` does not tell them.
     """
     h, gate = rms_norm(x, w.gain1, None if mod is None else mod.attn)
     q, k, v = project_qkv(c, w, h, cos_sin)
@@ -174,8 +186,7 @@ def layer(
     out, logits = attend(q, (*cache, Segment(k, v, mask)))
     x = x + gate * dense(out, w.out)
     h, gate = rms_norm(x, w.gain2, None if mod is None else mod.mlp)
-    g, u = jnp.split(dense(h, w.gate_up), 2, axis=-1)
-    x = x + gate * dense(jax.nn.gelu(g) * u, w.down)
+    x = x + gate * dense(gate_and_up(h, w.gate_up), w.down)
     return x, (k, v), logits
 
 

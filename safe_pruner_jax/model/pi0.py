@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 
 from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.model import gemma, siglip
+from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.rtc import Guide, guided
@@ -268,6 +268,7 @@ def expert_layers(
     alive: Array,
     mods: tuple[gemma.Modulation, ...] | None,
     logits_of: Layers = (),
+    use: tuple[str, ...] = (),
 ) -> tuple[Array, dict[int, Array]]:
     """Runs the expert over as many layers as `prefix` has segments.
 
@@ -278,6 +279,7 @@ def expert_layers(
       alive: [B] int32, alive slots of the *unpruned* prefix: the position of the first suffix row.
       mods: adaptive norms per layer for this flow time; None for π0.
       logits_of: layers whose attention logits are returned.
+      use: kernels; with the one for attention, `prefix` is padded (`_padded`).
 
     Returns:
       hidden rows [B, R, W] in the activation dtype, {layer: logits [B, N, R, P_layer + R]}.
@@ -288,11 +290,26 @@ def expert_layers(
     mask = jnp.asarray(suffix_mask(config))
     kept = {}
     for i, segment in enumerate(prefix):
-        mod = None if mods is None else mods[i]
-        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, (segment,), mod)
+        mod, how = None if mods is None else mods[i], {}
+        if kernels.ATTENTION in use and i not in logits_of:
+            how["attend"] = _fused_attention
+        if kernels.GATED_MLP in use:
+            how["gate_and_up"] = kernels.gated_mlp
+        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, (segment,), mod, **how)
         if i in logits_of:
             kept[i] = logits
     return h, kept
+
+
+def _fused_attention(q: Array, segments: tuple[gemma.Segment, ...]) -> tuple[Array, None]:
+    prefix, own = segments
+    return kernels.attention(q, prefix.k, prefix.v, prefix.mask[:, 0], own.k, own.v, own.mask), None
+
+
+def _padded(s: gemma.Segment) -> gemma.Segment:
+    """A prefix segment with as many keys as the kernel takes at a time; the new ones are masked."""
+    k, v = (kernels.padded(a, 1, kernels.KEYS) for a in (s.k, s.v))
+    return gemma.Segment(k, v, kernels.padded(s.mask, 2, kernels.KEYS))
 
 
 def velocity(
@@ -304,11 +321,11 @@ def velocity(
     x_t: Array,
     at: Schedule,
     logits_of: Layers = (),
+    use: tuple[str, ...] = (),
 ) -> tuple[Array, dict[int, Array]]:
     """v(x_t, t) [B, A, action_dim], and the attention logits of some layers; `at` is one time of a schedule."""
-    h, logits = expert_layers(
-        weights, config, suffix_tokens(weights, config, state, x_t, at.mix), prefix, alive, at.mods, logits_of
-    )
+    tokens = suffix_tokens(weights, config, state, x_t, at.mix)
+    h, logits = expert_layers(weights, config, tokens, prefix, alive, at.mods, logits_of, use)
     h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
     h = h[:, -config.action_horizon :]
     return h @ weights.action_out.w + weights.action_out.b, logits
@@ -363,11 +380,13 @@ def sample(
     first = {"half": s // 2, "all": 0, "last": s - 1}[late_steps]
     share = jnp.asarray(np.where(np.arange(s) >= first, 1.0 / (s - first), 0.0), jnp.float32)
     late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
+    use = config.kernels if guide is None else ()  # a guided step is differentiated
+    prefix = tuple(map(_padded, prefix)) if kernels.ATTENTION in use else prefix
 
     def step(carry, inputs):
         x, late = carry
         at, share = inputs
-        flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers)
+        flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers, use)
         v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
             now = [_late(config, logits[i], visual_alive, (columns or {}).get(i)) for i in late_layers]

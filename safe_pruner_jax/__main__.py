@@ -1,0 +1,7 @@
+"""`python -m safe_pruner_jax` is `openpi`."""
+
+import sys
+
+from safe_pruner_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,208 @@
+"""Pallas kernels for the action expert, whose few rows leave XLA with many small programs per layer.
+
+    attention      queries over the prefix's keys and the chunk's own, softmax, and the sum of the values, in one launch
+    gated_mlp      gelu(x @ gate) · (x @ up), in one launch and without the two products in memory
+
+A configuration names the kernels its programs use (`Pi0Config.kernels`); the default is none, which is the XLA path.
+`tune.tuned` tries each on the device against the XLA path and keeps those that compile, agree and are faster: a kernel
+is never used for another reason. They are written for GPUs (Triton) and can be interpreted anywhere, for tests.
+
+They give no logits and have no derivative: a layer whose logits are wanted, and a guided chunk, take the XLA path.
+"""
+
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from safe_pruner_jax.arrays import Array, Matrix, Scaled
+from safe_pruner_jax.model.config import KERNELS
+
+ROWS = 16
+"""Rows of a block: the least a tensor core multiplies; fewer are padded."""
+
+KEYS = 64
+"""Keys of a block; `padded` rounds a prefix up to it once, before the denoise steps."""
+
+COLUMNS = 64
+"""Columns of a block of the gated MLP, and rows of a block of its matrices."""
+
+ATTENTION, GATED_MLP = NAMES = KERNELS
+
+# jax 0.5 has the same class under another name; giving one at all is what chooses Triton
+TRITON = getattr(triton, "CompilerParams", None) or triton.TritonCompilerParams
+TRITON = TRITON(num_warps=4, num_stages=2)
+
+LOW = -1e30
+"""Logit of a key that is not there."""
+
+
+def padded(a: Array, axis: int, to: int) -> Array:
+    """`a` with zeros (False) behind `axis` up to a multiple of `to`."""
+    missing = -a.shape[axis] % to
+    if not missing:
+        return a
+    return jnp.pad(a, [(0, missing if i == axis % a.ndim else 0) for i in range(a.ndim)])
+
+
+def _interpreted(asked: bool | None) -> bool:
+    return jax.default_backend() == "cpu" if asked is None else asked
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def _online(q: Array, k: Array, v: Array, seen: Array, carry: tuple) -> tuple:
+    """One block of keys [Y, H] into the running (sum of values [X, H], maximum [X], sum of weights [X]) of q [X, H]."""
+    out, top, total = carry
+    logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = jnp.where(seen, logits, LOW)
+    now = jnp.maximum(top, logits.max(axis=1))
+    weights = jnp.exp(logits - now[:, None])
+    old = jnp.exp(top - now)
+    more = lax.dot_general(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return out * old[:, None] + more, now, total * old + weights.sum(axis=1)
+
+
+def _attention(q_ref, k_ref, v_ref, seen_ref, own_k_ref, own_v_ref, own_seen_ref, out_ref, *, keys: int):
+    q = q_ref[...]
+    rows, width = q.shape
+
+    def block(i, carry):
+        at = pl.ds(i * KEYS, KEYS)
+        return _online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
+
+    start = (jnp.zeros((rows, width), jnp.float32), jnp.full(rows, LOW, jnp.float32), jnp.zeros(rows, jnp.float32))
+    carry = lax.fori_loop(0, keys // KEYS, block, start)
+    out, _, total = _online(q, own_k_ref[...], own_v_ref[...], own_seen_ref[...] != 0, carry)
+    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Array,
+    own_k: Array,
+    own_v: Array,
+    own_seen: Array,
+    *,
+    interpret: bool | None = None,
+) -> Array:
+    """Grouped-query attention of a few rows over the prefix and themselves, without the logits in memory.
+
+    Args:
+      q: [B, R, N, H], scaled; query head h reads kv head h // (N/K).
+      k, v: [B, S, K, H] of the prefix, S a multiple of `KEYS` (`padded`).
+      seen: [B, S] bool, which of them are there; at least one key of all that a row sees must be.
+      own_k, own_v: [B, R, K, H].
+      own_seen: [1, R, R] bool, which of its own rows a row sees.
+      interpret: run without compiling; None: on a CPU only.
+
+    Returns:
+      [B, R, N·H] in q's dtype; accumulated in float32.
+
+    Raises:
+      ValueError: S is not a multiple of `KEYS`.
+    """
+    B, R, N, H = q.shape
+    S, K = k.shape[1:3]
+    if S % KEYS:
+        raise ValueError(f"k: expected a multiple of {KEYS} keys, got {S}; use kernels.padded")
+    G = N // K
+    x = padded(q.reshape(B, R, K, G, H).swapaxes(1, 2).reshape(B, K, R * G, H), 2, ROWS)
+    heads = lambda a: a.swapaxes(1, 2)  # a view with one kv head
+    own = [padded(heads(a), 2, ROWS) for a in (own_k, own_v)]
+    allowed = padded(padded(jnp.repeat(own_seen[0], G, axis=0), 0, ROWS), 1, ROWS).astype(jnp.int32)
+    X, Y = x.shape[2], own[0].shape[2]
+    whole = lambda n: pl.BlockSpec((None, None, n, H), lambda b, h, i: (b, h, 0, 0))
+    rows = pl.BlockSpec((None, None, ROWS, H), lambda b, h, i: (b, h, i, 0))
+    out = pl.pallas_call(
+        partial(_attention, keys=S),
+        grid=(B, K, X // ROWS),
+        in_specs=[
+            rows,
+            whole(S),
+            whole(S),
+            pl.BlockSpec((None, S), lambda b, h, i: (b, 0)),
+            whole(Y),
+            whole(Y),
+            pl.BlockSpec((ROWS, Y), lambda b, h, i: (i, 0)),
+        ],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct((B, K, X, H), q.dtype),
+        compiler_params=TRITON,
+        interpret=_interpreted(interpret),
+    )(x, heads(k), heads(v), seen.astype(jnp.int32), *own, allowed)
+    return out[:, :, : R * G].reshape(B, K, R, G, H).swapaxes(1, 2).reshape(B, R, N * H)
+
+
+# --- gated MLP ----------------------------------------------------------------------------------------------
+
+
+def _gated(x_ref, gate_ref, up_ref, *rest):
+    *scales, out_ref = rest
+    rows, depth = x_ref.shape
+    columns = out_ref.shape[1]
+
+    def block(i, carry):
+        gate, up = carry
+        at = pl.ds(i * COLUMNS, COLUMNS)
+        x = x_ref[:, at]
+        times = lambda ref: jnp.dot(x, ref[at, :].astype(x.dtype), preferred_element_type=jnp.float32)
+        return gate + times(gate_ref), up + times(up_ref)
+
+    zero = jnp.zeros((rows, columns), jnp.float32)
+    gate, up = lax.fori_loop(0, depth // COLUMNS, block, (zero, zero))
+    if scales:
+        gate, up = (a * scale[...][None, :] for a, scale in zip((gate, up), scales, strict=True))
+    # gelu in its tanh form, as jax.nn.gelu has it
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    # tanh(a) = 1 - 2 / (exp(2a) + 1), which no compiler has to look up
+    gelu = gate * (1.0 - 1.0 / (jnp.exp(2.0 * inner) + 1.0))
+    out_ref[...] = (gelu * up).astype(out_ref.dtype)
+
+
+def gated_mlp(x: Array, gate_up: Matrix, *, interpret: bool | None = None) -> Array:
+    """gelu(x @ gate) · (x @ up), both products and what follows in one launch.
+
+    Args:
+      x: [..., D], D a multiple of `COLUMNS`.
+      gate_up: [D, 2F], gate first, F a multiple of `COLUMNS`; 8 bits are widened block by block.
+      interpret: run without compiling; None: on a CPU only.
+
+    Returns:
+      [..., F] in x's dtype; accumulated in float32.
+
+    Raises:
+      ValueError: D or F is not such a multiple.
+    """
+    D, F = gate_up.shape[0], gate_up.shape[1] // 2
+    if D % COLUMNS or F % COLUMNS:
+        raise ValueError(f"gate_up: expected [D, 2F] with D and F multiples of {COLUMNS}, got {D} and {F}")
+    rows = padded(x.reshape(-1, D), 0, ROWS)
+    half = F // COLUMNS
+    values = gate_up.values if isinstance(gate_up, Scaled) else gate_up
+    block = lambda offset: pl.BlockSpec((D, COLUMNS), lambda i, j: (0, j + offset))
+    scale = lambda offset: pl.BlockSpec((COLUMNS,), lambda i, j: (j + offset,))
+    scaled = isinstance(gate_up, Scaled)
+    out = pl.pallas_call(
+        _gated,
+        grid=(rows.shape[0] // ROWS, half),
+        in_specs=[
+            pl.BlockSpec((ROWS, D), lambda i, j: (i, 0)),
+            block(0),
+            block(half),
+            *([scale(0), scale(half)] if scaled else []),
+        ],
+        out_specs=pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows.shape[0], F), x.dtype),
+        compiler_params=TRITON,
+        interpret=_interpreted(interpret),
+    )(rows, values, values, *([gate_up.scale] * 2 if scaled else []))
+    count = functools.reduce(lambda a, b: a * b, x.shape[:-1], 1)
+    return out[:count].reshape(*x.shape[:-1], F)

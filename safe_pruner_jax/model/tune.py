@@ -1,0 +1,117 @@
+"""Which kernels a device should use: measured where the program is going to run, at warm-up.
+
+config, found = tuned(weights, config, keys=560)      found: {"attention": Finding("used", gain=1.3), …}
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.model import kernels, pi0
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.gemma import Segment
+
+logger = logging.getLogger(__name__)
+
+WORTH = 1.02
+"""How much faster the denoise steps must be with a kernel."""
+
+AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
+"""Largest difference of the actions over the largest action, by activation dtype."""
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a kernel.
+
+    Args:
+      verdict: "used", "slower", "differs" or "failed".
+      gain: how many times faster the denoise steps were with it; None where they were not timed.
+      why: of a failure.
+    """
+
+    verdict: str
+    gain: float | None = None
+    why: str = ""
+
+
+def tuned(
+    weights: pi0.Weights, config: Pi0Config, keys: int, *, robots: int = 1, clock=time.perf_counter
+) -> tuple[Pi0Config, dict[str, Finding]]:
+    """The configuration with the kernels that are faster here, tried one after the other on whole denoise loops.
+
+    Args:
+      weights, config: the model; kernels it already names are kept.
+      keys: prefix slots.
+      robots: rows of a batch.
+      clock: seconds.
+
+    Returns:
+      The configuration, and what became of every kernel. A kernel that does not compile or gives other actions is
+      left out and logged in one line.
+    """
+    arguments = _example(config, keys, robots)
+    found: dict[str, Finding] = {}
+    for name in kernels.NAMES:
+        if name in config.kernels:
+            continue
+        candidate = config.replace(kernels=(*config.kernels, name))
+        try:
+            found[name] = _compare(weights, config, candidate, arguments, clock)
+        except Exception as error:  # whatever the compiler of a device calls it
+            found[name] = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
+        if found[name].verdict == "used":
+            config = candidate
+        logger.log(
+            logging.WARNING if found[name].verdict in ("failed", "differs") else logging.INFO,
+            "kernel %s: %s%s",
+            name,
+            found[name].verdict,
+            f" ({found[name].why})" if found[name].why else f", {found[name].gain or 0:.2f} times as fast as XLA",
+        )
+    return config, found
+
+
+def on_gpu(weights: pi0.Weights, config: Pi0Config) -> tuple[Pi0Config, dict[str, Finding]]:
+    """`tuned` for two cameras and a short prompt, one robot; on a CPU nothing is tried and nothing changes."""
+    if jax.default_backend() == "cpu":
+        return config, {}
+    return tuned(weights, config, 2 * config.tokens_per_camera + 32)
+
+
+def _example(config: Pi0Config, keys: int, robots: int) -> tuple:
+    c, draw = config.prefix, lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    kv = draw(0, robots, keys, c.num_kv_heads, c.head_dim).astype(config.dtype)
+    segment = Segment(kv, kv, jnp.ones((robots, 1, keys), bool))
+    noise = draw(1, robots, config.action_horizon, config.action_dim)
+    return (segment,) * config.depth, jnp.full(robots, keys, jnp.int32), jnp.zeros_like(noise[:, 0]), noise
+
+
+def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, arguments: tuple, clock) -> Finding:
+    run = [jax.jit(partial(_actions, c)) for c in (config, candidate)]
+    before, after = (np.asarray(program(weights, *arguments), np.float64) for program in run)
+    difference = np.abs(after - before).max() / np.abs(before).max()
+    if not difference <= AGREE[config.dtype]:
+        return Finding("differs", why=f"actions by {difference:.1e}, expected at most {AGREE[config.dtype]:.0e}")
+    ratios = []
+    for _ in range(ROUNDS):
+        times = []
+        for program in run:
+            start = clock()
+            jax.block_until_ready(program(weights, *arguments))
+            times.append(clock() - start)
+        ratios.append(times[0] / times[1])
+    gain = float(np.median(ratios))
+    return Finding("used" if gain >= WORTH else "slower", gain)
+
+
+def _actions(config: Pi0Config, weights: pi0.Weights, *arguments) -> Array:
+    return pi0.sample(weights, config, *arguments)[0]

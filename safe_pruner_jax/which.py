@@ -1,0 +1,109 @@
+"""Which policy the commands run: the arguments that all of them share, and what becomes of them."""
+
+import dataclasses
+import enum
+import logging
+from typing import Any, Literal
+
+from safe_pruner_jax import pruners
+from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
+from safe_pruner_jax.evaluation import sources
+from safe_pruner_jax.evaluation.records import Configuration
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
+from safe_pruner_jax.model.checkpoint import fetch
+from safe_pruner_jax.model.precision import EightBit
+from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.tokens import PROMPT_LENGTHS
+
+logger = logging.getLogger(__name__)
+
+
+class EnvMode(enum.Enum):
+    """Environments that have a default policy."""
+
+    ALOHA = "aloha"
+    ALOHA_SIM = "aloha_sim"
+    DROID = "droid"
+    LIBERO = "libero"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A trained checkpoint.
+
+    Args:
+      config: openpi's name of the training configuration, for example pi05_libero.
+      dir: checkpoint folder, local or gs://.
+    """
+
+    config: str
+    dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Default:
+    """The policy that openpi publishes for the environment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """The small policy inside this package; nothing is downloaded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What computes.
+
+    Args:
+      dtype: activations and weights; the default is the configuration's (bfloat16).
+      quantise: 8-bit weights for the language model and the expert, see docs/performance.md.
+      kernels: "auto" takes the Pallas kernels that are faster on this GPU, measured at the start.
+      num_steps: denoise steps.
+      prompt_lengths: static prompt lengths, which a server compiles before it accepts clients. Fewer start faster; a
+        prompt is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
+      tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
+      seed: seed of the noise.
+      policy: what is run.
+    """
+
+    dtype: Literal["bfloat16", "float32"] | None = None
+    quantise: EightBit | None = None
+    kernels: Literal["none", "auto"] = "none"
+    num_steps: int = 10
+    prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
+    tokenizer: str | None = None
+    seed: int = 0
+    policy: Checkpoint | Default | Embedded = dataclasses.field(default_factory=Default)
+
+    def named(self, environment: str) -> tuple[str, str | None]:
+        """Name of the configuration and folder or address of its checkpoint, None for the embedded one."""
+        match self.policy:
+            case Checkpoint(config, folder):
+                return config, folder
+            case Embedded():
+                return EMBEDDED, None
+        return DEFAULT_CHECKPOINTS[environment]
+
+    def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
+        """The policy, with its weights."""
+        name, checkpoint = self.named(environment)
+        if checkpoint is None:
+            logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
+        logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
+        return load_policy(name, checkpoint, pruner=pruner, **self.options(), **options)
+
+    def options(self) -> dict[str, Any]:
+        """The choices that `load_policy` takes by name."""
+        chosen = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(Model) if field.name != "policy"
+        }
+        return chosen | {"kernels": () if self.kernels == "none" else self.kernels}
+
+    def describe(self, environment: str, pruner: pruners.Pruner, choices: dict[str, Any]) -> Configuration:
+        """What an evaluation needs to know of it, before weights are read."""
+        name, checkpoint = self.named(environment)
+        get_config(name)  # a name that does not exist, before its checkpoint is looked for
+        folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
+        options = self.options()
+        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "prompt_lengths")}
+        return sources.describe(name, folder, pruner, choices, note=note, **known)

@@ -1,0 +1,131 @@
+"""Kernels against the XLA path, interpreted; what the tuner makes of good, slow, wrong and broken ones."""
+
+import itertools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_engine import close
+
+from safe_pruner_jax.model import config as sizes
+from safe_pruner_jax.model import gemma, kernels, pi0, precision, tune
+from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
+from safe_pruner_jax.model.params import init_params
+
+
+def draw(i, *shape, dtype="float32"):
+    return jax.random.normal(jax.random.key(i), shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kv_heads", "keys", "rows"), [(1, 128, 10), (2, 64, 5), (1, 192, 16)])
+def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
+    B, N, H = 2, 4, 16
+    q, k, v = draw(0, B, rows, N, H, dtype=dtype), *(draw(i, B, keys, kv_heads, H, dtype=dtype) for i in (1, 2))
+    own = [draw(i, B, rows, kv_heads, H, dtype=dtype) for i in (3, 4)]
+    seen = jnp.arange(keys) < jnp.array([[keys], [keys - 37]])  # the second robot has dead slots
+    allowed = np.ones((1, rows, rows), bool)
+    allowed[:, 0, 1:] = False  # π0's state row sees itself alone
+    got = kernels.attention(q, k, v, seen, *own, jnp.asarray(allowed))
+    segments = (gemma.Segment(k, v, seen[:, None]), gemma.Segment(*own, jnp.asarray(allowed)))
+    want, _ = gemma.attend(q, segments)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    close(got.astype(jnp.float32), want.astype(jnp.float32), 2e-6 if dtype == "float32" else 3e-2)
+    # what is masked does not count, however large
+    spoiled = jnp.where(seen[..., None, None], k, 1e9)
+    close(kernels.attention(q, spoiled, v, seen, *own, jnp.asarray(allowed)), got, 0)
+
+
+@pytest.mark.parametrize("to", [None, "int8"])
+@pytest.mark.parametrize("shape", [(1, 10, 64), (3, 11, 128), (40, 64)])
+def test_gated_mlp_is_that_of_the_model(to, shape):
+    x, w = draw(0, *shape), draw(1, shape[-1], 2 * 192) * shape[-1] ** -0.5
+    w = w if to is None else precision.scaled(w, to)
+    got, want = kernels.gated_mlp(x, w), gemma.gate_and_up(x, w)
+    assert got.shape == want.shape == (*shape[:-1], 192)
+    close(got, want, 1e-5)
+
+
+def test_sizes_a_block_does_not_divide_are_told():
+    with pytest.raises(ValueError, match=r"expected a multiple of 64 keys, got 100; use kernels\.padded"):
+        q = draw(0, 1, 4, 2, 16)
+        kernels.attention(q, *[draw(1, 1, 100, 1, 16)] * 2, jnp.ones((1, 100), bool), *[q[:, :, :1]] * 2, None)
+    with pytest.raises(ValueError, match="multiples of 64, got 64 and 100"):
+        kernels.gated_mlp(draw(0, 4, 64), draw(1, 64, 200))
+
+
+@pytest.fixture(scope="module")
+def model():
+    layer = GemmaConfig(width=64, depth=3, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16)
+    vision = SiglipConfig(16, 1, 32, 2)
+    config = sizes.mini(prefix=layer, expert=layer, vision=vision, image_size=56, action_horizon=4)
+    return config, pi0.prepare(init_params(jax.random.key(0), config), config, num_steps=3)
+
+
+def test_denoise_steps_with_kernels_are_those_without(model):
+    config, weights = model
+    keys = 41  # not a multiple of a block
+    segments = tuple(
+        gemma.Segment(draw(i, 2, keys, 1, 16), draw(i + 9, 2, keys, 1, 16), jnp.arange(keys)[None, None] < 39)
+        for i in range(3)
+    )
+    segments = tuple(s.replace(mask=jnp.broadcast_to(s.mask, (2, 1, keys))) for s in segments)
+    alive, noise = jnp.full(2, 39), draw(20, 2, 4, 8)
+    late = {"visual_alive": jnp.ones((2, 32), bool), "late_layers": (1,)}
+    run = lambda c: pi0.sample(weights, c, segments, alive, noise[:, 0], noise, **late)
+    want = run(config)
+    for names in (kernels.NAMES[:1], kernels.NAMES[1:], kernels.NAMES):
+        actions, saliency = run(config.replace(kernels=names))
+        close(actions, want[0], 1e-5)
+        close(saliency, want[1], 1e-6)
+
+
+@pytest.mark.parametrize("name", kernels.NAMES)
+def test_a_gpu_compiler_takes_them(name):
+    """Down to Triton's own language, for π0.5's sizes: as far as it goes without a GPU."""
+    q, kv = jnp.zeros((1, 10, 8, 256), "bfloat16"), jnp.zeros((1, 576, 1, 256), "bfloat16")
+    own = kv[:, :10]
+    programs = {
+        kernels.ATTENTION: lambda: kernels.attention(
+            q, kv, kv, jnp.ones((1, 576), bool), own, own, jnp.ones((1, 10, 10), bool), interpret=False
+        ),
+        kernels.GATED_MLP: lambda: kernels.gated_mlp(q[0, :, 0].repeat(4, 1), w, interpret=False),
+    }
+    w = jnp.zeros((1024, 8192), "bfloat16")
+    text = jax.jit(programs[name]).trace().lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
+
+
+def ticks(gain):
+    """A clock by which the second of two programs is `gain` times as fast as the first."""
+    steps = itertools.cycle([0.0, 1.0, 0.0, 1.0 / gain])
+    total = itertools.accumulate(steps)
+    return lambda: next(total)
+
+
+def test_the_tuner_keeps_what_is_faster(model, caplog):
+    config, weights = model
+    chosen, found = tune.tuned(weights, config, 41, clock=ticks(1.5))
+    assert chosen.kernels == kernels.NAMES
+    assert {f.verdict for f in found.values()} == {"used"} and found["attention"].gain == pytest.approx(1.5)
+    chosen, found = tune.tuned(weights, config, 41, clock=ticks(1.01))
+    assert chosen.kernels == () and {f.verdict for f in found.values()} == {"slower"}
+
+
+def test_the_tuner_leaves_out_what_breaks_or_lies(model, caplog, monkeypatch):
+    config, weights = model
+
+    def breaks(*args):
+        raise RuntimeError("no such target\nlong trace")
+
+    monkeypatch.setattr(kernels, "attention", breaks)
+    true = kernels.gated_mlp
+    monkeypatch.setattr(kernels, "gated_mlp", lambda x, w: 1.01 * true(x, w))
+    with caplog.at_level(logging.WARNING):
+        chosen, found = tune.tuned(weights, config, 41, clock=ticks(2.0))
+    assert chosen.kernels == ()
+    assert found["attention"] == tune.Finding("failed", why="no such target")
+    assert found["gated_mlp"].verdict == "differs" and "expected at most 1e-04" in found["gated_mlp"].why
+    assert "kernel attention: failed (no such target)" in caplog.text and "long trace" not in caplog.text
