@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.engine import Engine, Inputs
-from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
+from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.pruners.base import (
     NO_HISTORY,
     Capture,
@@ -78,7 +78,7 @@ def main() -> None:
         image_size=112,
         dtype="float32",
     )
-    weights = jax.jit(lambda p: pi0.prepare(p, config))(embedded_params(config))
+    weights = jax.jit(lambda p: pi0.prepare(p, config))(draw_params(config))
     engine = Engine(weights, config, sticky(keep=0.25))
     control, rng = engine.init(seeds=(0,), cameras=2), np.random.default_rng(0)
     for t in range(3):

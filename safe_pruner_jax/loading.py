@@ -11,15 +11,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import pi0, precision, tune
 from safe_pruner_jax.model.checkpoint import fetch, load_params
-from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.params import Params, spec
+from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.observation import Tokenizer, load_norm_stats
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full
@@ -38,16 +35,6 @@ EMBEDDED_WEIGHTS = "seeded random weights (untrained: actions are noise)"
 def embedded_folder() -> Path:
     """Assets of the embedded policy inside the package: tokenizer and norm statistics."""
     return Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
-
-
-def embedded_params(config: Pi0Config, seed: int = 0) -> Params:
-    """Parameters of the embedded policy: float32 normal draws of a seeded NumPy generator, leaf by leaf."""
-    rng = np.random.default_rng(seed)
-    leaves = {
-        path: (mean + std * rng.standard_normal(shape)).astype(np.float32)
-        for path, (shape, mean, std) in spec(config).items()
-    }
-    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def load_policy(
@@ -98,7 +85,7 @@ def load_policy(
     pruner.plan.for_depth(model.depth)  # before gigabytes are read
     if checkpoint is None and config.name == EMBEDDED:
         folder = embedded_folder()
-        params = embedded_params(model)
+        params = draw_params(model)
     else:
         address = checkpoint if checkpoint is not None else config.default_checkpoint_uri
         if address is None:

@@ -12,9 +12,9 @@ import tiny_engine
 from tiny_engine import FakeTransform, close, compilations, example, inputs_of, poisoned, same
 
 from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
+from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.pruners.base import NO_HISTORY
@@ -146,7 +146,7 @@ def test_pi0_runs_with_its_state_token(queries):
         image_size=28,
         dtype="float32",
     )
-    weights = jax.jit(partial(pi0.prepare, config=config, num_steps=3))(embedded_params(config))
+    weights = jax.jit(partial(pi0.prepare, config=config, num_steps=3))(draw_params(config))
     engine = Engine(weights, config, PRUNERS["safe"](keep=1.0, cut=1, threshold=-1, queries=queries))
     rng = np.random.default_rng(0)
     one = example(config, rng.integers(0, 256, (2, 28, 28, 3), np.uint8), length=4)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import EMBEDDED, embedded_params, load_policy
+from safe_pruner_jax.loading import EMBEDDED, load_policy
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
+from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.pruners import fastv, full, safe
 
 DATA = Path(__file__).parent / "data"
@@ -75,9 +76,9 @@ def test_embedded_policy_needs_nothing_but_the_package():
     assert first["actions"].shape == (10, 7) and np.isfinite(first["actions"]).all()
 
 
-def test_embedded_params_are_seeded():
+def test_drawn_params_are_seeded():
     small = mini(prefix=GemmaConfig(16, 1, 16, 2, 1, 8), expert=GemmaConfig(16, 1, 16, 2, 1, 8), vocab_size=8)
-    a, b, c = (embedded_params(small, seed)["action_in_proj"]["kernel"] for seed in (0, 0, 1))
+    a, b, c = (draw_params(small, seed)["action_in_proj"]["kernel"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
 

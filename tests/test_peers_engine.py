@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.engine import Engine, Inputs
-from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
-from safe_pruner_jax.model.params import param_shapes
+from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.pruners import PRUNERS, make
 from safe_pruner_jax.pruners.base import NO_HISTORY
 
@@ -48,7 +47,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module")
 def weights():
-    params = jax.tree.map(lambda a: 2 * a, embedded_params(CONFIG))  # attention that is not flat
+    params = jax.tree.map(lambda a: 2 * a, draw_params(CONFIG))  # attention that is not flat
     return jax.jit(partial(pi0.prepare, config=CONFIG, num_steps=2))(params)
 
 

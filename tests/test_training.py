@@ -13,11 +13,10 @@ import pytest
 from test_loading import DATA
 
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import embedded_params
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import flow, pi0
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
-from safe_pruner_jax.model.params import param_shapes
+from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.observation import Tokenizer
 from safe_pruner_jax.training import augment, data, loop
 
@@ -55,7 +54,7 @@ def samples():
 @pytest.mark.parametrize("pi05", [True, False])
 def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
     config = tiny(depth=2, pi05=pi05)
-    params = embedded_params(config)
+    params = draw_params(config)
     rng = np.random.default_rng(0)
     B, draws, shape = 2, 3, (config.action_horizon, config.action_dim)
     images = rng.integers(0, 255, (B, 2, 28, 28, 3), np.uint8)
@@ -173,7 +172,7 @@ def equal(a, b):
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path):
     config, rows = tiny(), []
-    whole, step = loop.fit(config, samples, embedded_params(config), SETTINGS, tmp_path / "a", on_log=rows.append)
+    whole, step = loop.fit(config, samples, draw_params(config), SETTINGS, tmp_path / "a", on_log=rows.append)
     assert step == 6 and [r["step"] for r in rows if "loss" in r] == [2, 4, 6]
     assert [r["step"] for r in rows if "validation" in r] == [3, 6]
 
@@ -185,8 +184,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path
             raise Stop
 
     with pytest.raises(Stop):
-        loop.fit(config, samples, embedded_params(config), SETTINGS, tmp_path / "b", on_log=stop)
-    resumed, step = loop.fit(config, samples, embedded_params(config, seed=9), SETTINGS, tmp_path / "b")
+        loop.fit(config, samples, draw_params(config), SETTINGS, tmp_path / "b", on_log=stop)
+    resumed, step = loop.fit(config, samples, draw_params(config, seed=9), SETTINGS, tmp_path / "b")
     assert step == 6
     equal(whole, resumed)
 
@@ -201,7 +200,7 @@ def test_the_rate_falls_over_the_whole_run_or_over_its_end():
 def test_it_learns(samples, tmp_path):
     config, rows = tiny(), []
     settings = dataclasses.replace(SETTINGS, steps=60, augment=False, validation=0.0, log_every=10, save_every=60)
-    loop.fit(config, samples, embedded_params(config), settings, tmp_path, on_log=rows.append)
+    loop.fit(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
     losses = [r["loss"] for r in rows if "loss" in r]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -232,7 +231,7 @@ config = dataclasses.replace(get_config("mini_libero"), model=tiny())
 demos = [demo(9, 0), demo(6, 1)]
 made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
 settings = dataclasses.replace(SETTINGS, steps=2, augment=False, fsdp=True)
-params, _ = loop.fit(tiny(), made, embedded_params(tiny()), settings, __import__("pathlib").Path(sys.argv[2]))
+params, _ = loop.fit(tiny(), made, draw_params(tiny()), settings, __import__("pathlib").Path(sys.argv[2]))
 np.save(sys.argv[2] + "/w.npy", params["action_out_proj"]["kernel"])
 print(len(jax.devices()))
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config
@@ -108,8 +109,7 @@ def init_params(key: jax.Array, config: Pi0Config) -> Params:
     Deviations from openpi: plain normal draws everywhere, and SigLIP's head is not zero, so that the visual tokens of
     an untrained model differ from one another.
 
-    Every leaf shape compiles a draw of its own, which takes a CPU about a minute; `loading.embedded_params` draws with
-    NumPy instead.
+    Every leaf shape compiles a draw of its own, which takes a CPU about a minute; `draw_params` does without.
 
     Args:
       key: a PRNG key.
@@ -125,6 +125,16 @@ def init_params(key: jax.Array, config: Pi0Config) -> Params:
         for (path, (shape, mean, std)), k in zip(leaves.items(), keys, strict=True)
     }
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def draw_params(config: Pi0Config, seed: int = 0) -> Params:
+    """The same kind of parameters from a seeded NumPy generator, leaf by leaf: float32, and nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    leaves = {
+        path: (mean + std * rng.standard_normal(shape)).astype(np.float32)
+        for path, (shape, mean, std) in spec(config).items()
+    }
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def param_shapes(config: Pi0Config) -> Params:

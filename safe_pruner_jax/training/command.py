@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
-from safe_pruner_jax.loading import EMBEDDED, embedded_folder, embedded_params
+from safe_pruner_jax.loading import EMBEDDED, embedded_folder
 from safe_pruner_jax.model.checkpoint import fetch, load_params, save_params
-from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.model.params import Params, draw_params
 from safe_pruner_jax.observation import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats
 from safe_pruner_jax.training.loop import Settings, fit
@@ -67,7 +67,7 @@ def run_train(args: Train) -> None:
     samples = make_samples(demos, config, stats, Tokenizer(tokenizer, model.max_token_len))
     logger.info("%d demonstrations, %d samples, %d prompts", len(demos), len(samples.prompt), len(samples.tokens))
     del demos
-    params = embedded_params(model, args.settings.seed)
+    params = draw_params(model, args.settings.seed)
     if args.init is not None:
         params = resize_positions(load_any_grid(args.init, model), model.grid)
     columns = (
