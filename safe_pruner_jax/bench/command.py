@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class Bench:
     Args:
       config: whose sizes; see `openpi serve --help`.
       dtype: weights and activations; the default is the configuration's.
+      depth: layers of the language model and the expert, fewer than the model's: what does not fit, or not beside
+        openpi, still gives ratios. Cuts stay where they are.
       views: real cameras.
       prompt: alive prompt tokens.
       num_steps: denoise steps.
@@ -65,6 +68,7 @@ class Bench:
 
     config: str = "pi05_libero"
     dtype: Literal["bfloat16", "float32"] | None = None
+    depth: int | None = None
     views: int = 2
     prompt: int = 20
     num_steps: int = 10
@@ -92,6 +96,8 @@ def run_bench(args: Bench) -> None:
         factory(name)
     config = get_config(args.config).model
     config = config.replace(dtype=args.dtype or config.dtype)
+    if args.depth is not None:
+        config = config.replace(**{n: replace(getattr(config, n), depth=args.depth) for n in ("prefix", "expert")})
     fits(config)
     args.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
@@ -99,6 +105,7 @@ def run_bench(args: Bench) -> None:
         "machine": machine.describe(),
         "model": args.config,
         "dtype": config.dtype,
+        "depth": config.depth,
         "views": args.views,
         "prompt_tokens": args.prompt,
         "num_steps": args.num_steps,
@@ -243,6 +250,7 @@ def _openpi_alone(args: Bench, config: Pi0Config, report: dict, say: Callable) -
         return {}
     say("starting openpi")
     options = {"dtype": config.dtype, "cameras": args.views, "prompt": args.prompt, "horizon": config.action_horizon}
+    options |= {"depth": args.depth} if args.depth is not None else {}
     options |= {"steps": args.num_steps} | ({"variant": args.openpi_variant} if args.openpi_variant else {})
     try:
         child = Openpi(args.openpi_python, **options)

@@ -8,6 +8,7 @@ in an environment of its own. Weights are seeded random numbers of the released 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=20)
     parser.add_argument("--horizon", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--depth", type=int, default=0, help="layers of both experts; 0: as released")
     parser.add_argument("--variant", default="", help='"dummy" takes openpi\'s test sizes')
     args = parser.parse_args()
     try:
@@ -28,12 +30,15 @@ def main() -> int:
         import jax
         import jax.numpy as jnp
         import numpy as np
+        from openpi.models import gemma, pi0_config
         from openpi.models import model as openpi_model
-        from openpi.models import pi0_config
         from openpi.shared import array_typing, nnx_utils
     except ImportError as error:
         print(f"openpi cannot be imported: {error}", file=sys.stderr)
         return 3
+    if args.depth:
+        released = gemma.get_config
+        gemma.get_config = lambda variant: dataclasses.replace(released(variant), depth=args.depth)
     sizes = {"paligemma_variant": args.variant, "action_expert_variant": args.variant} if args.variant else {}
     config = pi0_config.Pi0Config(
         pi05=True, action_horizon=args.horizon, dtype=args.dtype, discrete_state_input=False, **sizes

@@ -16,7 +16,8 @@ def table(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     limits = report["limits"]
     head = (
-        f"{report['model']}, {report['dtype']}, {report['views']} views, {report['prompt_tokens']} prompt tokens in "
+        f"{report['model']}, {report['depth']} layers, {report['dtype']}, {report['views']} views, "
+        f"{report['prompt_tokens']} prompt tokens in "
         f"{report['layout']['text']} slots, {report['num_steps']} denoise steps, "
         f"{report['rounds']} runs after warm-up; "
         f"{m['device']} ({m['cpu']}, {m['cores']} cores), python {m['python']}, {versions}; best product "
