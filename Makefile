@@ -21,7 +21,7 @@ test: libero lint
 
 # openpi's pins matter for the model, the pruners and serving; the rest is tested on the newest versions
 NOT_PINNED := training evaluate records report demonstrations expert libero demo bench analysis trace notebooks sweep soak \
-	plotting promises asynchronous flops plans peers_history coldstart
+	plotting promises asynchronous flops plans peers peers_history coldstart layers cli scheduler rtc fleet new_pruner robots
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" $(NOT_PINNED:%=--ignore=tests/test_%.py) $(ARGS)
 

@@ -206,10 +206,11 @@ def test_without_openpi_the_baseline_says_what_it_is(tiny_libero, tmp_path, caps
         Openpi(str(tmp_path / "missing"))
     with pytest.raises(OpenpiUnavailable, match="killed by signal 9"):
         Openpi(stand_in(tmp_path, "import os; os.kill(os.getpid(), 9)"))
-    options = {"keeps": (0.25,), "rounds": 1, "prompt": 9, "phases": False, "pruners": ()}
+    options = {"keeps": (0.25,), "rounds": 1, "prompt": 9, "phases": False, "pruners": (), "depth": 3}
     run_bench(Bench(config="mini_libero", out=tmp_path, openpi_python=broken, **options))
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["baseline"] == "all slots" and "no module named openpi" in report["openpi"]
+    assert report["depth"] == len(report["modes"]["full"]["tokens_per_layer"]) == 3
 
 
 def test_bad_choices_are_told_before_anything_is_made(tiny_libero, tmp_path, monkeypatch):
