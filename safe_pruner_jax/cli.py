@@ -154,10 +154,11 @@ def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int 
     jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
     source: sources.Source | None = None
     if args.server:
-        config, source = sources.remote(args.server, (pruner.name, args.pruner.keywords) if describe else None)
+        asked = (pruner.name, args.pruner.keywords) if describe else None
+        config, source = sources.remote(args.server, asked, seed=args.seed)
     else:
         config = args.describe("LIBERO", pruner, args.pruner.keywords)
-        config = dataclasses.replace(config, noise=f"per episode, seed {args.seed}")
+        config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
     config = dataclasses.replace(config, simulator=provenance(), **protocol)
     with RecordFile(args.out, config) as file:
         try:

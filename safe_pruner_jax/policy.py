@@ -109,6 +109,7 @@ class Asked:
       reset: a new episode is asked for.
       noise: [A, action_dim] float32 to start the flow from; None draws it.
       overlap: how the new chunk lies on the last one, which it shall continue; None: it need not.
+      seed: of the noise of the episode that begins here; None: the policy's.
     """
 
     example: Example
@@ -118,6 +119,7 @@ class Asked:
     reset: bool
     noise: np.ndarray | None
     overlap: Overlap | None = None
+    seed: int | None = None
 
     @property
     def group(self) -> Hashable:
@@ -187,8 +189,8 @@ class Policy:
         """The host's half of a control step: pure, and safe to call from several threads.
 
         Args:
-          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"rtc": {"executed":
-            n, "delay": d}` makes its actions continue the last ones (`rtc`).
+          request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"seed": n` is where
+            its noise comes from, `"rtc": {"executed": n, "delay": d}` makes its actions continue the last ones (`rtc`).
           noise: [A, action_dim] float32 to start the flow from; None draws it.
 
         Raises:
@@ -198,7 +200,8 @@ class Policy:
         layout = layout_of(example, self.engine.config, self.prompt_lengths)
         noise = None if noise is None else np.asarray(noise, np.float32)
         reset, overlap = bool(request.get("reset", False)), _overlap(request.get("rtc"))
-        return Asked(example, context, layout, request.get("prompt"), reset, noise, overlap)
+        seed = _seed(request.get("seed"))
+        return Asked(example, context, layout, request.get("prompt"), reset, noise, overlap, seed)
 
     def advance(self, episodes: Sequence[Episode], asked: Sequence[Asked]) -> list[Outcome]:
         """One device step of robots whose requests are of one group, padded to a compiled size by repeating them.
@@ -216,6 +219,9 @@ class Policy:
         """
         engine, layout = self.engine, asked[0].layout
         afresh = [_afresh(episode, a) for episode, a in zip(episodes, asked, strict=True)]
+        for episode, new, a in zip(episodes, afresh, asked, strict=True):
+            if new and a.seed is not None:
+                episode.seed = a.seed
         controls = [
             engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
             for episode, new in zip(episodes, afresh, strict=True)
@@ -248,7 +254,7 @@ class Policy:
                 keyframe = fallback = True
                 left = alive
                 end = time.perf_counter()
-            pruning = _describe(keyframe, kappa, left, alive)
+            pruning = _describe(keyframe, kappa, left, alive, layout)
             if fallback:
                 pruning |= {"kappa": None, "fallback": True}
             if not np.isfinite(acts).all():
@@ -322,10 +328,10 @@ class Session:
           "actions" float64 [A, robot's action width]; "policy_timing" in milliseconds, measured until the actions
           are on the host: `infer_ms` (device work and transfers), and where the pruner decides `shallow_ms` (until
           its decision is known) and `rest_ms`; "pruning" with `kept` and `alive` visual tokens, `keyframe`,
-          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, and `fallback`
-          (True) if the step had to be computed on the full path because something was not finite; with an `rtc`
-          request "rtc": `overlap` steps of the last chunk that this one continues (0: there was none) and `frozen`, how
-          many of them are executed meanwhile.
+          `kappa` (None where undefined), `index`, the visual slots left after the last cut, ascending, the cameras
+          (`views`) and prompt slots (`text`) of this step, and `fallback` (True) if it had to be computed on the full
+          path because something was not finite; with an `rtc` request "rtc": `overlap` steps of the last chunk that
+          this one continues (0: there was none) and `frozen`, how many of them are executed meanwhile.
 
         Raises:
           RequestError: a bad request; the session is as it was before.
@@ -349,6 +355,15 @@ def _overlap(asked: Any) -> Overlap | None:
         return Overlap(asked["executed"], asked["delay"])
     except ValueError as error:
         raise RequestError("rtc", expected, str(error), advice) from error
+
+
+def _seed(asked: Any) -> int | None:
+    """The request's `seed`."""
+    if asked is None or (isinstance(asked, int | np.integer) and not isinstance(asked, bool) and 0 <= asked < 2**31):
+        return None if asked is None else int(asked)
+    raise RequestError(
+        "seed", "a whole number from 0 to 2³¹ - 1", repr(asked)[:40], "leave it away for the server's own"
+    )
 
 
 def _describe_overlap(overlap: Overlap, horizon: int) -> dict:
@@ -383,7 +398,7 @@ def _timing(start: float, decided: float | None, end: float) -> dict[str, float]
     return timing
 
 
-def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray) -> dict:
+def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray, layout: PrefixLayout) -> dict:
     """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
     index = np.flatnonzero(left).astype(np.int32)
     return {
@@ -392,4 +407,6 @@ def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray)
         "keyframe": keyframe,
         "kappa": None if math.isnan(kappa) else kappa,
         "index": index,
+        "views": list(layout.cameras),
+        "text": layout.text,
     }

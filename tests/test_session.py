@@ -9,6 +9,7 @@ from tiny_engine import SLOTS, BadRequest, FakeTransform, close, compilations, e
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
+from safe_pruner_jax.robots import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_a_reply_has_openpis_keys_and_says_what_was_pruned(policy, ask, alone):
         assert timing["infer_ms"] == pytest.approx(timing["shallow_ms"] + timing["rest_ms"])
         assert all(type(v) is float for v in timing.values())
         pruning = reply["pruning"]
-        assert set(pruning) == {"kept", "alive", "keyframe", "kappa", "index"}
+        assert set(pruning) == {"kept", "alive", "keyframe", "kappa", "index", "views", "text"}
+        assert (len(pruning["views"]), pruning["text"]) == (2, SLOTS)
         assert pruning["alive"] == 512 and pruning["kept"] == len(pruning["index"])
         assert type(pruning["keyframe"]) is bool
         assert pruning["index"].dtype == np.int32 and (np.diff(pruning["index"]) > 0).all()
@@ -118,6 +120,20 @@ def test_what_starts_an_episode_afresh(policy, ask):
     assert started_afresh(session.infer(ask(prompt="stop")))
     session.reset()
     assert started_afresh(session.infer(ask(prompt="stop")))
+
+
+def test_an_episode_draws_its_noise_from_the_seed_it_is_given(policy, ask):
+    session, other = policy.session(), policy.session()
+    own = session.infer(ask(reset=True))["actions"]
+    seeded = session.infer(ask(reset=True, seed=5))["actions"]
+    assert not np.array_equal(own, seeded)
+    np.testing.assert_array_equal(other.infer(ask(seed=5))["actions"], seeded)  # the first step begins an episode
+    # within an episode it changes nothing, and the next one begins from the last seed
+    np.testing.assert_array_equal(other.infer(ask("a0", seed=9))["actions"], session.infer(ask("a0"))["actions"])
+    np.testing.assert_array_equal(other.infer(ask(reset=True))["actions"], seeded)
+    for bad in (-1, 2**31, 1.5, True, "1"):
+        with pytest.raises(RequestError, match=r"\['seed'\]: expected a whole number from 0 to 2³¹ - 1, got "):
+            session.infer(ask(seed=bad))
 
 
 def test_sessions_do_not_share_anything(policy, ask):

@@ -74,8 +74,8 @@ class Robots:
 
     def _together(self, part: Part) -> Replies:
         """One device step of robots of one group."""
-        outcomes, (_, first) = self._fleet.step(part), part[0]
-        layout, compiled = first.layout, self._compiles(first.group, outcomes)
+        outcomes = self._fleet.step(part)
+        compiled = self._compiles(part[0][1].group, outcomes)
         replies: Replies = {}
         for (name, _), outcome in zip(part, outcomes, strict=True):
             if outcome.error is not None:
@@ -83,7 +83,6 @@ class Robots:
                 continue
             timing = {"infer_ms": outcome.reply["policy_timing"]["infer_ms"], "batch": len(part), "compiled": compiled}
             pruning = {k: v for k, v in outcome.pruning.items() if k != "index"}
-            pruning |= {"views": list(layout.cameras), "text": layout.text}
             replies[name] = outcome.reply | {"policy_timing": timing, "pruning": pruning}
         return replies
 

@@ -12,6 +12,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -180,7 +181,7 @@ class _Run:
         paper, exact = source.cost.of(episode) if source.cost else (None, None)
         record = Record(
             *_key(job),
-            seed=episode_seed(*_key(job), source.seed) if source.robots else None,
+            seed=None if source.seed is None else episode_seed(*_key(job), source.seed),
             outcome=episode.outcome,
             error=episode.error,
             steps=episode.steps,
@@ -213,6 +214,8 @@ class _Run:
             worker.stop()
             return
         job = self._todo[loaded if loaded in tasks else min(tasks, key=lambda task: crowd[task])].popleft()
+        if self._source.seed is not None:
+            job = replace(job, seed=episode_seed(*_key(job), self._source.seed))
         if self._source.robots:
-            self._source.robots.start(worker, episode_seed(*_key(job), self._source.seed))
+            self._source.robots.start(worker, job.seed)
         worker.start(job)

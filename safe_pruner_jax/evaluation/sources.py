@@ -11,7 +11,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -70,14 +70,14 @@ class Source:
       robots: in this process; None: every simulator asks `server`.
       server: websocket address.
       cost: of the calls, where it is known.
-      seed: the episodes' seeds are derived from it; a server has its own.
+      seed: the episodes' seeds are derived from it; None: of a server that is not this package's.
       device: what the policy runs on.
     """
 
     robots: Robots | None = None
     server: str | None = None
     cost: Cost | None = None
-    seed: int = 0
+    seed: int | None = 0
     device: str = ""
 
 
@@ -128,7 +128,9 @@ def local(policy: Policy, config: Configuration, *, batch: int = 8, seed: int = 
     return Source(Robots(policy, batch), None, Cost(engine.config, engine.plan, config.num_steps), seed, local_device())
 
 
-def remote(address: str, asked: tuple[str, Mapping[str, Any]] | None = None) -> tuple[Configuration, Source]:
+def remote(
+    address: str, asked: tuple[str, Mapping[str, Any]] | None = None, *, seed: int = 0
+) -> tuple[Configuration, Source]:
     """A policy server as the source of replies, and what it says about itself.
 
     A server that says nothing (openpi's own, or `--pruner=none`) is the method "server" with an unknown checkpoint.
@@ -136,6 +138,7 @@ def remote(address: str, asked: tuple[str, Mapping[str, Any]] | None = None) -> 
     Args:
       address: ws://host:port.
       asked: pruner and choices that it must have; None takes what it has.
+      seed: the episodes' seeds are derived from it, as in this process; only this package's servers are told.
 
     Raises:
       ConnectionError: there is no server.
@@ -152,11 +155,18 @@ def remote(address: str, asked: tuple[str, Mapping[str, Any]] | None = None) -> 
         raise ValueError(f"pruner: {address} runs {method[0]} {method[1] or ''}, leave --pruner to the server")
     if told:
         config, device = Configuration(**told["configuration"]), told["device"]
+        config = replace(config, noise=noise_of(seed))
         plan = make(config.pruner, **config.choices).plan
-        return config, Source(None, address, Cost(get_config(config.policy).model, plan, config.num_steps), 0, device)
-    return Configuration("server", {}, {}, "unknown", "unknown", "unknown", 0, ()), Source(
-        None, address, device=address
-    )
+        return config, Source(
+            None, address, Cost(get_config(config.policy).model, plan, config.num_steps), seed, device
+        )
+    unknown = Configuration("server", {}, {}, "unknown", "unknown", "unknown", 0, ())
+    return unknown, Source(None, address, seed=None, device=address)
+
+
+def noise_of(seed: int) -> str:
+    """What a configuration says about noise that is drawn from `records.episode_seed`."""
+    return f"per episode, seed {seed}"
 
 
 def local_device() -> str:

@@ -35,7 +35,7 @@ MakeEnv = Callable[[str, int], LiberoEnv]
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to play."""
+    """One episode to play; `seed` is the one a server is asked to draw its noise from."""
 
     suite: str
     task: int
@@ -44,6 +44,7 @@ class Job:
     max_steps: int | None = None
     delay: int = 0
     rtc: bool = False
+    seed: int | None = None
 
 
 class PolicyFailed(RuntimeError):
@@ -164,7 +165,7 @@ class _Player:
             env = self._environment(job.suite, job.task)
             if not job.trial < env.num_init_states:
                 return "fatal", f"{job.suite} task {job.task} has {env.num_init_states} trials, got {job.trial + 1}"
-            policy = self._ask if self._server is None else self._remote()
+            policy = self._ask if self._server is None else self._remote(job.seed)
             protocol = {"replan": job.replan, "max_steps": job.max_steps, "delay": job.delay, "rtc": job.rtc}
             episode = rollout(env, policy, init_state=job.trial, **protocol)
         except (LiberoUnavailable, _NoServer) as error:
@@ -198,11 +199,11 @@ class _Player:
             raise reply
         return reply
 
-    def _remote(self) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
+    def _remote(self, seed: int | None) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
         """The server's replies, for one episode: the first request asks it to forget the one before."""
         if self._client is None:
             self._client = connect(self._server)
-        fresh = iter([{"reset": True}])
+        fresh = iter([{"reset": True} if seed is None else {"reset": True, "seed": seed}])
         return lambda request: self._client.infer(request | next(fresh, {}))
 
 
