@@ -1,7 +1,10 @@
 """What became of one robot's control step: a reply or an error, and what happened on the way. No jax here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 
 class NonFinite(FloatingPointError):
@@ -21,8 +24,8 @@ class Outcome:
     Args:
       reply: openpi's reply; None after an error.
       error: what went wrong.
-      pruning: as in the reply (`kept`, `alive`, `keyframe`, `kappa`, `index`, `fallback`), also where that leaves it
-        out; empty if the backend does not prune.
+      pruning: as in the reply (`kept`, `alive`, `keyframe`, `kappa`, `index`, `views`, `text`, `fallback`), also where
+        that leaves it out; empty if the backend does not prune.
       fresh: the step started without a memory.
     """
 
@@ -30,3 +33,23 @@ class Outcome:
     error: Exception | None = None
     pruning: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
+
+
+def timing(start: float, decided: float | None, end: float) -> dict[str, float]:
+    """What a reply tells of time, in milliseconds, from times in seconds; `decided` where there is a decision."""
+    told = {"infer_ms": (end - start) * 1000}
+    if decided is not None:
+        told |= {"shallow_ms": (decided - start) * 1000, "rest_ms": (end - decided) * 1000}
+    return told
+
+
+def pruned(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray) -> dict:
+    """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
+    index = np.flatnonzero(left).astype(np.int32)
+    return {
+        "kept": len(index),
+        "alive": int(alive.sum()),
+        "keyframe": keyframe,
+        "kappa": None if math.isnan(kappa) else kappa,
+        "index": index,
+    }

@@ -24,7 +24,7 @@ import numpy as np
 from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.observation import Example
-from safe_pruner_jax.outcome import NonFinite, Outcome
+from safe_pruner_jax.outcome import NonFinite, Outcome, pruned, timing
 from safe_pruner_jax.robots import RequestError, brief
 from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
@@ -254,7 +254,7 @@ class Policy:
                 keyframe = fallback = True
                 left = alive
                 end = time.perf_counter()
-            pruning = _describe(keyframe, kappa, left, alive, layout)
+            pruning = pruned(keyframe, kappa, left, alive) | {"views": list(layout.cameras), "text": layout.text}
             if fallback:
                 pruning |= {"kappa": None, "fallback": True}
             if not np.isfinite(acts).all():
@@ -264,7 +264,7 @@ class Policy:
             episode.control, episode.prompt, episode.cameras = own, a.prompt, layout.cameras
             reply = self.transform.finish(acts, a.context)
             episode.chunk, episode.sent = acts, np.asarray(reply["actions"])
-            reply["policy_timing"] = _timing(start, info.decided_at, end)
+            reply["policy_timing"] = timing(start, info.decided_at, end)
             if a.overlap is not None:
                 reply["rtc"] = _describe_overlap(a.overlap, 0 if targets[row] is None else len(acts))
             if self.describe:
@@ -389,24 +389,3 @@ def _stack(controls: tuple[ControlState, ...]) -> ControlState:
 def _row(control: ControlState, row: jax.Array) -> ControlState:
     """One robot's control state out of a batch, still with its batch axis."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), control)
-
-
-def _timing(start: float, decided: float | None, end: float) -> dict[str, float]:
-    timing = {"infer_ms": (end - start) * 1000}
-    if decided is not None:
-        timing |= {"shallow_ms": (decided - start) * 1000, "rest_ms": (end - decided) * 1000}
-    return timing
-
-
-def _describe(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray, layout: PrefixLayout) -> dict:
-    """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
-    index = np.flatnonzero(left).astype(np.int32)
-    return {
-        "kept": len(index),
-        "alive": int(alive.sum()),
-        "keyframe": keyframe,
-        "kappa": None if math.isnan(kappa) else kappa,
-        "index": index,
-        "views": list(layout.cameras),
-        "text": layout.text,
-    }
