@@ -1,26 +1,20 @@
-"""Rebuild the tokenizer and norm statistics of the embedded policy (needs the LIBERO simulator for its sentences).
+"""Rebuild the tokenizer of the embedded policy (needs the LIBERO simulator for its sentences).
 
-python scripts/make_embedded_assets.py [--out safe_pruner_jax/assets/mini_libero]
+python scripts/make_tokenizer.py [--out safe_pruner_jax/assets/mini_libero]
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import tyro
 
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.evaluation.libero import SUITES, load_task, num_tasks
-from safe_pruner_jax.observation import NormStats, save_norm_stats
-
-# position (m), axis-angle (rad), fingers (m): bounds of what LIBERO's tables and the Panda's fingers allow
-STATE_LOW = [-0.5, -0.5, 0.0, 1.5, -3.6, -1.9, 0.0, -0.045]
-STATE_HIGH = [0.3, 0.5, 1.5, 3.7, 3.6, 1.3, 0.045, 0.0]
 
 
 def main(out: Path = Path("safe_pruner_jax/assets/mini_libero")) -> int:
-    """Writes `tokenizer.model` and `assets/<asset id>/norm_stats.json`.
+    """Writes `tokenizer.model`; a policy trained with another one has to be trained again.
 
     Args:
       out: folder to write to.
@@ -45,13 +39,6 @@ def main(out: Path = Path("safe_pruner_jax/assets/mini_libero")) -> int:
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    low, high = np.array(STATE_LOW), np.array(STATE_HIGH)
-    actions = np.ones(7)
-    stats = {
-        "state": NormStats((low + high) / 2, (high - low) / 4, low, high),
-        "actions": NormStats(actions * 0, actions / 2, -actions, actions),
-    }
-    save_norm_stats(out, config.asset_id, stats)
     print(f"{len(sentences)} sentences -> {out}")
     return 0
 

@@ -1,17 +1,30 @@
 """From a checkpoint on disk and a request dictionary to actions, against openpi's own policy."""
 
 import dataclasses
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import EMBEDDED, load_policy
+from safe_pruner_jax.loading import (
+    EMBEDDED,
+    PARAMS,
+    embedded_folder,
+    embedded_params,
+    load_policy,
+    save_embedded,
+)
+from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
-from safe_pruner_jax.model.params import draw_params
+from safe_pruner_jax.model.params import draw_params, param_shapes
+from safe_pruner_jax.observation import load_norm_stats, save_norm_stats
 from safe_pruner_jax.pruners import fastv, full, safe
+from safe_pruner_jax.tokens import budget
 
 DATA = Path(__file__).parent / "data"
 GEMMA = GemmaConfig(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
@@ -66,14 +79,50 @@ def test_request_to_actions_equals_openpi(golden, discrete):
 
 def test_embedded_policy_needs_nothing_but_the_package():
     policy = load_policy(EMBEDDED, pruner=safe(), prompt_lengths=(32,))
-    assert policy.engine.config == mini()
+    config = policy.engine.config
+    assert config == get_config(EMBEDDED).model and config.replace(image_size=224) == mini()
     request = policy.transform.config.robot.example(np.random.default_rng(0))
     session = policy.session()
     first, second = session.infer(request), session.infer(request)
     assert first["pruning"]["keyframe"] and not second["pruning"]["keyframe"]
-    assert second["pruning"]["kept"] == 102 and second["pruning"]["alive"] == 512
+    assert second["pruning"]["alive"] == 2 * config.tokens_per_camera
+    assert second["pruning"]["kept"] == budget(0.2, second["pruning"]["alive"])
     assert second["pruning"]["kappa"] == pytest.approx(1.0, abs=0.1)
     assert first["actions"].shape == (10, 7) and np.isfinite(first["actions"]).all()
+
+
+def test_embedded_parameters_fit_the_package_and_survive_the_trip(tmp_path):
+    file = embedded_folder() / PARAMS
+    assert file.stat().st_size < 24e6
+    params = embedded_params()
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, param_shapes(get_config(EMBEDDED).model))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    save_embedded(params, tmp_path)
+    with np.load(tmp_path / PARAMS) as again, np.load(file) as before:
+        assert all((again[name] == before[name]).all() and before[name].dtype == np.float16 for name in before.files)
+    params["action_out_proj"]["bias"] = params["action_out_proj"]["bias"] + 1e6
+    with pytest.raises(ValueError, match="action_out_proj/bias: expected values within ±65504, got 1"):
+        save_embedded(params, tmp_path)
+
+
+def test_a_trained_checkpoint_becomes_the_embedded_policy(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("embed", Path(__file__).parents[1] / "scripts" / "embed.py")
+    embed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(embed)
+    config, checkpoint, out = get_config(EMBEDDED), tmp_path / "checkpoint", tmp_path / "assets"
+    params = draw_params(config.model)
+    save_params(checkpoint, params)
+    save_norm_stats(checkpoint, config.asset_id, load_norm_stats(embedded_folder(), config.asset_id))
+    shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
+    assert embed.main(checkpoint, out) == 0 and "MB" in capsys.readouterr().out
+    with np.load(out / PARAMS) as file:
+        np.testing.assert_allclose(file["action_in_proj/kernel"], params["action_in_proj"]["kernel"], rtol=1e-3)
+    assert load_norm_stats(out, config.asset_id) and (out / "tokenizer.model").stat().st_size > 1000
+    (checkpoint / "tokenizer.model").unlink()
+    assert embed.main(checkpoint, out) == 2 and "tokenizer.model" in capsys.readouterr().err
+    embed.LARGEST = 1_000_000
+    shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
+    assert embed.main(checkpoint, out) == 2 and "expected at most 1 MB of parameters" in capsys.readouterr().err
 
 
 def test_drawn_params_are_seeded():
