@@ -29,8 +29,9 @@ from safe_pruner_jax.coldstart import default_folder, keep_programs
 from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.figures import report_figures
-from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task, num_tasks, provenance
+from safe_pruner_jax.evaluation.libero import load_task, num_tasks
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
+from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
 from safe_pruner_jax.serving.episodes import EpisodeRecorder

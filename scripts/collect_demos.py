@@ -234,7 +234,8 @@ def work() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the simulator prints
     from safe_pruner_jax.evaluation.expert import demonstrate
-    from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task, provenance
+    from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+    from safe_pruner_jax.evaluation.simulator import provenance
 
     env: LiberoEnv | None = None
     built: tuple | None = None

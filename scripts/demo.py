@@ -38,8 +38,9 @@ from rich.progress import Progress
 
 from safe_pruner_jax import flops
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.evaluation.libero import LiberoEnv, LiberoUnavailable, load_task, provenance
+from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
 from safe_pruner_jax.evaluation.rollout import rollout
+from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS
 from safe_pruner_jax.observation import Tokenizer
 from safe_pruner_jax.plotting import Shown, kept_patches_figure, video_frame

