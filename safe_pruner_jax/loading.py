@@ -35,6 +35,12 @@ EMBEDDED = "mini_libero"
 EMBEDDED_WEIGHTS = "trained on tasks 0, 1 and 2 of LIBERO-Object, 112² pixels; docs/training.md"
 """What the embedded policy can do; shown wherever it is used."""
 
+EMBEDDED_CHOICES = {"queries": "text", "fuse": 0.75, "threshold": 0.22}
+"""SAFE-Pruner's choices that `openpi analyze calibrate` proposes for the embedded policy (docs/results.md).
+
+At the paper's γ nearly every one of its steps is a keyframe.
+"""
+
 
 def embedded_folder() -> Path:
     """Assets of the embedded policy inside the package: parameters, tokenizer and norm statistics."""

@@ -41,7 +41,7 @@ from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES, EMBEDDED_WEIGHTS
 from safe_pruner_jax.observation import Tokenizer
 from safe_pruner_jax.plotting import Shown, kept_patches_figure, video_frame
 from safe_pruner_jax.pruners import Plan, full, safe
@@ -77,8 +77,10 @@ class Demo:
       init_state: initial state of the task.
       steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
       keep: share of the visual tokens that is kept.
-      queries: whose attention is the shallow saliency; None: the pruner's default.
-      threshold: γ, κ below it makes a keyframe; None: the pruner's default. `openpi analyze calibrate` finds both.
+      queries: whose attention is the shallow saliency.
+      fuse: λ, the share of the forecast in the score.
+      threshold: γ, κ below it makes a keyframe. These three default to what `openpi analyze calibrate` proposes for the
+        embedded policy.
       out: folder for what the demo writes.
     """
 
@@ -87,14 +89,14 @@ class Demo:
     init_state: int = 0
     steps: int | None = None
     keep: float = 0.2
-    queries: Literal["action", "text", "last"] | None = None
-    threshold: float | None = None
+    queries: Literal["action", "text", "last"] = EMBEDDED_CHOICES["queries"]
+    fuse: float = EMBEDDED_CHOICES["fuse"]
+    threshold: float = EMBEDDED_CHOICES["threshold"]
     out: Path = Path(__file__).parents[1] / "out" / "demo"
 
     def choices(self) -> dict[str, Any]:
         """What the pruner is told."""
-        given = {name: getattr(self, name) for name in ("keep", "queries", "threshold")}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: getattr(self, name) for name in ("keep", "queries", "fuse", "threshold")}
 
 
 # --- servers -----------------------------------------------------------------------------------------------

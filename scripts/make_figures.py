@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.loading import load_policy
+from safe_pruner_jax.loading import EMBEDDED_CHOICES, load_policy
 from safe_pruner_jax.plotting import Shown, methods_figure, paths_diagram
 from safe_pruner_jax.policy import Policy
 
@@ -34,7 +34,8 @@ def kept(keep: float = 0.2, call: int = 5) -> Figure:
     requests = [c.request for c in islice(recording.calls(), call + 1)]
     example, _ = policy.transform.prepare(requests[-1])
     for name in pruners.PRUNERS:
-        pruner = pruners.make(name) if name == "full" else pruners.make(name, keep=keep)
+        choices = {} if name == "full" else {"keep": keep} | (EMBEDDED_CHOICES if name == "safe" else {})
+        pruner = pruners.make(name, **choices)
         engine = Engine(policy.engine.weights, policy.engine.config, pruner)
         session = Policy(engine, policy.transform, seed=policy.seed, prompt_lengths=policy.prompt_lengths).session()
         told = [session.infer(request)["pruning"] for request in requests]
