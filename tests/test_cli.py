@@ -74,7 +74,7 @@ def test_split_pruner():
         (["policy:checkpoint", "--policy.config=pi05_libro", "--policy.dir=x"], "did you mean pi05_libero"),
         (["policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/no/such"], "/no/such"),
         (["policy:embedded", "--pruner=fastv", "--pruner.cut", "40"], "below the model's depth 8, got 40"),
-        (["policy:embedded", "--pruner=safe", "--pruner.keep", "600"], "at most 512 visual tokens"),
+        (["policy:embedded", "--pruner=safe", "--pruner.keep", "600"], "visual tokens (2 cameras ×"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_code_2(argv, text, capsys):

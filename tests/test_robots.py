@@ -203,7 +203,8 @@ def test_every_config_serves_its_own_example(name):
     assert example.state.shape == (config.model.action_dim,) and example.state.dtype == np.float32
     assert not example.state[config.robot.state_dim :].any()
     assert 0 < len(example.tokens) <= config.model.max_token_len
-    assert {im.shape for im in example.images.values()} == {(224, 224, 3)}
+    side = config.model.image_size
+    assert {im.shape for im in example.images.values()} == {(side, side, 3)}
     assert tuple(example.images) == tuple(example.image_mask) == config.model.cameras
     actions = np.zeros((config.model.action_horizon, config.model.action_dim), np.float32)
     reply = io.finish(actions, context)["actions"]

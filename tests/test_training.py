@@ -131,7 +131,8 @@ def test_batches_are_whole_passes_and_can_be_skipped():
 def test_frames_of_another_size_and_no_demonstration_are_refused():
     config, tokenizer = get_config("mini_libero"), Tokenizer(DATA / "toy_sentencepiece.model", 200)
     stats = data.norm_stats([demo(5, 0)])
-    with pytest.raises(ValueError, match=r"expected frames \[T, 224, 224, 3\], got \[5, 28"):
+    side = config.model.image_size
+    with pytest.raises(ValueError, match=rf"expected frames \[T, {side}, {side}, 3\], got \[5, 28"):
         data.make_samples([demo(5, 0)], config, stats, tokenizer)
     with pytest.raises(ValueError, match="at least one demonstration"):
         data.make_samples([], config, stats, tokenizer)
