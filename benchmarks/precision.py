@@ -22,6 +22,7 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.clock import ratio, spread
 from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES
 from safe_pruner_jax.model import precision
 from safe_pruner_jax.policy import Policy, Session
 from safe_pruner_jax.pruners import Pruner, full, safe
@@ -55,7 +56,9 @@ def main(
     """
     policy = load_policy(config, checkpoint, dtype=dtype)
     kinds = [None, *(kind for kind in precision.STORED if precision.usable(kind, policy.engine.config.dtype) == kind)]
-    paths = {"full": full, f"safe {keep:g}": lambda: safe(keep=keep)}
+    # at the paper's γ the embedded policy would hardly leave the full path
+    choices = EMBEDDED_CHOICES if config == EMBEDDED and checkpoint is None else {}
+    paths = {"full": full, f"safe {keep:g}": lambda: safe(keep=keep, **choices)}
     robots = {(path, kind): beside(policy, make(), kind) for path, make in paths.items() for kind in kinds}
     draws, size = np.random.default_rng(0), (policy.engine.config.action_horizon, policy.engine.config.action_dim)
     actions, times = {key: [] for key in robots}, {key: [] for key in robots}

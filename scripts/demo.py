@@ -39,6 +39,7 @@ from rich.progress import Progress
 from safe_pruner_jax import flops
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES, EMBEDDED_WEIGHTS
@@ -74,9 +75,11 @@ class Demo:
     Args:
       suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
       task: task of the suite.
-      init_state: initial state of the task.
+      init_state: initial state of the task; the default is one of those from which the embedded policy succeeds, with
+        and without pruning (docs/results.md).
       steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
-      keep: share of the visual tokens that is kept.
+      keep: share of the visual tokens that is kept; a policy with 128 of them needs a larger one than π0.5
+        (docs/results.md).
       queries: whose attention is the shallow saliency.
       fuse: λ, the share of the forecast in the score.
       threshold: γ, κ below it makes a keyframe. These three default to what `openpi analyze calibrate` proposes for the
@@ -86,9 +89,9 @@ class Demo:
 
     suite: str = "libero_object"
     task: int = 0
-    init_state: int = 0
+    init_state: int = 5
     steps: int | None = None
-    keep: float = 0.2
+    keep: float = 0.5
     queries: Literal["action", "text", "last"] = EMBEDDED_CHOICES["queries"]
     fuse: float = EMBEDDED_CHOICES["fuse"]
     threshold: float = EMBEDDED_CHOICES["threshold"]
@@ -221,7 +224,8 @@ def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], Non
         bar = progress.add_task(f"pruner {server.pruner}, robot actions", total=args.steps or env.max_steps)
 
         def policy(request: dict[str, Any]) -> dict[str, Any]:
-            start, reply = time.perf_counter(), client.infer(request)
+            begin = {} if steps else {"reset": True, "seed": episode_seed(args.suite, args.task, args.init_state)}
+            start, reply = time.perf_counter(), client.infer(request | begin)
             elapsed = (time.perf_counter() - start) * 1000
             seen, pruning = {name: request[key] for key, name in CAMERAS.items()}, reply.get("pruning", {})
             steps.append(Step(env.steps, server.pruner, seen, pruning, reply["policy_timing"], elapsed))

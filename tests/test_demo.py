@@ -102,7 +102,7 @@ def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
     pruned = [r for r in safe if not r["keyframe"]]
     assert len(pruned) == 2
     for r in pruned:
-        assert r["kept"] == len(r["index"]) == budget(0.2, visual) and r["index"] == sorted(set(r["index"]))
+        assert r["kept"] == len(r["index"]) == budget(0.5, visual) and r["index"] == sorted(set(r["index"]))
         assert -1 <= r["kappa"] <= 1
     for r in safe:
         assert 0 < r["shallow_ms"] < r["infer_ms"] < r["round_trip_ms"]
