@@ -27,7 +27,7 @@ from safe_pruner_jax.policy import Policy
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 
 
-def kept(keep: float = 0.2, call: int = 5) -> Figure:
+def kept(keep: float = 0.2, call: int = 8) -> Figure:
     """One frame through every pruner: what is left after the last cut, slots that are computed for `vla_cache`."""
     policy, shown = load_policy("mini_libero"), []
     (recording,) = episodes(EXAMPLE)
