@@ -19,8 +19,8 @@ import numpy as np
 import tyro
 
 from safe_pruner_jax.bench import machine
-from safe_pruner_jax.bench.clock import interleave, ratio, spread
 from safe_pruner_jax.bench.modes import example_of, make, random_weights
+from safe_pruner_jax.clock import interleave, ratio, spread
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import gemma, pi0
@@ -243,8 +243,7 @@ def main(
       out: JSON file to write; nothing is written without it.
     """
     model = get_config(config).model
-    shallow = {name: dataclasses.replace(getattr(model, name), depth=depth) for name in ("prefix", "expert")}
-    model = model.replace(dtype=dtype, **shallow)
+    model = model.replace(dtype=dtype).with_depth(depth)
     weights = jax.block_until_ready(random_weights(model))
     made = pairs(model, weights, views, prompt, keep)
     for pair in made[2:]:  # the first two differ in what they compute for dead or unused rows

@@ -19,21 +19,12 @@ import tyro
 
 from safe_pruner_jax import load_policy
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.analysis.rows import markdown
 from safe_pruner_jax.bench import machine
-from safe_pruner_jax.bench.clock import ratio, spread
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.clock import ratio, spread
 from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES
 from safe_pruner_jax.model import precision
-from safe_pruner_jax.policy import Policy, Session
-from safe_pruner_jax.pruners import Pruner, full, safe
-
-
-def beside(policy: Policy, pruner: Pruner, kind: str | None) -> Session:
-    """A robot of the same policy with another pruner and weights in 8 bits."""
-    weights = policy.engine.weights if kind is None else precision.reduce(policy.engine.weights, kind)
-    engine = Engine(weights, policy.engine.config, pruner)
-    made = Policy(engine, policy.transform, seed=policy.seed, prompt_lengths=policy.prompt_lengths)
-    return made.session()
+from safe_pruner_jax.pruners import full, safe
 
 
 def main(
@@ -59,7 +50,9 @@ def main(
     # at the paper's γ the embedded policy would hardly leave the full path
     choices = EMBEDDED_CHOICES if config == EMBEDDED and checkpoint is None else {}
     paths = {"full": full, f"safe {keep:g}": lambda: safe(keep=keep, **choices)}
-    robots = {(path, kind): beside(policy, make(), kind) for path, make in paths.items() for kind in kinds}
+    exactly = policy.engine.weights
+    stored = {kind: exactly if kind is None else precision.reduce(exactly, kind) for kind in kinds}
+    robots = {(p, k): policy.with_pruner(make(), stored[k]).session() for p, make in paths.items() for k in kinds}
     draws, size = np.random.default_rng(0), (policy.engine.config.action_horizon, policy.engine.config.action_dim)
     actions, times = {key: [] for key in robots}, {key: [] for key in robots}
     for source in data:
@@ -87,12 +80,15 @@ def main(
                 "times_full_precision": dataclasses.asdict(gain),
             }
         )
-    print("| path | weights | action error: mean, 99 % (standard deviations) | ms | times as fast |")
-    print("| --- | --- | --- | --- | --- |")
-    for r in rows:
-        error = f"{r['error_mean']:.1e}, {r['error_p99']:.1e}"
-        timing = f"{r['ms']['median']:.1f} | {r['times_full_precision']['median']:.2f}×"
-        print(f"| {r['path']} | {r['weights']} | {error} | {timing} |")
+    lines = [
+        [
+            *(r["path"], r["weights"], f"{r['error_mean']:.1e}, {r['error_p99']:.1e}"),
+            *(f"{r['ms']['median']:.1f}", f"{r['times_full_precision']['median']:.2f}×"),
+        ]
+        for r in rows
+    ]
+    columns = ["path", "weights", "action error: mean, 99 % (standard deviations)", "ms", "times as fast"]
+    print(markdown(columns, lines), end="")
     if out is not None:
         report = {
             "command": " ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]),

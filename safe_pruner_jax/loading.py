@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from safe_pruner_jax import tune
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.model import pi0, precision, tune
+from safe_pruner_jax.model import pi0, precision
 from safe_pruner_jax.model.checkpoint import fetch, load_params
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.observation import Tokenizer, load_norm_stats
@@ -28,6 +29,7 @@ PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """Tokenizer of every released checkpoint; openpi keeps it in the same cache."""
 
 PARAMS = "params.npz"
+"""File of the embedded parameters, in `embedded_folder()`."""
 
 EMBEDDED = "mini_libero"
 """Name of the configuration whose assets are inside the package."""
@@ -98,7 +100,7 @@ def load_policy(
         reads bfloat16.)
       quantise: 8-bit weights for the language model and the expert, see `model.precision`; a device that cannot run
         them takes the next best, and the log says so.
-      kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `model.tune` measures to be
+      kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `tune` measures to be
         faster on this device, none on a CPU. What is measured may change between starts, and with it the last bits.
       num_steps: denoise steps.
       prompt_lengths: static prompt lengths programs are compiled for.

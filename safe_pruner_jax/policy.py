@@ -23,8 +23,10 @@ import numpy as np
 
 from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.pi0 import Weights
 from safe_pruner_jax.observation import Example
 from safe_pruner_jax.outcome import NonFinite, Outcome, pruned, timing
+from safe_pruner_jax.pruners import Pruner
 from safe_pruner_jax.robots import RequestError, brief
 from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
@@ -154,6 +156,11 @@ class Policy:
         self.prompt_lengths = tuple(prompt_lengths)
         self.seed, self.describe = seed, describe
         self.metadata = dict(metadata or {})
+
+    def with_pruner(self, pruner: Pruner, weights: Weights | None = None) -> "Policy":
+        """The same policy with another pruner, and other weights where they are given."""
+        engine = Engine(self.engine.weights if weights is None else weights, self.engine.config, pruner)
+        return Policy(engine, self.transform, seed=self.seed, prompt_lengths=self.prompt_lengths)
 
     def session(self) -> "Session":
         """A fresh episode of one robot."""
@@ -359,11 +366,12 @@ def _overlap(asked: Any) -> Overlap | None:
 
 def _seed(asked: Any) -> int | None:
     """The request's `seed`."""
-    if asked is None or (isinstance(asked, int | np.integer) and not isinstance(asked, bool) and 0 <= asked < 2**31):
-        return None if asked is None else int(asked)
-    raise RequestError(
-        "seed", "a whole number from 0 to 2³¹ - 1", repr(asked)[:40], "leave it away for the server's own"
-    )
+    if asked is None:
+        return None
+    if isinstance(asked, int | np.integer) and not isinstance(asked, bool) and 0 <= asked < 2**31:
+        return int(asked)
+    advice = "leave it away for the server's own"
+    raise RequestError("seed", "a whole number from 0 to 2³¹ - 1", repr(asked)[:40], advice)
 
 
 def _describe_overlap(overlap: Overlap, horizon: int) -> dict:

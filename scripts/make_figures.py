@@ -19,10 +19,8 @@ from tyro.conf import Positional
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.loading import EMBEDDED_CHOICES, load_policy
 from safe_pruner_jax.plotting import Shown, methods_figure, paths_diagram
-from safe_pruner_jax.policy import Policy
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 
@@ -36,8 +34,7 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
     for name in pruners.PRUNERS:
         choices = {} if name == "full" else {"keep": keep} | (EMBEDDED_CHOICES if name == "safe" else {})
         pruner = pruners.make(name, **choices)
-        engine = Engine(policy.engine.weights, policy.engine.config, pruner)
-        session = Policy(engine, policy.transform, seed=policy.seed, prompt_lengths=policy.prompt_lengths).session()
+        session = policy.with_pruner(pruner).session()
         told = [session.infer(request)["pruning"] for request in requests]
         last, keyframes = told[-1], sum(p["keyframe"] for p in told)
         count = "keyframe" if last["keyframe"] else f"{last['kept']} of {last['alive']}"

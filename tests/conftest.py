@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 
-import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -21,11 +20,9 @@ PROGRAMS = None
 if "PYTEST_XDIST_WORKER" not in os.environ and coldstart.trusted():
     PROGRAMS = tempfile.mkdtemp(prefix="programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-    jax.config.update("jax_compilation_cache_dir", PROGRAMS)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    coldstart.keep_programs(PROGRAMS)  # for this process, which has imported jax; the variables are for its children
 
 
 def pytest_unconfigure():

@@ -14,8 +14,8 @@ import pytest
 from safe_pruner_jax import configs
 from safe_pruner_jax.bench import command, machine, modes
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
-from safe_pruner_jax.bench.clock import interleave, ratio, spread
 from safe_pruner_jax.bench.command import Bench, run_bench
+from safe_pruner_jax.clock import interleave, ratio, spread
 from safe_pruner_jax.flops import exact_flops
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import pi0

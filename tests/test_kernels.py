@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_engine import close
 
+from safe_pruner_jax import tune
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import gemma, kernels, pi0, precision, tune
+from safe_pruner_jax.model import gemma, kernels, pi0, precision
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import init_params
 

@@ -7,10 +7,10 @@ PACKAGE = "safe_pruner_jax"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
-    ("arrays", "coldstart"),
+    ("arrays", "clock", "coldstart"),
     ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
-    ("robots", "evidence"),
+    ("robots", "evidence", "tune"),
     ("control",),
     ("programs",),
     ("engine",),

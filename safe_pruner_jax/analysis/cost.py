@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.rows import Row, form, markdown, panels
+from safe_pruner_jax.clock import WARM_UP, Step, interleave, ratio
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
 from safe_pruner_jax.model import pi0
@@ -23,9 +24,6 @@ from safe_pruner_jax.observation import Example
 from safe_pruner_jax.policy import layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS, Pruner
 from safe_pruner_jax.tokens import PrefixLayout, budget
-
-WARM_UP = 2
-"""Rounds that are run and not counted."""
 
 
 def closed_form(config: Pi0Config, layout: PrefixLayout, keep: float, cut: int, num_steps: int = 10) -> Row:
@@ -70,7 +68,7 @@ def measure(
       example: what is asked at every step.
       keeps: shares of the visual tokens kept.
       cut: ℓs.
-      rounds: counted rounds, after `WARM_UP`.
+      rounds: counted rounds, after `clock.WARM_UP`.
       clock: seconds.
 
     Returns:
@@ -81,27 +79,27 @@ def measure(
     inputs = pack([example], layout)
     # γ = -1: no keyframe but the first
     pruners = [PRUNERS["full"](), *(PRUNERS["safe"](keep=keep, cut=cut, threshold=-1.0) for keep in keeps)]
-    steps = [_stepper(weights, config, pruner, inputs, len(layout.cameras), clock) for pruner in pruners]
-    times = np.array([[step() for step in steps] for _ in range(WARM_UP + rounds)])[WARM_UP:] * 1e3
+    steps = [_stepper(weights, config, pruner, inputs, len(layout.cameras)) for pruner in pruners]
+    times = list(
+        interleave({str(i): step for i, step in enumerate(steps)}, rounds, warm_up=WARM_UP, clock=clock).values()
+    )
     rows = []
-    for place, keep in enumerate(keeps, 1):
-        low, middle, high = np.percentile(times[:, 0] / times[:, place], (25, 50, 75))
+    for keep, pruned in zip(keeps, times[1:], strict=True):
+        gain = ratio(pruned, times[0])
         row = closed_form(config, layout, keep, cut, len(weights.schedule.times))
-        row |= {"ms": float(np.median(times[:, place])), "full_ms": float(np.median(times[:, 0]))}
-        rows.append(row | {"speedup": float(middle), "low": float(low), "high": float(high), "rounds": rounds})
+        row |= {"ms": 1e3 * float(np.median(pruned)), "full_ms": 1e3 * float(np.median(times[0]))}
+        rows.append(row | {"speedup": gain.median, "low": gain.low, "high": gain.high, "rounds": rounds})
     return rows
 
 
-def _stepper(weights, config, pruner: Pruner, inputs, cameras: int, clock) -> Callable[[], float]:
-    """A function that runs one step behind a keyframe and returns its seconds."""
+def _stepper(weights, config, pruner: Pruner, inputs, cameras: int) -> Step:
+    """One step behind a keyframe, with its result on the host."""
     engine = Engine(weights, config, pruner)
     _, control, _ = engine.step(engine.init((0,), cameras), jax.device_put(inputs))
 
-    def step() -> float:
-        start = clock()
+    def step() -> None:
         actions, _, _ = engine.step(control, jax.device_put(inputs))
         jax.device_get(actions)
-        return clock() - start
 
     return step
 

@@ -12,7 +12,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +19,14 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
+from safe_pruner_jax import tune
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
-from safe_pruner_jax.bench.clock import WARM_UP, Step, interleave, ratio, spread
 from safe_pruner_jax.bench.modes import Mode, example_of, make, random_weights, roofline_s, shapes_of, step_mode
 from safe_pruner_jax.bench.picture import bars, table
+from safe_pruner_jax.clock import WARM_UP, Step, interleave, ratio, spread
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.model import pi0, precision, tune
+from safe_pruner_jax.model import pi0, precision
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.precision import EightBit
 from safe_pruner_jax.policy import all_slots, layout_of
@@ -97,7 +97,7 @@ def run_bench(args: Bench) -> None:
     config = get_config(args.config).model
     config = config.replace(dtype=args.dtype or config.dtype)
     if args.depth is not None:
-        config = config.replace(**{n: replace(getattr(config, n), depth=args.depth) for n in ("prefix", "expert")})
+        config = config.with_depth(args.depth)
     fits(config)
     args.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.bench.clock import Step
 from safe_pruner_jax.bench.machine import Limits
+from safe_pruner_jax.clock import Step
 from safe_pruner_jax.engine import Engine, Inputs
 from safe_pruner_jax.flops import exact_flops, keys_per_layer, tokens_per_layer
 from safe_pruner_jax.model import pi0

@@ -115,6 +115,11 @@ class Pi0Config:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_depth(self, depth: int) -> "Pi0Config":
+        """A copy in which both experts have so many layers."""
+        cut = lambda expert: dataclasses.replace(expert, depth=depth)
+        return self.replace(prefix=cut(self.prefix), expert=cut(self.expert))
+
 
 _GEMMA_2B = GemmaConfig(2048, 18, 16384, 8, 1, 256)
 _GEMMA_300M = GemmaConfig(1024, 18, 4096, 8, 1, 256)

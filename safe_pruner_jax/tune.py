@@ -5,6 +5,7 @@ config, found = tuned(weights, config, keys=560)      found: {"attention": Findi
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.clock import interleave, ratio
 from safe_pruner_jax.model import kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
@@ -101,17 +103,15 @@ def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, argu
     difference = np.abs(after - before).max() / np.abs(before).max()
     if not difference <= AGREE[config.dtype]:
         return Finding("differs", why=f"actions by {difference:.1e}, expected at most {AGREE[config.dtype]:.0e}")
-    ratios = []
-    for _ in range(ROUNDS):
-        times = []
-        for program in run:
-            start = clock()
-            jax.block_until_ready(program(weights, *arguments))
-            times.append(clock() - start)
-        ratios.append(times[0] / times[1])
-    gain = float(np.median(ratios))
+    steps = {key: partial(_run, program, weights, arguments) for key, program in zip("-+", run, strict=True)}
+    times = interleave(steps, ROUNDS, warm_up=0, clock=clock)  # both have just run
+    gain = ratio(times["+"], times["-"]).median
     return Finding("used" if gain >= WORTH else "slower", gain)
 
 
 def _actions(config: Pi0Config, weights: pi0.Weights, *arguments) -> Array:
     return pi0.sample(weights, config, *arguments)[0]
+
+
+def _run(program: Callable, weights: pi0.Weights, arguments: tuple) -> None:
+    jax.block_until_ready(program(weights, *arguments))
