@@ -22,7 +22,7 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.analysis.rows import markdown
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.clock import ratio, spread
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES
+from safe_pruner_jax.loading import EMBEDDED, calibrated
 from safe_pruner_jax.model import precision
 from safe_pruner_jax.pruners import full, safe
 
@@ -48,7 +48,7 @@ def main(
     policy = load_policy(config, checkpoint, dtype=dtype)
     kinds = [None, *(kind for kind in precision.STORED if precision.usable(kind, policy.engine.config.dtype) == kind)]
     # at the paper's γ the embedded policy would hardly leave the full path
-    choices = EMBEDDED_CHOICES if config == EMBEDDED and checkpoint is None else {}
+    choices = calibrated() if config == EMBEDDED and checkpoint is None else {}
     paths = {"full": full, f"safe {keep:g}": lambda: safe(keep=keep, **choices)}
     exactly = policy.engine.weights
     stored = {kind: exactly if kind is None else precision.reduce(exactly, kind) for kind in kinds}

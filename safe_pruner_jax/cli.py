@@ -39,7 +39,7 @@ from safe_pruner_jax.serving.inspect import Inspect, header, run_inspect
 from safe_pruner_jax.serving.options import Serving
 from safe_pruner_jax.serving.wire import PROTOCOL
 from safe_pruner_jax.training.command import Train, run_train
-from safe_pruner_jax.which import EnvMode, Model
+from safe_pruner_jax.which import EnvMode, Method, Model
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +70,21 @@ class Serve(Model):
     serving: Serving = dataclasses.field(default_factory=Serving)
 
 
-def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
+def run_serve(args: Serve, method: Method) -> None:
     """Loads, warms up, listens until interrupted."""
     access, terms = args.serving.access(args.host), args.serving.terms()  # before gigabytes are read
     if args.programs != "none":
         keep_programs(args.programs or default_folder())
-    policy = args.load(args.env.name, pruner, default_prompt=args.default_prompt, describe=describe)
-    if describe and policy.transform.config.robot == LIBERO:
-        config = args.describe(args.env.name, pruner, args.pruner.keywords)
+    method = args.fit(args.env.name, method)
+    policy = args.load(args.env.name, method.make(), default_prompt=args.default_prompt, describe=method.describe)
+    if method.describe and policy.transform.config.robot == LIBERO:
+        config = args.describe(args.env.name, method)
         config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
         policy.metadata[sources.SERVED] = {"configuration": config.as_json(), "device": sources.local_device()}
         policy.metadata[sources.SERVED]["protocol"] = PROTOCOL
     recorder = None
     if args.record:
-        recorder = _recorder(args, pruner, describe, policy.engine.config.kernels)
+        recorder = _recorder(args, method, policy.engine.config.kernels)
     serve(
         args.serving.fleet(policy),
         host=args.host,
@@ -96,16 +97,13 @@ def run_serve(args: Serve, pruner: pruners.Pruner, describe: bool) -> None:
     )
 
 
-def _recorder(
-    args: Serve, pruner: pruners.Pruner, describe: bool, kernels: tuple[str, ...]
-) -> Recorder | EpisodeRecorder:
+def _recorder(args: Serve, method: Method, kernels: tuple[str, ...]) -> Recorder | EpisodeRecorder:
     if args.record_as == "openpi":
         return Recorder("policy_records")
     name, checkpoint = args.named(args.env.name)
-    options = args.options() | {"default_prompt": args.default_prompt, "describe": describe, "kernels": kernels}
-    return EpisodeRecorder(
-        "policy_records", header(name, checkpoint, pruner.name, args.pruner.keywords, options=options)
-    )
+    options = args.options() | {"default_prompt": args.default_prompt, "describe": method.describe, "kernels": kernels}
+    about = header(name, checkpoint, method.name, method.choices, options=options)
+    return EpisodeRecorder("policy_records", about)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +141,7 @@ class Evaluate(Model):
     retry_errors: bool = False
 
 
-def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int | None:
+def run_evaluate(args: Evaluate, method: Method) -> int | None:
     """Plays what the records file does not have."""
     part, _, parts = args.shard.partition("/")
     if not (part.isdigit() and parts.isdigit()):
@@ -155,16 +153,17 @@ def run_evaluate(args: Evaluate, pruner: pruners.Pruner, describe: bool) -> int 
     jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
     source: sources.Source | None = None
     if args.server:
-        asked = (pruner.name, args.pruner.keywords) if describe else None
+        asked = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
         config, source = sources.remote(args.server, asked, seed=args.seed)
     else:
-        config = args.describe("LIBERO", pruner, args.pruner.keywords)
+        method = args.fit("LIBERO", method)
+        config = args.describe("LIBERO", method)
         config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
     config = dataclasses.replace(config, simulator=provenance(), **protocol)
     with RecordFile(args.out, config) as file:
         try:
             if source is None and evaluate.remaining(jobs, file, args.retry_errors):
-                source = sources.local(args.load("LIBERO", pruner), config, batch=args.batch, seed=args.seed)
+                source = sources.local(args.load("LIBERO", method.make()), config, batch=args.batch, seed=args.seed)
             with Display(jobs, file) as display:
                 options = {"workers": args.workers, "retry_errors": args.retry_errors, "on_record": display.update}
                 evaluate.play(jobs, file, source, **options)
@@ -224,8 +223,8 @@ def split_pruner(argv: Sequence[str]) -> tuple[str, list[str]]:
     return name, rest
 
 
-def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, pruners.Pruner, bool]:
-    """A command's arguments and its pruner.
+def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, Method]:
+    """A command's arguments and its method.
 
     `--pruner=none` is the full path with exactly openpi's replies; every other name adds `pruning` to them.
 
@@ -233,22 +232,26 @@ def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, pruners.P
       ValueError: an unknown pruner or a choice out of range.
     """
     name, rest = split_pruner(argv)
-    factory = pruners.factory("full" if name == "none" else name)
+    pruner = "full" if name == "none" else name
 
     # tyro would report the ValueError of a factory as a usage error of its own: check choices after parsing
-    @functools.wraps(factory)
-    def choices(**given) -> Callable[[], pruners.Pruner]:
-        return functools.partial(factory, **given)
+    @functools.wraps(pruners.factory(pruner))
+    def choices(**all_of_them) -> dict[str, Any]:
+        return all_of_them
 
     field = ("pruner", Annotated[Any, arg(constructor=choices)])
     arguments = dataclasses.make_dataclass("Arguments", [field], bases=(command,), frozen=True, kw_only=True)
     arguments.__doc__ = command.__doc__
     args = tyro.cli(arguments, args=rest, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
-    return args, args.pruner(), name != "none"
+    options = {item.partition("=")[0] for item in rest if item.startswith("--pruner.")}
+    given = {option.removeprefix("--pruner.").removeprefix("no-").replace("-", "_") for option in options}
+    method = Method(pruner, args.pruner, frozenset(given & set(args.pruner)), describe=name != "none")
+    method.make()
+    return args, method
 
 
 class Command(NamedTuple):
-    """A command's arguments and what runs them: (args, pruner, describe), or (args) without a pruner; → exit code."""
+    """A command's arguments and what runs them: (args, method), or (args) without a pruner; → exit code."""
 
     arguments: type
     run: Callable[..., int | None]
@@ -273,7 +276,7 @@ def _analyze(name: str) -> Command:
 
     def run_analysis(args: Any) -> None:
         keep_all = pruners.make("full")
-        about = args.describe("LIBERO", keep_all, {}).as_json()
+        about = args.describe("LIBERO", Method("full", {})).as_json()
         told = {key: about[key] for key in ("policy", "checkpoint", "precision", "num_steps")} | {"seed": args.seed}
         run(args, lambda: args.load("LIBERO", keep_all), told)
 

@@ -4,10 +4,11 @@ load_policy("pi05_libero", "gs://openpi-assets/checkpoints/pi05_libero", pruner=
 load_policy("mini_libero", pruner=safe(keep=0.2))          the embedded policy, nothing to download
 """
 
+import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.observation import Tokenizer, load_norm_stats
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full
+from safe_pruner_jax.pruners.safe import safe
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
@@ -37,16 +39,34 @@ EMBEDDED = "mini_libero"
 EMBEDDED_WEIGHTS = "trained on tasks 0, 1 and 2 of LIBERO-Object, 112² pixels; docs/training.md"
 """What the embedded policy can do; shown wherever it is used."""
 
-EMBEDDED_CHOICES = {"queries": "text", "fuse": 0.75, "threshold": 0.22}
-"""SAFE-Pruner's choices that `openpi analyze calibrate` proposes for the embedded policy (docs/results.md).
-
-At the paper's γ nearly every one of its steps is a keyframe.
-"""
+CALIBRATION = "calibrate.json"
+"""What `openpi analyze calibrate` wrote for a checkpoint, where it has been put into the checkpoint's folder."""
 
 
 def embedded_folder() -> Path:
     """Assets of the embedded policy inside the package: parameters, tokenizer and norm statistics."""
     return Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
+
+
+def calibrated(folder: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Choices of `safe` that a checkpoint was calibrated to; none without a `CALIBRATION` in its folder.
+
+    Args:
+      folder: of the checkpoint; None is the embedded one.
+
+    Raises:
+      ValueError: the file is not one that `openpi analyze calibrate` writes.
+    """
+    path = (embedded_folder() if folder is None else Path(folder)) / CALIBRATION
+    if not path.is_file():
+        return {}
+    try:
+        choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
+        safe(**choices)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        expected = f"{path}: expected what `openpi analyze calibrate` writes"
+        raise ValueError(f"{expected}, got {type(error).__name__}: {error}; remove it") from error
+    return choices
 
 
 def embedded_params() -> Params:

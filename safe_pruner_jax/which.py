@@ -1,4 +1,4 @@
-"""Which policy the commands run: the arguments that all of them share, and what becomes of them."""
+"""Which policy and which method the commands run: the arguments that all of them share, and what becomes of them."""
 
 import dataclasses
 import enum
@@ -9,7 +9,7 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.evaluation import sources
 from safe_pruner_jax.evaluation.records import Configuration
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated, embedded_folder, load_policy
 from safe_pruner_jax.model.checkpoint import fetch
 from safe_pruner_jax.model.precision import EightBit
 from safe_pruner_jax.policy import Policy
@@ -50,6 +50,27 @@ class Embedded:
     """The small policy inside this package; nothing is downloaded."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What `--pruner` and its arguments ask for.
+
+    Attributes:
+      name: of the pruner.
+      choices: of its factory, all of them.
+      given: names of those that were written out; the others may follow the policy.
+      describe: whether replies tell about pruning; not for `--pruner=none`, whose replies are exactly openpi's.
+    """
+
+    name: str
+    choices: dict[str, Any]
+    given: frozenset[str] = frozenset()
+    describe: bool = True
+
+    def make(self) -> pruners.Pruner:
+        """The pruner; raises ValueError for a choice out of range."""
+        return pruners.make(self.name, **self.choices)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """What computes.
@@ -84,6 +105,23 @@ class Model:
                 return EMBEDDED, None
         return DEFAULT_CHECKPOINTS[environment]
 
+    def fit(self, environment: str, method: Method) -> Method:
+        """The method with what the checkpoint was calibrated to (`loading.calibrated`), unless given otherwise."""
+        if method.name != "safe":
+            return method
+        _, checkpoint = self.named(environment)
+        found = calibrated(fetch(checkpoint) if checkpoint else None)
+        own = {name: value for name, value in found.items() if name not in method.given}
+        if own:
+            logger.info("safe: calibrated to this policy: %s", ", ".join(f"{k} {v}" for k, v in own.items()))
+        elif "threshold" not in method.given and method.choices["every"] is None:
+            logger.warning(
+                "safe: γ = %g is the paper's, for another model; too high for this policy, it makes every step a "
+                "keyframe. `openpi analyze calibrate` finds its own (docs/analysis.md)",
+                method.choices["threshold"],
+            )
+        return dataclasses.replace(method, choices=method.choices | own)
+
     def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
         """The policy, with its weights."""
         name, checkpoint = self.named(environment)
@@ -99,11 +137,11 @@ class Model:
         }
         return chosen | {"kernels": () if self.kernels == "none" else self.kernels}
 
-    def describe(self, environment: str, pruner: pruners.Pruner, choices: dict[str, Any]) -> Configuration:
+    def describe(self, environment: str, method: Method) -> Configuration:
         """What an evaluation needs to know of it, before weights are read."""
         name, checkpoint = self.named(environment)
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
         options = self.options()
         known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "prompt_lengths")}
-        return sources.describe(name, folder, pruner, choices, note=note, **known)
+        return sources.describe(name, folder, method.make(), method.choices, note=note, **known)

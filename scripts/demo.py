@@ -42,7 +42,7 @@ from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
 from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_CHOICES, EMBEDDED_WEIGHTS
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.observation import Tokenizer
 from safe_pruner_jax.plotting import Shown, kept_patches_figure, video_frame
 from safe_pruner_jax.pruners import Plan, full, safe
@@ -51,6 +51,7 @@ from safe_pruner_jax.tokens import PrefixLayout, budget
 HOST = "127.0.0.1"
 REPLAN = 5  # actions per call, as openpi's client
 PROMPT_LENGTH = 32  # holds the prompts of the four usual suites; one length starts faster than all
+CALIBRATED = calibrated()
 CLIENT = "run .venv/bin/python -m pip install --no-deps -r requirements/openpi-client.txt"
 CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "wrist"}  # in slot order
 
@@ -59,9 +60,25 @@ signals: list[int] = []
 
 
 def interrupt(number: int, _frame: object) -> None:
-    """Handler of SIGINT and SIGTERM. What it raises may be lost: some libraries catch everything while they load."""
+    """Handler of SIGINT and SIGTERM.
+
+    What it raises may be lost: some libraries catch everything while they load, and Python drops what is raised while
+    it collects garbage. `interrupted` finds it again.
+    """
     signals.append(number)
     raise KeyboardInterrupt
+
+
+def interrupted() -> None:
+    """Raises what a signal raised where it was lost."""
+    if signals:
+        raise KeyboardInterrupt
+
+
+def dropped(what: Any) -> None:
+    """Python's report of an exception that it dropped; a lost `interrupt` is no news."""
+    if not isinstance(what.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(what)
 
 
 class DemoError(RuntimeError):
@@ -82,8 +99,7 @@ class Demo:
         (docs/results.md).
       queries: whose attention is the shallow saliency.
       fuse: λ, the share of the forecast in the score.
-      threshold: γ, κ below it makes a keyframe. These three default to what `openpi analyze calibrate` proposes for the
-        embedded policy.
+      threshold: γ, κ below it makes a keyframe. These three default to what the embedded policy was calibrated to.
       out: folder for what the demo writes.
     """
 
@@ -92,9 +108,9 @@ class Demo:
     init_state: int = 5
     steps: int | None = None
     keep: float = 0.5
-    queries: Literal["action", "text", "last"] = EMBEDDED_CHOICES["queries"]
-    fuse: float = EMBEDDED_CHOICES["fuse"]
-    threshold: float = EMBEDDED_CHOICES["threshold"]
+    queries: Literal["action", "text", "last"] = CALIBRATED["queries"]
+    fuse: float = CALIBRATED["fuse"]
+    threshold: float = CALIBRATED["threshold"]
     out: Path = Path(__file__).parents[1] / "out" / "demo"
 
     def choices(self) -> dict[str, Any]:
@@ -154,8 +170,7 @@ def wait_for(servers: list[Server]) -> None:
     with console.status("compiling") as status:
         waiting = servers
         while waiting := [s for s in waiting if not s.accepts()]:
-            if signals:
-                raise KeyboardInterrupt
+            interrupted()
             line = waiting[0].log.read_text(errors="replace").strip().rpartition("\n")[2]
             status.update(f"pruner {waiting[0].pruner}: {line[:100] or 'starting'}")
             time.sleep(0.5)
@@ -224,6 +239,7 @@ def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], Non
         bar = progress.add_task(f"pruner {server.pruner}, robot actions", total=args.steps or env.max_steps)
 
         def policy(request: dict[str, Any]) -> dict[str, Any]:
+            interrupted()
             begin = {} if steps else {"reset": True, "seed": episode_seed(args.suite, args.task, args.init_state)}
             start, reply = time.perf_counter(), client.infer(request | begin)
             elapsed = (time.perf_counter() - start) * 1000
@@ -375,6 +391,7 @@ def main(args: Demo) -> int:
     """Exit code: 0 done, 1 the demo failed, 2 not installed or wrong arguments, 128 + a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    sys.unraisablehook = dropped
     try:
         if importlib.util.find_spec("openpi_client") is None:
             raise ValueError(f"openpi's client is not installed: {CLIENT}")

@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.loading import EMBEDDED_CHOICES, load_policy
+from safe_pruner_jax.loading import calibrated, load_policy
 from safe_pruner_jax.plotting import Shown, methods_figure, paths_diagram
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
@@ -32,7 +32,7 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
     requests = [c.request for c in islice(recording.calls(), call + 1)]
     example, _ = policy.transform.prepare(requests[-1])
     for name in pruners.PRUNERS:
-        choices = {} if name == "full" else {"keep": keep} | (EMBEDDED_CHOICES if name == "safe" else {})
+        choices = {} if name == "full" else {"keep": keep} | (calibrated() if name == "safe" else {})
         pruner = pruners.make(name, **choices)
         session = policy.with_pruner(pruner).session()
         told = [session.infer(request)["pruning"] for request in requests]

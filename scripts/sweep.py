@@ -105,8 +105,8 @@ def missing(sweep: Sweep, cell: Cell) -> int:
     path = records_file(sweep, cell)
     records = read_records(path) if path.exists() else []
     if records:
-        args, pruner, _ = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
-        now = args.describe("LIBERO", pruner, args.pruner.keywords).as_json()
+        args, method = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
+        now = args.describe("LIBERO", args.fit("LIBERO", method)).as_json()
         same = lambda c: {key: c[key] for key in ("policy", "checkpoint", "precision", "num_steps", *METHOD)}
         if found := differences(same(records[-1].configuration), same(now)):
             raise RecordsError(

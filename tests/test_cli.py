@@ -1,5 +1,6 @@
 """The command line: arguments, and one clear line with exit code 2 for what cannot be served."""
 
+import inspect
 import logging
 import socket
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from safe_pruner_jax import cli, which
 from safe_pruner_jax.cli import Evaluate, Serve, parse, split_pruner
+from safe_pruner_jax.loading import calibrated
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.serving.options import Serving
 from safe_pruner_jax.which import Checkpoint, Default, Embedded, EnvMode
@@ -26,13 +28,13 @@ def serve_args(*argv: str):
 
 
 def test_openpis_own_arguments():
-    args, pruner, describe = serve_args(
+    args, method = serve_args(
         *("--env", "LIBERO", "--port", "8123", "--default-prompt", "fold", "--record"),
         *("policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/checkpoints/x"),
     )
     assert (args.env, args.port, args.default_prompt, args.record) == (EnvMode.LIBERO, 8123, "fold", True)
     assert args.policy == Checkpoint("pi05_libero", "/checkpoints/x")
-    assert pruner.name == "full" and not describe
+    assert method.name == "full" and not method.describe
 
 
 def test_defaults_are_openpis_but_for_the_loopback_address():
@@ -45,18 +47,39 @@ def test_defaults_are_openpis_but_for_the_loopback_address():
 def test_a_pruners_factory_arguments_may_stand_anywhere(where):
     pruner = ["--pruner=safe", "--pruner.keep", "0.3", "--pruner.queries", "text", "--pruner.late-layers", "0", "-1"]
     policy = ["policy:embedded", "--port", "1"]
-    args, made, describe = serve_args(*(pruner + policy if where == "before" else policy + pruner))
-    assert args.policy == Embedded() and args.port == 1 and describe
+    args, method = serve_args(*(pruner + policy if where == "before" else policy + pruner))
+    made = method.make()
+    assert args.policy == Embedded() and args.port == 1 and method.describe
+    assert method.given == {"keep", "queries", "late_layers"}
     assert made.plan.cut.keep == 0.3 and made.plan.capture[0].rows == "text" and made.plan.late_layers == (0, -1)
 
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_every_pruner_takes_its_choices_from_the_command_line(name):
-    args, made, describe = serve_args(f"--pruner={name}")
-    assert made.name == name and made.plan == PRUNERS[name]().plan and describe
-    if "layers" in args.pruner.keywords:
-        _, made, _ = serve_args(f"--pruner={name}", "--pruner.layers", "3", "9", "12")
-        assert made.plan == PRUNERS[name](layers=(3, 9, 12)).plan
+    _, method = serve_args(f"--pruner={name}")
+    assert method.name == name and method.make().plan == PRUNERS[name]().plan and method.describe and not method.given
+    if "layers" in method.choices:
+        _, method = serve_args(f"--pruner={name}", "--pruner.layers", "3", "9", "12")
+        assert method.make().plan == PRUNERS[name](layers=(3, 9, 12)).plan
+
+
+def test_safe_takes_what_the_policy_was_calibrated_to_unless_told_otherwise(tmp_path):
+    fitted = lambda *argv: (lambda args, method: args.fit("LIBERO", method).choices)(*serve_args(*argv))
+    paper = inspect.signature(PRUNERS["safe"]).parameters
+    found = calibrated()
+    assert set(found) == {"queries", "fuse", "threshold"} and found["threshold"] != paper["threshold"].default
+    chosen = fitted("policy:embedded", "--pruner=safe", "--pruner.keep", "0.3", "--pruner.fuse=0")
+    assert chosen["keep"] == 0.3 and chosen["fuse"] == 0 and chosen["threshold"] == found["threshold"]
+    written = fitted("policy:embedded", "--pruner=safe", "--pruner.threshold", str(paper["threshold"].default))
+    assert written["threshold"] == paper["threshold"].default and written["queries"] == found["queries"]
+    assert "fuse" not in fitted("policy:embedded", "--pruner=random")
+    own = ["policy:checkpoint", "--policy.config=mini_libero", f"--policy.dir={tmp_path}", "--pruner=safe"]
+    assert fitted(*own)["threshold"] == paper["threshold"].default
+    (tmp_path / "calibrate.json").write_text('{"choices": {"threshold": 0.5}}')
+    assert fitted(*own)["threshold"] == 0.5
+    (tmp_path / "calibrate.json").write_text('{"choices": {"threshold": 5}}')
+    with pytest.raises(ValueError, match=r"calibrate.json: expected what .* threshold: expected γ"):
+        fitted(*own)
 
 
 def test_split_pruner():
@@ -114,7 +137,7 @@ def test_delays_and_real_time_chunking_are_chosen_in_words():
 
 
 def test_evaluates_arguments():
-    args, pruner, _ = parse(
+    args, method = parse(
         Evaluate,
         [
             "--suite",
@@ -132,7 +155,7 @@ def test_evaluates_arguments():
     )
     assert (args.suite, args.tasks, args.trials, args.shard) == ("libero_object", (0, 1), 50, "1/1")
     assert (args.policy, args.out, args.server) == (Embedded(), Path("records.jsonl"), None)
-    assert args.pruner.keywords["keep"] == pruner.plan.cut.keep == 0.1
+    assert method.choices["keep"] == method.make().plan.cut.keep == 0.1
 
 
 def test_the_default_policy_of_evaluate_is_liberos():

@@ -377,6 +377,7 @@ def test_episodes_against_a_server(path):
         address = f"ws://127.0.0.1:{server.port}"
         config, source = remote(address, ("safe", {"keep": 0.2}))
         assert (config.pruner, config.policy, source.device) == ("safe", EMBEDDED, "gpu")
+        assert remote(address, ("safe", {}))[0] == config  # nothing written out: whatever it has
         with pytest.raises(ValueError, match=r"runs safe \{'keep': 0.2\}, leave --pruner"):
             remote(address, ("safe", {"keep": 0.1}))
         with RecordFile(path, config) as file:

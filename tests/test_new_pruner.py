@@ -46,8 +46,8 @@ def test_an_installed_package_brings_a_pruner(announced):
     assert {e.name for e in metadata.entry_points(group=pruners.GROUP)} >= {"sticky", "bad"}
     assert "sticky" in pruners.names() and "outside" not in sys.modules
     assert pruners.make("sticky", keep=7).plan.cut.keep == 7
-    args, pruner, describe = cli.parse(cli.Serve, ["--pruner=sticky", "--pruner.bonus", "2"], "openpi serve")
-    assert pruner.name == "sticky" and args.pruner.keywords["bonus"] == 2 and describe
+    _, method = cli.parse(cli.Serve, ["--pruner=sticky", "--pruner.bonus", "2"], "openpi serve")
+    assert method.make().name == "sticky" and method.choices["bonus"] == 2 and method.describe
     with pytest.raises(ValueError, match="expected a factory behind the entry point 'bad', got int"):
         pruners.factory("bad")
     with pytest.raises(ValueError, match="did you mean 'sticky'"):

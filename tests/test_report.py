@@ -165,6 +165,14 @@ def test_markdown_and_csv_say_the_same():
     assert float(read[1]["difference_low"]) == pytest.approx(rows[1].difference.low)
 
 
+def test_a_method_that_hardly_prunes_is_pointed_out():
+    told = lambda keyframes: markdown(
+        summarise(group(FULL, 8, keyframes=22) + group(CONFIGURATION, 6, keyframes=keyframes))
+    )
+    assert "keep 0.2, libero_object: 91% of the calls were keyframes" in told(20)
+    assert "calibrate" not in told(2)
+
+
 def test_figures_show_every_method_with_its_interval():
     rows = summarise(group(FULL, 8) + group(CONFIGURATION, 6))
     for figure in (success_by_keep(rows), success_by_flops(rows), success_by_flops(rows, exact=False)):

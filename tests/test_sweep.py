@@ -31,8 +31,8 @@ def player(sweep, played: list[str], codes: dict[str, int] | None = None):
         played.append(cell.name)
         if cell.name in (codes or {}):
             return codes[cell.name]
-        asked, pruner, _ = parse(Evaluate, sweep.arguments(args, cell), "openpi evaluate")
-        configuration = asked.describe("LIBERO", pruner, asked.pruner.keywords)
+        asked, method = parse(Evaluate, sweep.arguments(args, cell), "openpi evaluate")
+        configuration = asked.describe("LIBERO", asked.fit("LIBERO", method))
         part, parts = map(int, args.shard.split("/"))
         trials = range(args.trials * (part - 1) // parts, args.trials * part // parts)
         with RecordFile(sweep.records_file(args, cell), configuration) as file:
@@ -49,12 +49,13 @@ def test_a_cell_is_a_pruner_with_arguments_that_evaluate_takes(sweep):
     assert len(made) == 1 + 5 * 2 and made[0].name == "full" and len({cell.name for cell in made}) == 11
     found = set()
     for cell in made:
-        args, pruner, _ = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
+        _, method = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
+        pruner = method.make()
         assert pruner.name in PRUNERS
-        found.add((pruner.name, *sorted(args.pruner.keywords.items())[:1]) if pruner.plan.cut else ("full",))
+        found.add((pruner.name, *sorted(method.choices.items())[:1]) if pruner.plan.cut else ("full",))
         if pruner.plan.cut:
             assert cell.name.endswith(f"keep{pruner.plan.cut.keep:g}")
-        given = args.pruner.keywords
+        given = method.choices
         assert (given.get("fuse") == 0.0) == ("shallow" in cell.name)
         assert (given.get("every") == 10) == ("every" in cell.name)
 

@@ -186,6 +186,7 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
     (args.out / "calibrate.json").write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     _leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
+    print(f"copy {args.out / 'calibrate.json'} into the checkpoint's folder to make these the policy's own defaults")
 
 
 def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:

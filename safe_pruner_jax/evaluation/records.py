@@ -138,14 +138,14 @@ def checkpoint_fingerprint(folder: str | os.PathLike, note: str = "") -> str:
     """12 hex digits of what is below a checkpoint's folder; its own path does not matter.
 
     Files above 64 MiB enter with their size and both ends: reading gigabytes would take longer than loading them, and
-    orbax names its data files at random at every save.
+    orbax names its data files at random at every save. A calibration does not enter: what it chooses is recorded.
 
     Raises:
       FileNotFoundError: no such folder, or an empty one.
     """
     whole, end = 64 << 20, 1 << 20
     root, digest = Path(folder), hashlib.sha256(note.encode())
-    files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not {"__pycache__", "calibrate.json"} & {*p.parts})
     if not files:
         raise FileNotFoundError(f"no checkpoint in {root}")
     for path in files:

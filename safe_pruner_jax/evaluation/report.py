@@ -271,7 +271,7 @@ def markdown(rows: Sequence[Row], baseline: str = "full") -> str:
         table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
         table += [_cells(row) for row in rows if row.conditions == conditions]
         parts.append(f"{_sentence(conditions)}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in table))
-    return "\n\n".join(parts) + f"\n\n{NOTE}\n"
+    return "\n\n".join([*parts, NOTE, *_remarks(rows)]) + "\n"
 
 
 NOTE = """\
@@ -280,6 +280,16 @@ error on either side, Newcombe's paired interval. FLOPs: multiply-adds per polic
 shared episodes. ms: a typical call, the episode's median per kind of call weighted by their numbers, median over \
 episodes; the ratio only where all ran on one device. jump: L2 distance of the arm's actions where a new chunk begins, \
 over that of a typical step inside chunks."""
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader would otherwise take for a result: a method that was told to prune and hardly did."""
+    idle = [r for r in rows if (r.keep or 1) < 1 and (r.keyframes or 0) > 0.5]
+    return [
+        f"{r.method}, keep {r.keep:g}, {r.suite}: {r.keyframes:.0%} of the calls were keyframes, which prune nothing; "
+        "`openpi analyze calibrate` finds a γ for this policy."
+        for r in idle
+    ]
 
 
 def _cells(row: Row) -> list[str]:

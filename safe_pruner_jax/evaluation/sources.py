@@ -137,7 +137,7 @@ def remote(
 
     Args:
       address: ws://host:port.
-      asked: pruner and choices that it must have; None takes what it has.
+      asked: pruner, and those of its choices, that it must have; None takes what it has.
       seed: the episodes' seeds are derived from it, as in this process; only this package's servers are told.
 
     Raises:
@@ -151,7 +151,9 @@ def remote(
     with contextlib.suppress(AttributeError):  # it offers no way to hang up
         client._ws.close()
     method = (told["configuration"]["pruner"], told["configuration"]["choices"]) if told else ("an unknown pruner", {})
-    if asked is not None and method != (asked[0], json.loads(json.dumps(asked[1]))):
+    name, choices = asked or method
+    has = json.loads(json.dumps({key: method[1].get(key) for key in choices}))
+    if name != method[0] or has != json.loads(json.dumps(dict(choices))):
         raise ValueError(f"pruner: {address} runs {method[0]} {method[1] or ''}, leave --pruner to the server")
     if told:
         config, device = Configuration(**told["configuration"]), told["device"]
