@@ -21,6 +21,7 @@ import tyro
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.modes import example_of, make, random_weights
 from safe_pruner_jax.clock import interleave, ratio, spread
+from safe_pruner_jax.compiling import jit, options
 from safe_pruner_jax.configs import get_config
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import gemma, pi0
@@ -51,9 +52,9 @@ def prefix_of(config: Pi0Config, slots: int) -> Prefix:
     return Prefix(x, pi0.positions(mask), mask)
 
 
-def compiled(program: Callable, *arguments: Any) -> Callable[[], Any]:
+def compiled(program: Callable, *arguments: Any, jit: Callable = jit) -> Callable[[], Any]:
     """The program on these arguments, compiled; every call waits for its result."""
-    run = jax.jit(program).lower(*arguments).compile()
+    run = jit(program).lower(*arguments).compile()
     return lambda: jax.block_until_ready(run(*arguments))
 
 
@@ -189,13 +190,17 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
         "layers": [(solve(m.attn), solve(m.mlp)) for m in weights.schedule.mods],
         "final": solve(weights.schedule.final),
     }
-    loop = lambda how: compiled(denoise(config, how), weights, adaptive, segments, noise)
+    loop = lambda how, **more: compiled(denoise(config, how), weights, adaptive, segments, noise, **more)
 
     engine = Engine(weights, config, make("safe", keep, cut=config.depth - 1))
     inputs, host = jax.device_put(pack([example], layout)), pack([example], layout)
     control = engine.step(engine.init((0,), len(layout.cameras)), inputs)[1]
-    one = jax.jit(dispatched(engine)).lower(weights, control, inputs).compile()
+    one = jit(dispatched(engine)).lower(weights, control, inputs).compile()
     whole, library = layers_with(config, gemma.layer, True), layers_with(config, through_dot_product_attention)
+    chosen = [
+        Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
+        Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
+    ]
     return [
         Pair("dead tokens removed (prefix)", compiled(plain, layers, everything), ours),
         Pair(
@@ -217,6 +222,7 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
             lambda: jax.device_get(one(weights, control, jax.device_put(host))),
             lambda: jax.device_get(engine.step(control, jax.device_put(host))[0]),
         ),
+        *(chosen if options() else []),
     ]
 
 

@@ -86,10 +86,10 @@ def make(argv: Sequence[str]) -> tuple[Any, PrunedPolicy, Ours]:
       PatchError: openpi is not there, or its policy cannot be pruned.
     """
     ours, theirs = split(argv)
-    options, pruner, describe = parse(Ours, ours, "openpi_patch.serve")
+    options, method = parse(Ours, ours, "openpi_patch.serve")
     script = load_script(options.serve_policy)
     args = tyro.cli(script.Args, args=theirs, prog="openpi_patch.serve")
-    policy = prune(script.create_policy(args), pruner.name, describe=describe, free=True, **options.pruner.keywords)
+    policy = prune(script.create_policy(args), method.name, describe=method.describe, free=True, **method.choices)
     return args, policy, options
 
 

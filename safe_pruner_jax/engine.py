@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.compiling import jit
 from safe_pruner_jax.control import ControlState, Inputs
 from safe_pruner_jax.evidence import captured_shape
 from safe_pruner_jax.model import pi0
@@ -72,9 +73,9 @@ class Engine:
         self.weights, self.config = weights, config
         self.plan = pruner.plan.for_depth(config.depth)
         self.pruner = replace(pruner, plan=self.plan)
-        self.shallow = jax.jit(partial(shallow, config, self.pruner))
+        self.shallow = jit(partial(shallow, config, self.pruner))
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
-        self.second = {pruned: jax.jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
+        self.second = {pruned: jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
 
     def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:

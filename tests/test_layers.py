@@ -7,7 +7,7 @@ PACKAGE = "safe_pruner_jax"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
-    ("arrays", "clock", "coldstart"),
+    ("arrays", "clock", "coldstart", "compiling"),
     ("tokens", "temporal", "outcome", "rtc"),
     ("model", "pruners", "observation"),
     ("robots", "evidence", "tune"),

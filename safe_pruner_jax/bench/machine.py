@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from safe_pruner_jax.compiling import jit
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -42,7 +44,7 @@ def limits(dtype: str, *, side: int | None = None, repeats: int = 5) -> Limits:
     """
     side = side or (2048 if jax.default_backend() == "cpu" else 8192)
     a = jnp.ones((side, side), dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
+    product = jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
     long = jnp.ones(16 * side * side, jnp.float32)  # far beyond every cache
     copy = jax.jit(lambda x: x + 1.0, donate_argnums=0)  # into the same pages: reads and writes, nothing else
     multiply = _best(lambda _: product(a, a), None, repeats)
