@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax.compiling import jit
+from safe_pruner_jax.compiling import jit, options
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -116,6 +116,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "flags": {name: Path(os.environ[name]).name for name in flags if os.environ.get(name)},
+        "xla_options": options(),
     }
 
 
