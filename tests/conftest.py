@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from safe_pruner_jax import coldstart
 
-pytest.register_assert_rewrite("laws", "synthetic", "tiny_engine")
+pytest.register_assert_rewrite("fake_server", "laws", "live_server", "synthetic", "tiny_checkpoint", "tiny_engine")
 
 # the models are tiny, so compiling is most of the time: a quarter less with code that is not optimised
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")

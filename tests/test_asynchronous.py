@@ -7,10 +7,10 @@ import threading
 import fake_libero
 import numpy as np
 import pytest
-from test_evaluate import FakeRobots
-from test_libero import Scripted, chunk
+from fake_robots import FakeRobots
 from test_records import CONFIGURATION, record
 from test_report import FULL, group
+from test_rollout import Scripted, chunk
 
 from safe_pruner_jax.evaluation.asynchronous import Asynchronous, jumps
 from safe_pruner_jax.evaluation.evaluate import episodes, play
