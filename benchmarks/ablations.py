@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from safe_pruner_jax.arrays import Upright
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.modes import example_of, make, random_weights
 from safe_pruner_jax.clock import interleave, ratio, spread
@@ -197,9 +198,11 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
     control = engine.step(engine.init((0,), len(layout.cameras)), inputs)[1]
     one = jit(dispatched(engine)).lower(weights, control, inputs).compile()
     whole, library = layers_with(config, gemma.layer, True), layers_with(config, through_dot_product_attention)
+    turned = [w.replace(gate_up=Upright(jnp.array(w.gate_up.T))) for w in layers]
     chosen = [
         Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
         Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
+        Pair("gate and up stored upright (prefix)", ours, compiled(plain, turned, p)),
     ]
     return [
         Pair("dead tokens removed (prefix)", compiled(plain, layers, everything), ours),
@@ -250,7 +253,7 @@ def main(
     """
     model = get_config(config).model
     model = model.replace(dtype=dtype).with_depth(depth)
-    weights = jax.block_until_ready(random_weights(model))
+    weights = jax.block_until_ready(random_weights(model, upright=False))
     made = pairs(model, weights, views, prompt, keep)
     for pair in made[2:]:  # the first two differ in what they compute for dead or unused rows
         a, b = pair.without(), pair.with_it()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from safe_pruner_jax.compiling import upright
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import Params, spec
@@ -87,7 +88,7 @@ def _activations(model: Any, params: Params) -> str:
 
 def weights_of(params: Params, config: Pi0Config, num_steps: int) -> pi0.Weights:
     """Prepared weights. Leaves that need no other layout (embedding, projections, norms) share the model's buffers."""
-    return jax.tree.map(jnp.asarray, pi0.prepare(params, config, num_steps=num_steps))
+    return jax.tree.map(jnp.asarray, pi0.prepare(params, config, num_steps=num_steps, upright=upright(config.dtype)))
 
 
 def shared(params: Params, weights: pi0.Weights) -> list[str]:

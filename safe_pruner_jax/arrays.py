@@ -39,6 +39,13 @@ class Scaled:
         return self.values.dtype
 
 
+@struct.dataclass
+class Upright:
+    """A matrix [D, E] stored the other way round, as `values` [E, D]."""
+
+    values: Array
+
+
 Matrix = Array | Scaled
 
 

@@ -30,6 +30,11 @@ def options() -> dict[str, Any]:
     return CPU
 
 
+def upright(dtype: str) -> bool:
+    """Whether weights are to be stored for XLA's CPU product (`pi0.prepare`): it is what computes, and in float32."""
+    return bool(options()) and dtype == "float32"
+
+
 class _Program:
     """A program with options of its own, which jax takes at the top level only: inside another it has none."""
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from safe_pruner_jax import tune
+from safe_pruner_jax.compiling import upright
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import pi0, precision
@@ -149,7 +150,8 @@ def load_policy(
         tokenizer = folder / "tokenizer.model" if config.name == EMBEDDED else fetch(PALIGEMMA_TOKENIZER)
     stats = load_norm_stats(folder, config.asset_id)
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
-    weights = jax.tree.map(jnp.asarray, pi0.prepare(params, model, num_steps=num_steps))
+    prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and upright(model.dtype))
+    weights = jax.tree.map(jnp.asarray, prepared)
     if quantise is not None and (usable := precision.usable(quantise, model.dtype)):
         weights = precision.reduce(weights, usable)
     if kernels == "auto":

@@ -16,6 +16,7 @@ from safe_pruner_jax.bench import command, machine, modes
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
 from safe_pruner_jax.bench.command import Bench, run_bench
 from safe_pruner_jax.clock import interleave, ratio, spread
+from safe_pruner_jax.compiling import options
 from safe_pruner_jax.flops import exact_flops
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import pi0
@@ -99,8 +100,10 @@ def test_a_machine_is_described_without_paths():
 
 
 def test_random_weights_have_the_layout_of_prepared_ones_and_run(tiny):
-    ours, theirs = modes.random_weights(tiny), pi0.prepare(init_params(jax.random.key(0), tiny), tiny)
-    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
+    for upright in (False, True):
+        ours = modes.random_weights(tiny, upright=upright)
+        theirs = pi0.prepare(init_params(jax.random.key(0), tiny), tiny, upright=upright)
+        assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
     half = modes.random_weights(tiny.replace(dtype="bfloat16"))
     assert half.prefix[0].qkv.dtype == jnp.bfloat16 and half.embedding.dtype == jnp.bfloat16
 
@@ -229,6 +232,6 @@ def test_ablations_compare_equal_results(tiny, tiny_libero, tmp_path, capsys):
     spec.loader.exec_module(program)
     assert program.main(config="mini_libero", rounds=1, prompt=9, out=tmp_path / "a.json") == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert len(rows) == 8 and all(row["gain"]["median"] > 0 for row in rows)
+    assert len(rows) == (11 if options() else 8) and all(row["gain"]["median"] > 0 for row in rows)
     with pytest.raises(AssertionError, match="this one"):
         program.same(np.ones(3, np.float32), np.array([1, 1, 1.1], np.float32), "this one")

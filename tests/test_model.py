@@ -10,7 +10,8 @@ import pytest
 from flax import traverse_util
 from small_model import observation, prepare, random_tree, small
 
-from safe_pruner_jax.model import gemma, pi0
+from safe_pruner_jax.arrays import Upright
+from safe_pruner_jax.model import gemma, pi0, precision
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
 from safe_pruner_jax.model.config import pi0 as pi0_config
 from safe_pruner_jax.model.config import pi05 as pi05_config
@@ -178,6 +179,19 @@ def test_the_last_prefix_layer_computes_keys_and_values_only():
     _, (k, v), _ = gemma.layer(config.prefix, weights.prefix[2], x, gemma.rope(pos, 6), own)
     np.testing.assert_allclose(segment.k, k, atol=1e-6)
     np.testing.assert_allclose(segment.v, v, atol=1e-6)
+
+
+def test_upright_matrices_compute_the_same():
+    config = small()
+    params = random_tree(config)
+    plain, upright = prepare(params, config), pi0.prepare(params, config, upright=True)
+    assert isinstance(upright.prefix[0].gate_up, Upright) and upright.prefix[0].gate_up.values.shape == (40, 12)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 12)), jnp.float32)
+    mask = jnp.ones((2, 7), bool)
+    go = lambda weights: pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(2))[0]
+    np.testing.assert_allclose(go(upright), go(plain), rtol=1e-5, atol=1e-5)
+    as_int8 = [precision.reduce(weights, "int8").prefix for weights in (plain, upright)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *as_int8)
 
 
 def test_layer_ranges_compose():

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_pruner_jax import compiling
 from safe_pruner_jax.bench.machine import Limits
 from safe_pruner_jax.clock import Step
 from safe_pruner_jax.compiling import jit
@@ -81,7 +82,7 @@ class Mode:
         }
 
 
-def random_weights(config: Pi0Config, num_steps: int = 10) -> pi0.Weights:
+def random_weights(config: Pi0Config, num_steps: int = 10, *, upright: bool | None = None) -> pi0.Weights:
     """Prepared weights of a model's sizes with random content, made in place: no checkpoint, no second copy.
 
     Time and memory of a step depend on shapes and dtypes alone.
@@ -93,13 +94,20 @@ def random_weights(config: Pi0Config, num_steps: int = 10) -> pi0.Weights:
             return jnp.full(s.shape, 0.5, s.dtype)
         return jnp.asarray(np.resize(block * s.shape[-2] ** -0.5, s.shape), s.dtype)
 
-    return jax.tree.map(leaf, shapes_of(config, num_steps))
+    return jax.tree.map(leaf, shapes_of(config, num_steps, upright=upright))
 
 
-def shapes_of(config: Pi0Config, num_steps: int = 10) -> pi0.Weights:
-    """Prepared weights as `jax.ShapeDtypeStruct` leaves, from parameters of the activation dtype."""
+def shapes_of(config: Pi0Config, num_steps: int = 10, *, upright: bool | None = None) -> pi0.Weights:
+    """Prepared weights as `jax.ShapeDtypeStruct` leaves, from parameters of the activation dtype.
+
+    Args:
+      config: the model.
+      num_steps: denoise steps.
+      upright: see `pi0.prepare`; None: as on this machine policies are loaded.
+    """
+    upright = compiling.upright(config.dtype) if upright is None else upright
     stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype), param_shapes(config))
-    return jax.eval_shape(partial(pi0.prepare, config=config, num_steps=num_steps), stored)
+    return jax.eval_shape(partial(pi0.prepare, config=config, num_steps=num_steps, upright=upright), stored)
 
 
 def example_of(config: Pi0Config, views: int, prompt: int) -> Example:

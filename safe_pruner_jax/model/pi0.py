@@ -91,7 +91,7 @@ def time_embedding(times: Sequence[float] | np.ndarray | Array, width: int) -> n
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
-def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10) -> Weights:
+def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10, upright: bool = False) -> Weights:
     """Inference weights from openpi's parameter tree: pure and differentiable.
 
     Stacked layers are split, so that no step slices a stack; q, k, v and gate, up are fused; matrices that
@@ -102,6 +102,7 @@ def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10) -> Weight
       params: the tree of `param_shapes(config)`, any float dtype.
       config: sizes.
       num_steps: denoise steps the sampler will take.
+      upright: store the language model's widest matrices for XLA's CPU product (`gemma.upright_mlp`).
 
     Returns:
       Weights for every function of this module.
@@ -116,7 +117,7 @@ def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10) -> Weight
     return Weights(
         vision=siglip.prepare(img, config, dtype),
         embedding=jnp.asarray(llm["embedder"]["input_embedding"]),
-        prefix=gemma.prepare_layers(llm["layers"], config.prefix, "", dtype),
+        prefix=gemma.prepare_layers(llm["layers"], config.prefix, "", dtype, upright),
         expert=gemma.prepare_layers(llm["layers"], config.expert, "_1", dtype),
         final_gain=None if config.pi05 else 1 + jnp.asarray(llm["final_norm_1"]["scale"], jnp.float32),
         prefix_gain=1 + jnp.asarray(llm["final_norm"]["scale"], jnp.float32),

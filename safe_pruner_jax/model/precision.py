@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax.arrays import Array, Scaled, dense
+from safe_pruner_jax.arrays import Array, Scaled, Upright, dense
 from safe_pruner_jax.model.gemma import LayerWeights
 from safe_pruner_jax.model.pi0 import Weights
 
@@ -26,8 +26,9 @@ STORED = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 """Name → stored dtype and its largest magnitude."""
 
 
-def scaled(w: Array, to: EightBit) -> Scaled:
+def scaled(w: Array | Upright, to: EightBit) -> Scaled:
     """A matrix [D, E] in 8 bits; a column of zeros keeps a scale of 1."""
+    w = w.values.T if isinstance(w, Upright) else w
     dtype, largest = STORED[to]
     w = w.astype(jnp.float32)
     top = jnp.abs(w).max(axis=0)
