@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.evaluation.report import Row
+
+COLOURS = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["tab20"].colors[1::2]]
+"""Of methods: the usual ten, then the lighter ones."""
 
 
 def success_by_keep(rows: Sequence[Row]) -> Figure:
@@ -41,7 +45,8 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
     if any(row.conditions != rows[0].conditions for row in rows):
         raise ValueError("rows: expected equal conditions (policy, checkpoint, …); draw one figure for each")
     suites, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("suite", "method"))
-    figure = Figure((4.2 * len(suites) + 0.6, 4), dpi=120, facecolor="white")
+    legend = 0.5 + 0.075 * max(map(len, methods))  # inches beside the panels: methods may be many, and hide points
+    figure = Figure((4.2 * len(suites) + 0.6 + legend, 4), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(suites), sharey=True, squeeze=False)[0]
     for ax, suite in zip(axes, suites, strict=True):
@@ -54,7 +59,12 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
                 continue
             values = [100 * e.value for _, e in points]
             spans = [[100 * (e.value - e.low) for _, e in points], [100 * (e.high - e.value) for _, e in points]]
-            look = {"color": f"C{place}", "marker": "osD^vPX*"[place % 8], "markersize": 5, "capsize": 3}
+            look = {
+                "color": COLOURS[place % len(COLOURS)],
+                "marker": "osD^vPX*"[place % 8],
+                "markersize": 5,
+                "capsize": 3,
+            }
             ax.errorbar([at for at, _ in points], values, spans, label=method, linewidth=1.3, **look)
         ax.set_title(suite, fontsize=11)
         ax.set_xlabel(label)
@@ -64,8 +74,9 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
         if inverted:
             ax.invert_xaxis()
     axes[0].set_ylabel("success, %")
-    if axes[0].containers:
-        axes[0].legend(fontsize=8, frameon=False)
+    known = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if known:
+        axes[-1].legend(known.values(), known, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     return figure
 

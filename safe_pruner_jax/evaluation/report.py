@@ -285,11 +285,9 @@ over that of a typical step inside chunks."""
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader would otherwise take for a result: a method that was told to prune and hardly did."""
     idle = [r for r in rows if (r.keep or 1) < 1 and (r.keyframes or 0) > 0.5]
-    return [
-        f"{r.method}, keep {r.keep:g}, {r.suite}: {r.keyframes:.0%} of the calls were keyframes, which prune nothing; "
-        "`openpi analyze calibrate` finds a γ for this policy."
-        for r in idle
-    ]
+    told = "{0.method}, keep {0.keep:g}, {0.suite}: {0.keyframes:.0%} of the calls were keyframes, which prune nothing"
+    remedy = "; `openpi analyze calibrate` finds a γ for this policy"
+    return [f"{told.format(row)}{remedy if row.method.split()[0] == 'safe' else ''}." for row in idle]
 
 
 def _cells(row: Row) -> list[str]:
