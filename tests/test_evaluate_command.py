@@ -148,7 +148,7 @@ def test_evaluate_then_report(tmp_path, no_simulator, capsys):
     out = tmp_path / "report"
     assert cli.main(["report", *map(str, files.values()), "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert text == (out / "report.md").read_text() and "| safe | 10 % | libero_object | 4 | 0 | 50.0 [15.0" in text
+    assert text == (out / "report.md").read_text() and " | 10 % | libero_object | 4 | 0 | 50.0 [15.0" in text
     assert {p.name for p in out.iterdir()} == {
         *("report.md", "report.csv", "success_by_keep.png"),
     }

@@ -200,12 +200,13 @@ def test_pruning_is_masking_at_every_cut(engines, name):
         assert len(ran) == len(engine.plan.cuts) and sizes[-1][0] < N
         np.testing.assert_array_equal(control.running, ran[-1])
         if engine.plan.late_from == "every":
-            close(control.late, late, 1e-6)
+            close(control.late, late, 1e-5)
         if engine.plan.dropped == "reuse":
             for (k, v), s in zip(control.kv, segments[engine.plan.cut.layer :], strict=True):
                 alive = np.asarray(x.camera_mask).repeat(CONFIG.tokens_per_camera, 1)
-                close(np.asarray(k)[alive], np.asarray(s.k[:, :N])[alive])
-                close(np.asarray(v)[alive], np.asarray(s.v[:, :N])[alive])
+                # the products of both programs have other shapes and add up in another order, step after step
+                close(np.asarray(k)[alive], np.asarray(s.k[:, :N])[alive], 5e-4)
+                close(np.asarray(v)[alive], np.asarray(s.v[:, :N])[alive], 5e-4)
     assert pruned >= 2
 
 

@@ -92,7 +92,7 @@ def propose(
         raise ValueError("data: expected episodes with at least two calls in a subtask, got none; give longer ones")
     calls = {row["part"]: row["calls"] for row in recall}
     return {
-        "choices": {"queries": best["queries"], "fuse": best["fuse"], "threshold": round(best["gamma"], 2)},
+        "choices": {"queries": best["queries"], "fuse": best["fuse"], "threshold": round(best["gamma"], 4)},
         "keep": keep,
         "share": share,
         "episodes": len(calls),
