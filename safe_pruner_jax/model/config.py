@@ -116,7 +116,9 @@ class Pi0Config:
         return dataclasses.replace(self, **changes)
 
     def with_depth(self, depth: int) -> "Pi0Config":
-        """A copy in which both experts have so many layers."""
+        """A copy in which both experts have so many layers; ValueError unless there are as many here."""
+        if not 1 <= depth <= self.depth:
+            raise ValueError(f"depth: expected 1 to {self.depth} layers, got {depth}; choose fewer than the model has")
         cut = lambda expert: dataclasses.replace(expert, depth=depth)
         return self.replace(prefix=cut(self.prefix), expert=cut(self.expert))
 
