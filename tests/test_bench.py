@@ -218,7 +218,7 @@ def test_without_openpi_the_baseline_says_what_it_is(tiny_libero, tmp_path, caps
 
 def test_bad_choices_are_told_before_anything_is_made(tiny_libero, tmp_path, monkeypatch):
     for depth in (0, 9):
-        with pytest.raises(ValueError, match=f"depth: expected 1 to 8 layers, got {depth}"):
+        with pytest.raises(ValueError, match=f"depth: expected 1 to 4 layers, got {depth}"):
             run_bench(Bench(config="mini_libero", depth=depth, out=tmp_path))
     with pytest.raises(ValueError, match="pruner: expected one of"):
         run_bench(Bench(config="mini_libero", out=tmp_path, pruners=("saef",)))
