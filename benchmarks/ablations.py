@@ -198,12 +198,14 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
     control = engine.step(engine.init((0,), len(layout.cameras)), inputs)[1]
     one = jit(dispatched(engine)).lower(weights, control, inputs).compile()
     whole, library = layers_with(config, gemma.layer, True), layers_with(config, through_dot_product_attention)
-    turned = [w.replace(gate_up=Upright(jnp.array(w.gate_up.T))) for w in layers]
-    chosen = [
-        Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
-        Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
-        Pair("gate and up stored upright (prefix)", ours, compiled(plain, turned, p)),
-    ]
+    chosen = []
+    if options():
+        turned = [w.replace(gate_up=Upright(jnp.array(w.gate_up.T))) for w in layers]
+        chosen = [
+            Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
+            Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
+            Pair("gate and up stored upright (prefix)", ours, compiled(plain, turned, p)),
+        ]
     return [
         Pair("dead tokens removed (prefix)", compiled(plain, layers, everything), ours),
         Pair(
@@ -225,7 +227,7 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
             lambda: jax.device_get(one(weights, control, jax.device_put(host))),
             lambda: jax.device_get(engine.step(control, jax.device_put(host))[0]),
         ),
-        *(chosen if options() else []),
+        *chosen,
     ]
 
 

@@ -74,7 +74,6 @@ def filled(shape: Evidence, cameras: int, since_full: int) -> Evidence:
 
 def decision(config: Pi0Config, pruner: Pruner, views: int, prompt: int) -> Step:
     """All decisions of one pruned step, compiled; has a state that a keyframe has left behind."""
-    pruner = dataclasses.replace(pruner, plan=pruner.plan.for_depth(config.depth))
     found = shapes(config, pruner, views, prompt)
 
     @jax.jit

@@ -60,11 +60,7 @@ signals: list[int] = []
 
 
 def interrupt(number: int, _frame: object) -> None:
-    """Handler of SIGINT and SIGTERM.
-
-    What it raises may be lost: some libraries catch everything while they load, and Python drops what is raised while
-    it collects garbage. `interrupted` finds it again.
-    """
+    """Handler of SIGINT and SIGTERM. What it raises may be caught by a library that loads, or dropped by Python."""
     signals.append(number)
     raise KeyboardInterrupt
 
@@ -73,12 +69,6 @@ def interrupted() -> None:
     """Raises what a signal raised where it was lost."""
     if signals:
         raise KeyboardInterrupt
-
-
-def dropped(what: Any) -> None:
-    """Python's report of an exception that it dropped; a lost `interrupt` is no news."""
-    if not isinstance(what.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(what)
 
 
 class DemoError(RuntimeError):
@@ -92,8 +82,7 @@ class Demo:
     Args:
       suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
       task: task of the suite.
-      init_state: initial state of the task; the default is one of those from which the embedded policy succeeds, with
-        and without pruning (docs/results.md).
+      init_state: initial state of the task; from the default one the embedded policy succeeds, pruned and not.
       steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
       keep: share of the visual tokens that is kept; a policy with 128 of them needs a larger one than π0.5
         (docs/results.md).
@@ -391,7 +380,8 @@ def main(args: Demo) -> int:
     """Exit code: 0 done, 1 the demo failed, 2 not installed or wrong arguments, 128 + a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    sys.unraisablehook = dropped
+    news = lambda dropped: not isinstance(dropped.exc_value, KeyboardInterrupt)
+    sys.unraisablehook = lambda dropped: sys.__unraisablehook__(dropped) if news(dropped) else None
     try:
         if importlib.util.find_spec("openpi_client") is None:
             raise ValueError(f"openpi's client is not installed: {CLIENT}")

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_engine
+from small_model import small
 from tiny_engine import FakeTransform, close, compilations, example, inputs_of, poisoned, same
 
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import pi0
-from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
@@ -134,18 +134,7 @@ def test_evidence_that_is_not_finite_makes_a_keyframe(ref, engine, scenes, where
 
 @pytest.mark.parametrize("queries", ["action", "text", "last"])
 def test_pi0_runs_with_its_state_token(queries):
-    config = Pi0Config(
-        False,
-        prefix=GemmaConfig(12, 3, 20, 4, 2, 6),
-        expert=GemmaConfig(8, 3, 16, 4, 2, 6),
-        vision=SiglipConfig(10, 1, 14, 2),
-        vocab_size=31,
-        action_dim=5,
-        action_horizon=4,
-        max_token_len=6,
-        image_size=28,
-        dtype="float32",
-    )
+    config = small(pi05=False)
     weights = jax.jit(partial(pi0.prepare, config=config, num_steps=3))(draw_params(config))
     engine = Engine(weights, config, PRUNERS["safe"](keep=1.0, cut=1, threshold=-1, queries=queries))
     rng = np.random.default_rng(0)

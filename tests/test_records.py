@@ -24,6 +24,7 @@ from safe_pruner_jax.evaluation.records import (
     read_records,
 )
 from safe_pruner_jax.evaluation.rollout import Call, Episode
+from safe_pruner_jax.loading import CALIBRATION
 
 CONFIGURATION = Configuration(
     pruner="safe",
@@ -206,6 +207,8 @@ def test_fingerprint_of_a_checkpoint(tmp_path):
         (tmp_path / name / "params").mkdir(parents=True)
         (tmp_path / name / "params" / "data").write_bytes(b"weights")
     a = checkpoint_fingerprint(tmp_path / "a")
+    (tmp_path / "a" / CALIBRATION).write_text("{}")  # its choices are recorded, so it is no other checkpoint
+    assert a == checkpoint_fingerprint(tmp_path / "a")
     assert a == checkpoint_fingerprint(tmp_path / "b") != checkpoint_fingerprint(tmp_path / "b", "note")
     (tmp_path / "b" / "params" / "data").write_bytes(b"weightS")
     assert a != checkpoint_fingerprint(tmp_path / "b")

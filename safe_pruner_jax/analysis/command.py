@@ -22,6 +22,7 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.evaluation.sources import local_device
+from safe_pruner_jax.loading import CALIBRATION
 from safe_pruner_jax.policy import Policy, layout_of
 from safe_pruner_jax.pruners import PRUNERS
 
@@ -184,9 +185,9 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     both["forecast"] = Forecast(**taken, ages=args.ages)
     recalls, forecasts = _over_episodes(args, load, conditions, **both)
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
-    (args.out / "calibrate.json").write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
+    (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     _leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
-    print(f"copy {args.out / 'calibrate.json'} into the checkpoint's folder to make these the policy's own defaults")
+    print(f"copy {args.out / CALIBRATION} into the checkpoint's folder to make these the policy's own defaults")
 
 
 def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:

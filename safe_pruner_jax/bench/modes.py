@@ -31,7 +31,6 @@ import numpy as np
 from safe_pruner_jax import compiling
 from safe_pruner_jax.bench.machine import Limits
 from safe_pruner_jax.clock import Step
-from safe_pruner_jax.compiling import jit
 from safe_pruner_jax.engine import Engine, Inputs
 from safe_pruner_jax.flops import exact_flops, keys_per_layer, tokens_per_layer
 from safe_pruner_jax.model import pi0
@@ -234,7 +233,7 @@ def _marks(engine: Engine, control: Any, inputs: Inputs, keys: Sequence[int], pr
 
 @functools.cache
 def _vision(config: Pi0Config) -> Callable:
-    return jit(lambda weights, inputs: pi0.embed_images(weights, config, inputs.images))
+    return compiling.jit(lambda weights, inputs: pi0.embed_images(weights, config, inputs.images))
 
 
 @functools.cache
@@ -246,12 +245,12 @@ def _before(config: Pi0Config, cut: int) -> Callable:
         mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
         return pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(cut))[:2]
 
-    return jit(run)
+    return compiling.jit(run)
 
 
 @functools.cache
 def _denoise(config: Pi0Config) -> Callable:
-    return jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
+    return compiling.jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
 
 
 def _wait(program: Callable, arguments: tuple) -> None:
