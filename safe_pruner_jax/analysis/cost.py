@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.rows import Row, form, markdown, panels
-from safe_pruner_jax.clock import Step, interleave, ratio
+from safe_pruner_jax.clock import WARM_UP, Step, interleave, ratio
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
 from safe_pruner_jax.model import pi0
@@ -80,7 +80,9 @@ def measure(
     # γ = -1: no keyframe but the first
     pruners = [PRUNERS["full"](), *(PRUNERS["safe"](keep=keep, cut=cut, threshold=-1.0) for keep in keeps)]
     steps = [_stepper(weights, config, pruner, inputs, len(layout.cameras)) for pruner in pruners]
-    times = list(interleave({str(i): step for i, step in enumerate(steps)}, rounds, clock=clock).values())
+    times = list(
+        interleave({str(i): step for i, step in enumerate(steps)}, rounds, warm_up=WARM_UP, clock=clock).values()
+    )
     rows = []
     for keep, pruned in zip(keeps, times[1:], strict=True):
         gain = ratio(pruned, times[0])
