@@ -8,6 +8,7 @@ disk is complete, whatever happened to the process. docs/demonstrations.md says 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import tyro
 from safe_pruner_jax.demonstrations import merge_demos, seeds, write_demos
 
 SEEDS_PER_RUN = 1_000_000  # episode k of a run has the seed `seed` · this + k
-SETTINGS = ("suite", "noise", "size", "every")  # of one folder
+SETTINGS = ("suite", "noise", "size", "every", "led_by")  # of one folder
 DEATHS_IN_A_ROW = 3  # of one worker, before the run is given up
 SPACE = 2**30  # bytes that must be free before an episode is started
 
@@ -41,6 +42,9 @@ class Args:
       size: pixels per side of the stored frames.
       every: frames of every so many-th step only; rendering is most of the cost, and more episodes teach more than more
         frames of one. LIBERO's own files, and what reads them, have 1.
+      led_by: folder of a checkpoint that plays the first 20 to 200 steps, unrecorded, or "embedded"; the expert is
+        recorded from there on. Teaches a policy the way out of its own mistakes.
+      config: configuration of that checkpoint.
       workers: processes; as many as there are cores.
       seed: runs with different seeds have different episodes.
       out: folder.
@@ -52,6 +56,8 @@ class Args:
     noise: float = 0.08
     size: int = 224
     every: int = 1
+    led_by: str | None = None
+    config: str = "mini_libero"
     workers: int = 2
     seed: int = 0
     out: Path = Path("demos")
@@ -69,12 +75,13 @@ class Ledger:
         attempts = [entry for entry in read_log(log) if entry["task"] == task]
         self.successes = len(kept)
         self.tried = kept | {entry["seed"] for entry in attempts if entry["outcome"] != "error"}
-        self.failures, self.errors, self.under_way = len(self.tried - kept), 0, 0
+        ended = lambda outcome: len({entry["seed"] for entry in attempts if entry["outcome"] == outcome})
+        self.failures, self.solved, self.errors, self.under_way = ended("failure"), ended("solved"), 0, 0
 
     @property
     def hopeless(self) -> bool:
         """So few successes that the wanted number is out of reach."""
-        return self.failures + self.errors > 2 * self.wanted + 8
+        return self.failures + self.errors > 2 * self.wanted + 8 or self.solved > 20 * self.wanted
 
     def take(self) -> int | None:
         """The next seed to play; None while enough are done or under way."""
@@ -91,6 +98,7 @@ class Ledger:
         self.under_way -= 1
         self.successes += outcome == "success"
         self.failures += outcome == "failure"
+        self.solved += outcome == "solved"  # by the policy that led, before it was the expert's turn
         self.errors += outcome == "error"
 
     def merge(self) -> int:
@@ -146,12 +154,16 @@ class Collection:
 
     def _check_settings(self) -> None:
         """Episodes of different settings do not belong in one folder."""
-        settings = {key: getattr(self._args, key) for key in SETTINGS}
+        settings = self._settings()
         file = self._folder / "settings.json"
         if not file.exists():
             file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
         elif (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
             raise SystemExit(f"{self._folder} was collected with {found}, not {settings}: choose another --out")
+
+    def _settings(self) -> dict[str, Any]:
+        given = {key: getattr(self._args, key) for key in SETTINGS}
+        return {key: value for key, value in given.items() if value is not None}
 
     def _job(self) -> tuple[Ledger, int] | None:
         """The next attempt, or None when there will be none; waits while the last ones may still fail."""
@@ -177,8 +189,8 @@ class Collection:
                         self._worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
                     )
                     self._processes.append(process)
-                settings = {key: getattr(self._args, key) for key in SETTINGS}
-                job = {"task": ledger.task, "seed": seed, "path": str(ledger.folder / f"{seed}.hdf5"), **settings}
+                job = {"task": ledger.task, "seed": seed, "path": str(ledger.folder / f"{seed}.hdf5")}
+                job |= {"config": self._args.config, **self._settings()}
                 print(json.dumps(job), file=process.stdin, flush=True)
                 line = process.stdout.readline()
                 reply = json.loads(line) if line.endswith("\n") else {}
@@ -233,9 +245,16 @@ def work() -> None:
     """A worker: jobs on stdin, outcomes on what was stdout, until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the simulator prints
-    from safe_pruner_jax.evaluation.expert import demonstrate
-    from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+    from safe_pruner_jax.evaluation.expert import demonstrate, led_by
+    from safe_pruner_jax.evaluation.libero import LIMITS, LiberoEnv, load_task
     from safe_pruner_jax.evaluation.simulator import provenance
+    from safe_pruner_jax.loading import EMBEDDED, load_policy
+    from safe_pruner_jax.pruners import make
+
+    @functools.cache
+    def leader(config: str, checkpoint: str) -> dict[str, Any]:
+        name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)
+        return {"before": led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)}
 
     env: LiberoEnv | None = None
     built: tuple | None = None
@@ -249,14 +268,17 @@ def work() -> None:
                     env.close()
                 env, built = None, None
                 task = load_task(job["suite"], job["task"])
-                env = LiberoEnv(task, observed_size=job["size"])
+                most = LIMITS[job["suite"]] * (2 if "led_by" in job else 1)
+                env = LiberoEnv(task, observed_size=job["size"], max_steps=most)
                 built = wanted
-            demo, steps = demonstrate(env, job["seed"], noise=job["noise"], every=job["every"])
+            first = leader(job["config"], job["led_by"]) if "led_by" in job else {}
+            demo, steps = demonstrate(env, job["seed"], noise=job["noise"], every=job["every"], **first)
             if demo is not None:
                 env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}
                 env_args |= {"problem_name": env.simulator.problem_name, "noise": job["noise"], **provenance()}
                 write_demos(job["path"], [demo], env_args)
-            reply = {"outcome": "success" if demo is not None else "failure", "steps": steps}
+            outcome = "failure" if steps == env.max_steps else "solved"
+            reply = {"outcome": outcome if demo is None else "success", "steps": steps}
         except Exception as error:  # the attempt is lost, the worker is not
             reply["error"] = f"{type(error).__name__}: {error}"[:300]
             built = None  # start from a fresh environment

@@ -171,7 +171,12 @@ def control_step(pruner: Pruner, carry, seen: Evidence):
     evidence = seen.replace(since_full=since, late=known(late), past=known(rest[0]), actions=known(rest[1]))
     state, selection = pruner.step(state, evidence)
     since = jnp.where(selection.keyframe, 0, since)
-    late = jnp.where(selection.keyframe | (pruner.plan.late_from == "every"), seen.late, late)
+    if pruner.plan.late_from == "every":
+        ran = jnp.zeros(seen.alive.shape, bool).at[selection.index].max(selection.alive) | selection.keyframe
+        left = jnp.where(ran & seen.alive, seen.late, 0.0)
+        late = left / left.sum(-1, keepdims=True)
+    else:
+        late = jnp.where(selection.keyframe, seen.late, late)
     return (state, since, seen.alive, late, (seen.past, seen.actions)), selection
 
 

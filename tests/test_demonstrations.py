@@ -238,6 +238,18 @@ def test_failures_and_errors_are_counted_and_made_up_for(collector, tmp_path):
     assert all({"task", "seed", "outcome"} <= set(entry) for entry in log)
 
 
+def test_episodes_that_the_leading_policy_solves_are_no_failures(collector, tmp_path):
+    command = worker(tmp_path, '{"outcome": "solved"} if seed < 20 else succeed(job)')
+    led = args(collector, tmp_path, led_by="embedded")
+    assert collector.Collection(led, {6: "a"}, command).run()
+    assert sorted(seeds(tmp_path / "out" / "libero_object" / "a_demo.hdf5")) == [20, 21, 22]
+    command = worker(tmp_path, '{"outcome": "solved"}')
+    assert not collector.Collection(led, {7: "b"}, command).run()  # it needs no help, and that comes to an end
+    assert collector.Collection(args(collector, tmp_path, led_by="embedded", episodes=1), {6: "a"}, command).run()
+    with pytest.raises(SystemExit, match="led_by"):
+        collector.Collection(args(collector, tmp_path), {6: "a"}, command)
+
+
 def test_a_second_run_goes_on_where_the_first_was(collector, tmp_path):
     command = worker(tmp_path, '{"outcome": "failure"} if seed == 0 else succeed(job)')
     assert collector.Collection(args(collector, tmp_path), {6: "a"}, command).run()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.demonstrations import read_demos, write_demos
-from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Unsupported, demonstrate
+from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Unsupported, demonstrate, led_by
 from safe_pruner_jax.evaluation.libero import SUITES, LiberoEnv, load_task
 from safe_pruner_jax.evaluation.scene import Boxes, _rotation
 
@@ -97,6 +97,64 @@ def test_a_demonstration_records_the_expert_not_the_noise(env, tmp_path, monkeyp
     for action in demo.actions[:5]:
         env.step(action)
     assert np.abs(env.observe()["observation/state"] - demo.state[5]).max() > 1e-4
+
+
+@pytest.fixture
+def dark(env, monkeypatch):
+    """The same environment without pictures, which are nine tenths of an episode's time."""
+    monkeypatch.setattr(env, "render", lambda camera: np.zeros((16, 16, 3), np.uint8))
+    return env
+
+
+@pytest.mark.libero
+def test_the_expert_takes_over_where_a_policy_has_led(dark):
+    asked = []
+
+    def away(request):  # to the side, with the hand closed
+        asked.append(request)
+        return {"actions": np.tile([0.0, 0.5, 0.0, 0, 0, 0, 1], (10, 1))}
+
+    demo, steps = demonstrate(dark, 3, before=led_by(away, steps=(23, 23)))
+    assert demo is not None and len(demo) == steps - 23
+    assert len(asked) == 5 and asked[0]["reset"] and "reset" not in asked[1]
+    straight, _ = demonstrate(dark, 3)
+    assert demo.state[0, 1] > straight.state[0, 1] + 0.05
+    assert demo.actions[0, 6] == -1  # the hand opens first
+    again, _ = demonstrate(dark, 3, before=led_by(away, steps=(23, 23)))
+    np.testing.assert_array_equal(again.state, demo.state)
+
+
+@pytest.mark.libero
+def test_an_object_that_is_already_in_the_hand_is_not_put_down(dark):
+    leader = None
+
+    def carries(request):
+        nonlocal leader
+        leader = Expert(dark) if request.get("reset") else leader
+        return {"actions": leader.act()[None]}
+
+    lifted = {}
+
+    def before(env, generator):
+        led_by(carries, steps=(70, 70), replan=1)(env, generator)
+        lifted.update(stage=leader.stage, held=leader.scene.lifted(leader.scene.goals[0][1]))
+
+    demo, _ = demonstrate(dark, 3, before=before)
+    assert lifted == {"stage": "over", "held": True}
+    assert demo is not None and demo.actions[0, 6] == 1
+
+
+@pytest.mark.libero
+def test_nothing_is_recorded_when_the_policy_needs_no_help(dark):
+    leader = None
+
+    def solves(request):
+        nonlocal leader
+        leader = Expert(dark) if request.get("reset") else leader
+        return {"actions": leader.act()[None]}
+
+    demo, steps = demonstrate(dark, 3, before=led_by(solves, steps=(250, 250), replan=1))
+    assert demo is None and steps < 250
 
 
 @pytest.mark.libero

@@ -79,13 +79,13 @@ def test_vla_pruner_is_algorithm_2(variant):
     alone = {"semantic": 0, "action": 0}
     for seed in range(3):
         seen = episode(30 + seed, c.pruner, dead=2 * seed, steps=8, noise=0.4, shifts=(2, 3, 4, 5, 6, 7))
-        for t, selection in enumerate(play(c, seen)[1]):
+        carries, selections = play(c, seen)
+        for t, selection in enumerate(selections):
             assert selection.keyframe == (t < 3), t
             if t < 3:
                 continue
             living = np.flatnonzero(seen.alive[t]).tolist()
-            # `late` of step t - i is what that step leaves behind
-            past = [seen.late[t - i].astype(np.float64).mean(0) for i in (1, 2, 3)]
+            past = [carries[t - i][3].astype(np.float64).mean(0) for i in (1, 2, 3)]  # what step t - i left behind
             weight = [0.6, 0.36, 0.216] if variant == "as_described" else [0.36, 0.6, 1.0]
             action = sum(w * s for w, s in zip(weight, past, strict=True))
             k = budget(0.3, len(living))

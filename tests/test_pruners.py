@@ -80,7 +80,7 @@ def algorithm_1(
 
 
 PLAYS = [
-    *(c for c in laws.CASES if c.name == "safe"),
+    *(c for c in laws.CASES if c.name == "safe" and "carry" not in dict(c.choices)),
     case("safe", match="camera", threshold=0.6, keep=0.4, fuse=1.0),
     case("safe", every=4, max_age=3, variant="as_released", fuse=0.25, per_camera=3),
 ]
@@ -105,6 +105,38 @@ def test_safe_is_algorithm_1(case):
                 assert kept(got) == expected["kept"], t
             pruned.add(bool(expected["keyframe"]))
     assert pruned == {True, False}
+
+
+@pytest.mark.parametrize("fuse", [0.5, 1.0])
+def test_safe_from_step_to_step_lives_on_measurements(fuse):
+    """`carry="step"` by loops: everything known is taken along by the matches between neighbouring steps."""
+    c = case("safe", carry="step", threshold=0.6, keep=0.3, fuse=fuse)
+    assert c.pruner.plan.late_from == "every"
+    renewed = 0
+    for seed in range(3):
+        seen = episode(300 + seed, c.pruner, dead=2 * seed, noise=0.05 + 0.1 * seed)
+        carries, selections = play(c, seen)
+        late = shallow = None
+        for t, got in enumerate(selections):
+            alive, now = seen.alive[t], np.asarray(seen.saliency[0][t], np.float64)
+            if t:
+                pi = slow_match(slow_unit(seen.visual[t]), slow_unit(seen.visual[t - 1]), alive)
+                left, before = np.asarray(carries[t - 1][3], np.float64), selections[t - 1]
+                if before.keyframe:
+                    late, shallow = left, np.asarray(seen.saliency[0][t - 1], np.float64)
+                else:
+                    ran = np.isin(np.arange(len(alive)), list(kept(before)))
+                    mass = late[:, ran].sum(1, keepdims=True)
+                    late = np.where(ran, mass * left, late)
+                    renewed += 1
+                late = np.stack([slow_forecast(row, pi, alive) for row in late])
+                shallow = slow_forecast(shallow, pi, alive)
+                kappa = slow_kappa(now, shallow)
+                np.testing.assert_allclose(got.kappa, kappa, rtol=1e-5)
+                assert abs(kappa - 0.6) > 1e-4 and got.keyframe == (kappa < 0.6), t
+                np.testing.assert_allclose(got.score, slow_fuse(now, late, fuse), rtol=1e-4, atol=1e-6)
+                assert kept(got) == set(slow_top_k(np.asarray(got.score), alive, 0.3))
+    assert renewed > 5
 
 
 def test_safe_follows_moving_tokens_and_notices_a_new_subtask():

@@ -16,8 +16,8 @@ another object's collision geometry come last.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,11 +90,18 @@ class Expert:
         while True:
             todo = [goal for goal in self.scene.goals if not self.scene.holds(goal)]
             for _, thing, target in todo[:1]:
-                grasp = self._choose(thing)
-                yield from self._fetch(thing, grasp)
+                if not self._gripped(thing):
+                    yield from self._fetch(thing, self._choose(thing))
                 if self.scene.in_hand(thing):
                     yield from self._deliver(thing, target)
             yield from self._hold(1)
+
+    def _gripped(self, thing: str) -> bool:
+        """Whether somebody else has left the object in the closed hand, off the table; only before the first action."""
+        if self.stage != "start" or not self.scene.in_hand(thing) or not self.scene.lifted(thing):
+            return False
+        self.stage, self._gripper = "lift", CLOSED
+        return True
 
     def _fetch(self, thing: str, grasp: Grasp) -> Iterator[np.ndarray]:
         scene = self.scene
@@ -217,7 +224,14 @@ def _hand(site: np.ndarray, yaw: float) -> np.ndarray:
     return site + local @ np.stack([across, along, np.array([0, 0, 1.0])])
 
 
-def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0, every: int = 1) -> tuple[Demo | None, int]:
+def demonstrate(
+    env: LiberoEnv,
+    seed: int,
+    *,
+    noise: float = 0.0,
+    every: int = 1,
+    before: Callable[[LiberoEnv, np.random.Generator], None] = lambda env, generator: None,
+) -> tuple[Demo | None, int]:
     """Plays one episode from a random initial state and records it.
 
     The arm executes the expert's action plus Gaussian noise, the record holds the expert's action: what it would do
@@ -228,12 +242,17 @@ def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0, every: int = 1
       seed: decides the initial state and the noise; the same seed gives the same episode.
       noise: standard deviation of what is added to the six motion commands, which are in [-1, 1].
       every: both cameras are rendered at every so many-th step, which is most of the cost.
+      before: plays on its own first, unrecorded; the expert takes over where it has led (`led_by`).
 
     Returns:
-      The demonstration, None if the episode did not succeed; the number of steps.
+      The demonstration, None if the episode did not succeed or was over before the expert's turn; the number of steps.
     """
     env.randomize(seed)
-    expert, generator, rows = Expert(env), np.random.default_rng([seed, env.task.index, 1]), []
+    generator, rows = np.random.default_rng([seed, env.task.index, 1]), []
+    before(env, generator)
+    if not env.running:
+        return None, env.steps
+    expert = Expert(env)
     images: dict[str, list[np.ndarray]] = {key: [] for key in CAMERAS}
     success, done = False, False
     while not done:
@@ -260,3 +279,30 @@ def demonstrate(env: LiberoEnv, seed: int, *, noise: float = 0.0, every: int = 1
         extra={key: np.stack([more[key] for _, _, more in rows]) for key in EXTRA},
     )
     return demo, env.steps
+
+
+def led_by(
+    policy: Callable[[dict], Mapping[str, Any]], *, steps: tuple[int, int] = (20, 200), replan: int = 5
+) -> Callable[[LiberoEnv, np.random.Generator], None]:
+    """`before` of `demonstrate`: a policy plays for a random number of steps, so that the expert shows the way out.
+
+    States that a policy reaches by its own mistakes are not in a demonstration of somebody who makes none. The expert
+    is recorded from the hand-over on (as in HG-DAgger, Kelly et al. 2019; the moment is random).
+
+    Args:
+      policy: request to reply with "actions" [≥ replan, 7]; it is told where episodes begin by "reset" and "seed".
+      steps: fewest and most control steps; drawn per episode.
+      replan: actions executed per call.
+    """
+
+    def play(env: LiberoEnv, generator: np.random.Generator) -> None:
+        length = int(generator.integers(steps[0], steps[1] + 1))
+        told = {"reset": True, "seed": int(generator.integers(2**31))}
+        while env.running and env.steps < length:
+            actions = np.asarray(policy(env.observe() | told)["actions"])
+            told = {}
+            for action in actions[: min(replan, length - env.steps)]:
+                if env.step(np.clip(action, -1, 1)).done:
+                    break
+
+    return play

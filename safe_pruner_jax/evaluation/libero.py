@@ -141,6 +141,11 @@ class LiberoEnv:
         observable = lib.Observable("watch", watch, sampling_rate=robosuite_env.control_freq, active=False)
         robosuite_env.add_observable(observable)
 
+    @property
+    def running(self) -> bool:
+        """Whether an episode is under way, so that `step` may be called."""
+        return self._running
+
     def reset(self, init_state: int) -> dict[str, Any]:
         """Starts an episode from a fixed initial state, lets the objects settle, returns `observe()`.
 

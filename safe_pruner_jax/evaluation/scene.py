@@ -147,6 +147,13 @@ class Scene:
         """Whether the object touches the hand."""
         return bool(self._env.check_contact(self._env.robots[0].gripper, self._env.get_object(name)))
 
+    def lifted(self, name: str) -> bool:
+        """Whether the object touches nothing but the hand."""
+        own = {self._model.geom(g).id for g in self._env.get_object(name).contact_geoms}
+        gripper = {self._model.geom(g).id for g in self._env.robots[0].gripper.contact_geoms}
+        pairs = ({int(c.geom1), int(c.geom2)} for c in self._data.contact[: self._data.ncon])
+        return not any(len(pair & own) == 1 and not pair & gripper for pair in pairs)
+
     def touching(self, name: str, target: str) -> bool:
         """Whether an object touches a target, or what the target is part of."""
         return bool(self._env.check_contact(self._env.get_object(name), self._env.get_object(self._owner(target))))

@@ -9,6 +9,9 @@ behind as `Evidence.late`. At every later step t:
     κ      = cos(S_t^ℓs, Ŝ^ℓs)                     does the forecast hold where we can check?   (Eq. 6)
     κ < γ  → keyframe: run everything, remember anew                                            (Eq. 7, Algorithm 1)
     else   → keep the top-K of (1-λ) S_t^ℓs + λ mean_ℓ Ŝ^ℓ                                      (Eq. 4-5)
+
+With `carry="step"` τ is the step before instead: saliencies are carried from step to step, and what late layers paid to
+the tokens that the step before kept replaces what was forecast for them. Only the dropped ones live on forecasts.
 """
 
 from typing import Literal
@@ -34,10 +37,15 @@ from safe_pruner_jax.tokens import top_k
 
 @struct.dataclass
 class SafeState:
-    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n]."""
+    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n].
+
+    With `carry="step"` both are in the slots of the step before, as is the forecast of late saliency, `late`
+    [|L_d|, n]; after a keyframe it is 0, since everything was measured.
+    """
 
     reference: Array
     shallow: Array
+    late: Array | tuple[()] = ()
 
 
 def safe(
@@ -50,6 +58,7 @@ def safe(
     late_layers: Layers = (0, -2, -1),
     late_steps: Literal["half", "all", "last"] = "half",
     match: Literal["all", "camera"] = "all",
+    carry: Literal["keyframe", "step"] = "keyframe",
     every: int | None = None,
     max_age: int | None = None,
     per_camera: int = 0,
@@ -67,6 +76,8 @@ def safe(
       late_layers: L_d, negative counts from the end.
       late_steps: denoise steps averaged for the late saliency: second half, all, or the last one.
       match: candidates of the correspondence: tokens of all cameras or of the same camera only.
+      carry: where correspondences lead: to the keyframe in one look-up (the paper), or from step to step, with the late
+        saliency of kept tokens measured anew at every step (ours).
       every: a keyframe every so many steps instead of the κ test (the paper's "w/o division"); None: κ decides.
       max_age: at most so many steps between keyframes; None: no limit.
       per_camera: at least so many tokens of every camera are kept.
@@ -86,37 +97,47 @@ def safe(
     late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    _check(weight, threshold, queries, late_layers, match, every, max_age, per_camera, variant)
+    _check(weight, threshold, queries, late_layers, match, carry, every, max_age, per_camera, variant)
+    rolling = carry == "step"
     capture = (Capture(cut - 1, queries),) + ((Capture(0, "last"),) if released else ())
-    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, compares=(("visual", "visual"),))
+    late_from = "every" if rolling else "full"
+    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, late_from, compares=(("visual", "visual"),))
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
-        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32))
+        late = jnp.zeros_like(e.late) if rolling else ()
+        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32), late)
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
         shallow, tested = e.saliency[0], e.saliency[-1]
         z = temporal.unit(jnp.where(e.alive[:, None], e.visual, 0))
         pi = temporal.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
-        k = temporal.kappa(tested, temporal.forecast(state.shallow, pi, e.alive))
-        late = temporal.forecast(e.late, pi, e.alive)
+        carried = temporal.forecast(state.shallow, pi, e.alive)
+        k = temporal.kappa(tested, carried)
+        known = temporal.renewed(state.late, e.late, e.since_full == 1) if rolling else e.late
+        late = temporal.forecast(known, pi, e.alive)
         if released:
             score = shallow + weight * late.mean(0)
         else:
             score = temporal.fuse(shallow, late, weight)
         keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, state.reference, state.shallow)
+        if rolling:
+            keyframe |= ~finite(e.late)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
         k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
-        refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))
+        if rolling:
+            refreshed = SafeState(z, jnp.where(keyframe, tested, carried), jnp.where(keyframe, 0.0, late))
+        else:
+            refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))
         return refreshed, Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
 
 
-def _check(weight, threshold, queries, late_layers, match, every, max_age, per_camera, variant):
+def _check(weight, threshold, queries, late_layers, match, carry, every, max_age, per_camera, variant):
     def require(ok: bool, name: str, expected: str, got) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got!r}")
@@ -132,6 +153,7 @@ def _check(weight, threshold, queries, late_layers, match, every, max_age, per_c
         late_layers,
     )
     require(match in ("all", "camera"), "match", '"all" or "camera"', match)
+    require(carry in ("keyframe", "step"), "carry", '"keyframe" or "step"', carry)
     require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
     require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
     require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)
