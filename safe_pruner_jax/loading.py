@@ -20,7 +20,7 @@ from safe_pruner_jax.compiling import upright
 from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.model import pi0, precision
-from safe_pruner_jax.model.checkpoint import fetch, load_params
+from safe_pruner_jax.model.checkpoint import fetch, open_params
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.observation import Tokenizer, load_norm_stats
 from safe_pruner_jax.policy import Policy
@@ -145,7 +145,7 @@ def load_policy(
         if address is None:
             raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
         folder = fetch(address)
-        params = load_params(folder, model, dtype=param_dtype or model.dtype)
+        params = open_params(folder, model, dtype=param_dtype or model.dtype)  # read leaf by leaf
     if tokenizer is None:
         tokenizer = folder / "tokenizer.model" if config.name == EMBEDDED else fetch(PALIGEMMA_TOKENIZER)
     stats = load_norm_stats(folder, config.asset_id)

@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -15,8 +18,8 @@ import pytest
 from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees, flat, unflat
 from tiny_checkpoint import tiny as tiny
 
-from safe_pruner_jax.model import checkpoint
-from safe_pruner_jax.model.checkpoint import CheckpointError, load_params, save_params
+from safe_pruner_jax.model import checkpoint, pi0
+from safe_pruner_jax.model.checkpoint import CheckpointError, Stored, load_params, open_params, save_params
 from safe_pruner_jax.model.config import GemmaConfig
 from safe_pruner_jax.model.params import param_shapes
 
@@ -65,6 +68,23 @@ def test_cast_while_loading_is_a_plain_cast(tiny, dtype):
 def test_dtype_must_be_floating():
     with pytest.raises(ValueError, match=r'floating dtype such as "bfloat16".*got int8'):
         load_params(GOLDEN["pure"], TINY, dtype="int8")
+
+
+def test_leaves_are_on_disk_until_they_are_read(tmp_path, tiny):
+    shutil.copytree(GOLDEN["pure"], tmp_path / "ckpt")
+    found = flat(open_params(tmp_path / "ckpt", TINY, dtype="float32"))
+    assert all(isinstance(leaf, Stored) for leaf in found.values())
+    assert sum(leaf.nbytes for leaf in found.values()) == sum(v.nbytes for v in flat(tiny).values())
+    once = []
+    note = lambda k, leaf: once.append(k) or leaf.read()
+    counted = {k: types.SimpleNamespace(read=partial(note, k, leaf)) for k, leaf in found.items()}
+    want = pi0.prepare(load_params(GOLDEN["pure"], TINY, dtype="float32"), TINY)
+    got = pi0.prepare(unflat(counted), TINY)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert sorted(once) == sorted(found)  # every leaf, and none of them twice
+    shutil.rmtree(tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        found["action_in_proj/kernel"].read()
 
 
 def test_peak_memory_is_one_copy_and_one_leaf(tmp_path):

@@ -1,7 +1,8 @@
 """openpi's checkpoints on disk ⇄ the parameter tree.
 
     fetch(uri) -> folder          gs://… into openpi's own cache; a local path passes through
-    load_params(folder, config)   a checked tree in the dtype you will run, one copy of it in memory
+    open_params(folder, config)   a checked tree whose leaves are still on disk, for `pi0.prepare`
+    load_params(folder, config)   the same, read: one copy of it in memory
     save_params(folder, params)   the same layout, for openpi to read
 
 A checkpoint is a folder whose `params/` holds one Orbax PyTree item {"params": tree}: an OCDBT key-value
@@ -21,6 +22,7 @@ import re
 import shutil
 import urllib.parse
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,27 +145,57 @@ def _download(root: str, target: pathlib.Path) -> None:
 # load
 
 
-def load_params(
+@dataclass(frozen=True)
+class Stored:
+    """A leaf on disk.
+
+    Args:
+      directory, name: where and which, for errors.
+      store: its array.
+      dtype: that it is cast to while it is read; None: as it is stored.
+    """
+
+    directory: pathlib.Path
+    name: str
+    store: ts.TensorStore
+    dtype: np.dtype | None
+
+    @property
+    def nbytes(self) -> int:
+        """As stored."""
+        return self.store.size * self.store.dtype.numpy_dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The values; CheckpointError if they cannot be read or are not finite."""
+        with _reading(self.directory, self.name):
+            store = self.store if self.dtype is None else ts.cast(self.store, self.dtype)
+            value = store.read(order="C").result()
+        if bad := _count_nonfinite(value):
+            raise CheckpointError(
+                f"leaf {self.name} of {self.directory}: expected finite values, got {bad} of {value.size} NaN or "
+                f"infinite as {value.dtype}; training diverged or the file is damaged: take an earlier step or "
+                "download it"
+            )
+        return value
+
+
+def open_params(
     path: str | os.PathLike, config: Pi0Config, *, dtype: DTypeLike | None = None, allow_extra: bool = False
 ) -> Params:
-    """Reads an openpi checkpoint into the tree of `param_shapes(config)`.
-
-    Leaves are read one at a time, largest first, and cast on the way in: the peak on the host is about one
-    copy of the result plus one leaf as stored.
+    """Finds an openpi checkpoint's leaves and checks names, shapes and dtypes; reads no values.
 
     Args:
       path: a checkpoint folder (with `params/` in it) or the `params/` folder itself.
       config: sizes the tree must have.
-      dtype: floating dtype of the result, e.g. "bfloat16"; None keeps what is stored.
+      dtype: floating dtype that leaves are read in, e.g. "bfloat16"; None keeps what is stored.
       allow_extra: drop leaves the model does not have, silently, as openpi does. Mind LoRA leaves: without
         them the policy is another one.
 
     Returns:
-      Nested dict of numpy arrays with openpi's path components, whichever key layout the file has.
+      Nested dict of `Stored` with openpi's path components, whichever key layout the file has.
 
     Raises:
-      CheckpointError: not a complete JAX checkpoint; a missing, extra, misshapen, unreadable or non-finite
-        leaf.
+      CheckpointError: not a complete JAX checkpoint; a missing, extra, misshapen or unreadable leaf.
       ValueError: `dtype` is not a floating dtype.
     """
     dtype = None if dtype is None else jnp.dtype(dtype)
@@ -175,10 +207,26 @@ def load_params(
     leaves = {k: _open(directory, k, name) for k, name in stored.items() if k in expected}
     extra = [] if allow_extra else sorted(stored.keys() - expected.keys())
     _check_tree(directory, leaves, extra, expected, config)
+    found = {k: Stored(directory, k, store, dtype) for k, store in leaves.items()}
+    return traverse_util.unflatten_dict(found, sep="/")
 
+
+def load_params(
+    path: str | os.PathLike, config: Pi0Config, *, dtype: DTypeLike | None = None, allow_extra: bool = False
+) -> Params:
+    """Reads an openpi checkpoint into the tree of `param_shapes(config)`, NumPy arrays; arguments as `open_params`.
+
+    Leaves are read one at a time, largest first, and cast on the way in: the peak on the host is about one
+    copy of the result plus one leaf as stored.
+
+    Raises:
+      CheckpointError: as `open_params`, and for a leaf that is not finite.
+      ValueError: `dtype` is not a floating dtype.
+    """
+    found = traverse_util.flatten_dict(open_params(path, config, dtype=dtype, allow_extra=allow_extra), sep="/")
     # A leaf being read is there twice, stored and cast: the largest goes first, while little else is there.
-    order = sorted(leaves, key=lambda k: leaves[k].size * leaves[k].dtype.numpy_dtype.itemsize, reverse=True)
-    return traverse_util.unflatten_dict({k: _read(directory, k, leaves[k], dtype) for k in order}, sep="/")
+    order = sorted(found, key=lambda k: found[k].nbytes, reverse=True)
+    return traverse_util.unflatten_dict({k: found[k].read() for k in order}, sep="/")
 
 
 def _params_directory(path: str | os.PathLike) -> pathlib.Path:
@@ -241,17 +289,6 @@ def _open(directory: pathlib.Path, leaf: str, name: str) -> ts.TensorStore:
     }
     with _reading(directory, leaf):
         return ts.open(spec, open=True, read=True).result()
-
-
-def _read(directory: pathlib.Path, leaf: str, store: ts.TensorStore, dtype: np.dtype | None) -> np.ndarray:
-    with _reading(directory, leaf):
-        value = (store if dtype is None else ts.cast(store, dtype)).read(order="C").result()
-    if bad := _count_nonfinite(value):
-        raise CheckpointError(
-            f"leaf {leaf} of {directory}: expected finite values, got {bad} of {value.size} NaN or infinite "
-            f"as {value.dtype}; training diverged or the file is damaged: take an earlier step or download it"
-        )
-    return value
 
 
 def _check_tree(

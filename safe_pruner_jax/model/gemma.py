@@ -13,6 +13,7 @@ from flax import struct
 
 from safe_pruner_jax.arrays import Array, Matrix, Upright, columns, dense
 from safe_pruner_jax.model.config import GemmaConfig
+from safe_pruner_jax.model.params import by_layer
 
 MASKED = -2.3819763e38  # what openpi writes over masked logits; a fully masked row becomes uniform
 
@@ -57,29 +58,33 @@ class Segment:
 
 
 def prepare_layers(tree: dict, c: GemmaConfig, suffix: str, dtype, upright: bool = False) -> tuple[LayerWeights, ...]:
-    """Per-layer weights from openpi's stacked tree (`PaliGemma/llm/layers`); pure and differentiable."""
+    """Per-layer weights from openpi's stacked tree (`PaliGemma/llm/layers`); pure and differentiable.
+
+    One kind of matrix after the other, so that of a tree on disk one stack at a time is in memory.
+    """
     attn, mlp = tree["attn"], tree[f"mlp{suffix}"]
 
-    def layer(i: int) -> LayerWeights:
-        q = attn[f"q_einsum{suffix}"]["w"][i]  # [N, D, H]
-        kv = attn[f"kv_einsum{suffix}"]["w"][i]  # [2, K, D, H]
+    def fuse_heads(q: Array, kv: Array) -> Array:  # [N, D, H], [2, K, D, H]
         heads = jnp.concatenate([q, kv[0], kv[1]], axis=0).astype(dtype)  # [N+2K, D, H]
-        gate, up = mlp["gating_einsum"][i].astype(dtype)
-        return LayerWeights(
-            gain1=_gain(tree[f"pre_attention_norm{suffix}"], i),
-            gain2=_gain(tree[f"pre_ffw_norm{suffix}"], i),
-            qkv=heads.transpose(1, 0, 2).reshape(c.width, -1),
-            out=attn[f"attn_vec_einsum{suffix}"]["w"][i].astype(dtype).reshape(-1, c.width),
-            gate_up=Upright(jnp.concatenate([gate.T, up.T])) if upright else jnp.concatenate([gate, up], axis=-1),
-            down=mlp["linear"][i].astype(dtype),
+        return heads.transpose(1, 0, 2).reshape(c.width, -1)
+
+    def fuse_gate(gating: Array) -> Array | Upright:  # [2, D, F]
+        gate, up = gating.astype(dtype)
+        return Upright(jnp.concatenate([gate.T, up.T])) if upright else jnp.concatenate([gate, up], axis=-1)
+
+    def gains(name: str) -> list[Array | None]:
+        # openpi writes 1 + scale in the parameters' dtype, but under jit XLA keeps it in float32
+        norm = tree[f"{name}{suffix}"]
+        return (
+            by_layer(lambda s: 1 + jnp.asarray(s, jnp.float32), norm["scale"]) if "scale" in norm else [None] * c.depth
         )
 
-    return tuple(layer(i) for i in range(c.depth))
-
-
-def _gain(norm: dict, i: int) -> Array | None:
-    # openpi writes 1 + scale in the parameters' dtype, but under jit XLA keeps it in float32
-    return 1 + jnp.asarray(norm["scale"][i], jnp.float32) if "scale" in norm else None
+    gate_up = by_layer(fuse_gate, mlp["gating_einsum"])
+    down = by_layer(lambda w: jnp.asarray(w, dtype), mlp["linear"])
+    qkv = by_layer(fuse_heads, attn[f"q_einsum{suffix}"]["w"], attn[f"kv_einsum{suffix}"]["w"])
+    out = by_layer(lambda w: jnp.asarray(w, dtype).reshape(-1, c.width), attn[f"attn_vec_einsum{suffix}"]["w"])
+    rows = zip(gains("pre_attention_norm"), gains("pre_ffw_norm"), qkv, out, gate_up, down, strict=True)
+    return tuple(LayerWeights(*row) for row in rows)
 
 
 def rope(positions: Array, head_dim: int) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ leading axis; names ending in `_1` belong to the action expert.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,20 @@ from flax import traverse_util
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config
 
 Params = dict[str, Any]
-"""Nested dict of arrays with openpi's path components as keys."""
+"""Nested dict of arrays with openpi's path components as keys; leaves may still be on disk (`checkpoint.Stored`)."""
 
 Spec = tuple[tuple[int, ...], float, float]
 """Shape of a leaf, and the mean and standard deviation it is drawn with."""
+
+
+def read(leaf: Any) -> Any:
+    """The array of a leaf; one that is still on disk is read, and nobody keeps it but the caller."""
+    return leaf.read() if hasattr(leaf, "read") else leaf
+
+
+def by_layer(make: Callable[..., Any], *leaves: Any) -> list[Any]:
+    """`make` of each layer's entry of stacked leaves [L, ...]. The stacks are gone when it returns."""
+    return [make(*entries) for entries in zip(*map(read, leaves), strict=True)]
 
 
 def _weights(shape: tuple[int, ...], *fan_in: int) -> Spec:

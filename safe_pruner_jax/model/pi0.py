@@ -21,7 +21,7 @@ from flax import struct
 from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.model.params import Params, by_layer, read
 from safe_pruner_jax.rtc import Guide, guided
 from safe_pruner_jax.tokens import saliency, spread
 
@@ -96,7 +96,8 @@ def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10, upright: 
 
     Stacked layers are split, so that no step slices a stack; q, k, v and gate, up are fused; matrices that
     compute in the activation dtype are cast to it; time embedding and adaptive norms of all denoise steps are
-    evaluated.
+    evaluated. Leaves are read one after the other and only once: of a tree that is still on disk
+    (`checkpoint.open_params`) there is in memory what becomes of it, and one leaf.
 
     Args:
       params: the tree of `param_shapes(config)`, any float dtype.
@@ -109,18 +110,18 @@ def prepare(params: Params, config: Pi0Config, *, num_steps: int = 10, upright: 
     """
     dtype = jnp.dtype(config.dtype)
     llm, img = params["PaliGemma"]["llm"], params["PaliGemma"]["img"]
-    affine = lambda name: siglip.Affine(jnp.asarray(params[name]["kernel"]), jnp.asarray(params[name]["bias"]))
+    affine = lambda name: siglip.Affine(*(jnp.asarray(read(params[name][part])) for part in ("kernel", "bias")))
     mixer = None
     if not config.pi05:
         first = affine("action_time_mlp_in")
         mixer = (first.w[: config.expert.width], affine("action_time_mlp_out"))
     return Weights(
+        prefix=gemma.prepare_layers(llm["layers"], config.prefix, "", dtype, upright),  # the largest leaf first
+        embedding=jnp.asarray(read(llm["embedder"]["input_embedding"])),
         vision=siglip.prepare(img, config, dtype),
-        embedding=jnp.asarray(llm["embedder"]["input_embedding"]),
-        prefix=gemma.prepare_layers(llm["layers"], config.prefix, "", dtype, upright),
         expert=gemma.prepare_layers(llm["layers"], config.expert, "_1", dtype),
-        final_gain=None if config.pi05 else 1 + jnp.asarray(llm["final_norm_1"]["scale"], jnp.float32),
-        prefix_gain=1 + jnp.asarray(llm["final_norm"]["scale"], jnp.float32),
+        final_gain=None if config.pi05 else 1 + jnp.asarray(read(llm["final_norm_1"]["scale"]), jnp.float32),
+        prefix_gain=1 + jnp.asarray(read(llm["final_norm"]["scale"]), jnp.float32),
         action_in=affine("action_in_proj"),
         action_out=affine("action_out_proj"),
         state=None if config.pi05 else affine("state_proj"),
@@ -133,21 +134,21 @@ def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndar
     """The schedule of given flow times [s], see `Schedule`."""
     times = times if isinstance(times, jax.Array) else np.asarray(times, np.float32)
     emb = jnp.asarray(time_embedding(times, config.expert.width))
-    dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+    dense = lambda name, x: x @ read(params[name]["kernel"]) + read(params[name]["bias"])
     if not config.pi05:
         first = params["action_time_mlp_in"]
-        mix = emb @ first["kernel"][config.expert.width :] + first["bias"]
+        mix = emb @ read(first["kernel"])[config.expert.width :] + read(first["bias"])
         return Schedule(jnp.asarray(times), None, None, None, mix)
     cond = jax.nn.swish(dense("time_mlp_out", jax.nn.swish(dense("time_mlp_in", emb))))
     dtype = jnp.dtype(config.dtype)
-    modulate = lambda m: cond.astype(dtype) @ m["kernel"].astype(dtype) + m["bias"].astype(dtype)
+    modulate = lambda kernel, bias: cond.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
     llm = params["PaliGemma"]["llm"]
-    pick = lambda name, i: {k: v[i] for k, v in llm["layers"][name]["Dense_0"].items()}
-    mods = tuple(
-        gemma.Modulation(modulate(pick("pre_attention_norm_1", i)), modulate(pick("pre_ffw_norm_1", i)))
-        for i in range(config.depth)
+    attn, mlp, last = (
+        (norm["Dense_0"]["kernel"], norm["Dense_0"]["bias"])
+        for norm in (llm["layers"]["pre_attention_norm_1"], llm["layers"]["pre_ffw_norm_1"], llm["final_norm_1"])
     )
-    return Schedule(jnp.asarray(times), cond, mods, modulate(llm["final_norm_1"]["Dense_0"]), None)
+    mods = map(gemma.Modulation, by_layer(modulate, *attn), by_layer(modulate, *mlp))
+    return Schedule(jnp.asarray(times), cond, tuple(mods), modulate(*map(read, last)), None)
 
 
 # --- prefix -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from flax import struct
 
 from safe_pruner_jax.arrays import Array, dense
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.params import by_layer, read
 
 
 @struct.dataclass
@@ -50,32 +51,40 @@ def prepare(tree: dict, config: Pi0Config, dtype) -> VisionWeights:
     stack = tree["Transformer"]["encoderblock"]
     attn, mlp = stack["MultiHeadDotProductAttention_0"], stack["MlpBlock_0"]
 
-    def block(i: int) -> BlockWeights:
-        qkv = [attn[name] for name in ("query", "key", "value")]
-        return BlockWeights(
-            norm1=Affine(stack["LayerNorm_0"]["scale"][i], stack["LayerNorm_0"]["bias"][i]),
-            qkv=Affine(
-                jnp.concatenate([p["kernel"][i].reshape(v.width, -1) for p in qkv], axis=1).astype(dtype),
-                jnp.concatenate([p["bias"][i].reshape(-1) for p in qkv]).astype(dtype),
-            ),
-            out=_affine(attn["out"]["kernel"][i].reshape(-1, v.width), attn["out"]["bias"][i], dtype),
-            norm2=Affine(stack["LayerNorm_1"]["scale"][i], stack["LayerNorm_1"]["bias"][i]),
-            up=_affine(mlp["Dense_0"]["kernel"][i], mlp["Dense_0"]["bias"][i], dtype),
-            down=_affine(mlp["Dense_1"]["kernel"][i], mlp["Dense_1"]["bias"][i], dtype),
-        )
+    def affine(part: dict, rows: int) -> list[Affine]:
+        kernels = by_layer(lambda w: jnp.asarray(w, dtype).reshape(rows, -1), part["kernel"])
+        biases = by_layer(lambda b: jnp.asarray(b, dtype), part["bias"])
+        return list(map(Affine, kernels, biases))
 
+    def qkv() -> list[Affine]:
+        fuse = lambda *parts: jnp.concatenate([p.reshape(-1, v.width) for p in parts], axis=-1).astype(dtype)
+        kernels, biases = (
+            by_layer(fuse, *(attn[name][part] for name in ("query", "key", "value"))) for part in ("kernel", "bias")
+        )
+        return [Affine(w, b[0]) for w, b in zip(kernels, biases, strict=True)]
+
+    norms = lambda name: by_layer(Affine, stack[name]["scale"], stack[name]["bias"])
+    blocks = zip(
+        norms("LayerNorm_0"),
+        qkv(),
+        affine(attn["out"], v.width),
+        norms("LayerNorm_1"),
+        affine(mlp["Dense_0"], v.width),
+        affine(mlp["Dense_1"], v.mlp_dim),
+        strict=True,
+    )
     norm = tree["Transformer"]["encoder_norm"]
     return VisionWeights(
-        patch=_affine(tree["embedding"]["kernel"].reshape(-1, v.width), tree["embedding"]["bias"], jnp.float32),
-        positions=jnp.asarray(tree["pos_embedding"][0], jnp.float32),
-        blocks=tuple(block(i) for i in range(v.depth)),
-        norm=Affine(norm["scale"], norm["bias"]),
-        head=_affine(tree["head"]["kernel"], tree["head"]["bias"], dtype),
+        patch=_affine(tree["embedding"], jnp.float32, v.width),
+        positions=jnp.asarray(read(tree["pos_embedding"])[0], jnp.float32),
+        blocks=tuple(BlockWeights(*row) for row in blocks),
+        norm=Affine(read(norm["scale"]), read(norm["bias"])),
+        head=_affine(tree["head"], dtype, config.prefix.width),
     )
 
 
-def _affine(w, b, dtype) -> Affine:
-    return Affine(jnp.asarray(w, dtype), jnp.asarray(b, dtype))
+def _affine(part: dict, dtype, columns: int) -> Affine:
+    return Affine(jnp.asarray(read(part["kernel"]), dtype).reshape(-1, columns), jnp.asarray(read(part["bias"]), dtype))
 
 
 def encode(w: VisionWeights, config: Pi0Config, images: Array) -> Array:
