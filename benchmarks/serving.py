@@ -3,10 +3,14 @@
 python benchmarks/serving.py [--requests 200] [--robots 1 4 16] [--out benchmarks/results/serving.json]
 
 The bare step is `session.infer` in this process, before there is a server. Then `openpi serve policy:embedded` runs in
-a process of its own, and robots with two pictures of 224 × 224 ask it as fast as they are answered.
+a process of its own, and robots with two pictures of 224 × 224 ask it as fast as they are answered. What the wire costs
+is measured by itself, the same requests to servers that compute nothing: one that is the websockets library and no
+more, and this package's.
 """
 
 import argparse
+import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -19,16 +23,19 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
+import websockets.asyncio.server
 import websockets.sync.client
 
 from safe_pruner_jax.loading import EMBEDDED, load_policy
 from safe_pruner_jax.pruners import make
+from safe_pruner_jax.serving import Server as PolicyServer
 from safe_pruner_jax.serving import pack, unpack
 
-EDGES_MS = [round(float(edge), 1) for edge in np.geomspace(10, 10_000, 25)]
+EDGES_MS = [round(float(edge), 1) for edge in np.geomspace(1, 10_000, 33)]
 """Borders of the histograms, milliseconds; what is below or above them all falls into the outermost bins."""
 WARM = 3
 """Requests of each robot that are not counted: the first is a keyframe."""
@@ -51,16 +58,88 @@ def describe(ms: list[float]) -> dict:
 
 
 def bare(pruner: str, requests: int) -> dict[str, list[float]]:
-    """Milliseconds of `session.infer` in this process, in turns: plain, and continuing the last chunk (`rtc`)."""
+    """Milliseconds of `session.infer` in this process, in turns: plain, and continuing the last chunk (`rtc`).
+
+    "beside the device" is what of a plain one is neither device nor transfer: checking and resizing.
+    """
     policy = load_policy(EMBEDDED, pruner=make(pruner), prompt_lengths=(16,))
     kinds = {"plain": {}, "rtc": {"rtc": {"executed": 5, "delay": 4}}}
     sessions, rng = {kind: policy.session() for kind in kinds}, np.random.default_rng(0)
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "beside the device")}
     for step in range(requests + WARM):
         for kind, more in kinds.items():
             request, start = asked(rng, 0, step) | more, time.perf_counter()
-            sessions[kind].infer(request)
+            reply = sessions[kind].infer(request)
             times[kind].append((time.perf_counter() - start) * 1e3)
+            if kind == "plain":
+                times["beside the device"].append(times[kind][-1] - reply["policy_timing"]["infer_ms"])
+    return {kind: ms[WARM:] for kind, ms in times.items()}
+
+
+class Nothing:
+    """A policy that answers at once."""
+
+    metadata: ClassVar[dict] = {}
+
+    def session(self) -> "Nothing":
+        """The same for every robot."""
+        return self
+
+    def warmup(self) -> None:
+        """Nothing to compile."""
+
+    def infer(self, request: dict) -> dict:
+        """Ten actions of zeros."""
+        return {"actions": np.zeros((10, 7))}
+
+
+async def answer_nothing(kind: str) -> None:
+    """Serves `Nothing`, or with "websockets" the same bytes with the library alone; prints its port."""
+    if kind == "server":
+        server = PolicyServer(Nothing(), port=0)
+        running = asyncio.ensure_future(server.run())
+        while not server.ready.is_set():
+            await asyncio.sleep(0.01)
+        print(server.port, flush=True)
+        await running
+    reply = pack({"actions": np.zeros((10, 7))})
+
+    async def converse(socket: websockets.asyncio.server.ServerConnection) -> None:
+        await socket.send(pack({}))
+        async for _ in socket:
+            await socket.send(reply)
+
+    listener = await websockets.asyncio.server.serve(converse, "127.0.0.1", 0, compression=None, max_size=None)
+    print(listener.sockets[0].getsockname()[1], flush=True)
+    await listener.serve_forever()
+
+
+def wire(requests: int) -> dict[str, list[float]]:
+    """Milliseconds of a round trip to each server that computes nothing, in turns."""
+    command = [sys.executable, __file__, "--answer-nothing"]
+    kinds = ("websockets", "server")
+    processes = {kind: subprocess.Popen([*command, kind], stdout=subprocess.PIPE, text=True) for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    rng = np.random.default_rng(0)
+    try:
+        with contextlib.ExitStack() as stack:
+            sockets = {}
+            for kind, process in processes.items():
+                address = f"ws://127.0.0.1:{int(process.stdout.readline())}"
+                connection = websockets.sync.client.connect(address, compression=None, max_size=None)
+                sockets[kind] = stack.enter_context(connection)
+                sockets[kind].recv(60)
+            for step in range(requests + WARM):
+                message = asked(rng, 0, step)
+                for kind, socket in sockets.items():
+                    start = time.perf_counter()
+                    socket.send(pack(message))
+                    unpack(socket.recv(60))
+                    times[kind].append((time.perf_counter() - start) * 1e3)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
     return {kind: ms[WARM:] for kind, ms in times.items()}
 
 
@@ -124,7 +203,12 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the result file")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--answer-nothing", choices=("websockets", "server"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.answer_nothing:
+        asyncio.run(answer_nothing(args.answer_nothing))
+        return
+    empty = wire(args.requests)
     alone = bare(args.pruner, min(args.requests, 100))
     driven = []
     if args.robots:
@@ -142,7 +226,9 @@ def main() -> None:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "model": EMBEDDED,
+        "wire_ms": {kind: describe(ms) for kind, ms in empty.items()},
         "bare_step_ms": describe(alone["plain"]),
+        "bare_beside_device_ms": describe(alone["beside the device"]),
         "bare_rtc_step_ms": describe(alone["rtc"]),
         "served": driven,
     }

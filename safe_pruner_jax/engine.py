@@ -12,7 +12,7 @@ Each is a pure function of (weights, control state, inputs), see `programs`. The
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class Engine:
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
         self.second = {pruned: jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
+        self._blank = cache(self._make_blank)  # one per number of cameras
 
     def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
         """`finish` for rows [b] of a carry, None for all; compiled per number of rows, whatever the batch was."""
@@ -89,9 +90,15 @@ class Engine:
         Raises:
           ValueError: the pruner's `keep` is a count above the number of visual tokens.
         """
+        blank, B = self._blank(cameras), len(seeds)
+        batched = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape)), blank)
+        return batched.replace(key=jnp.stack([jax.random.key(s) for s in seeds]))
+
+    def _make_blank(self, cameras: int) -> ControlState:
+        """What `init` gives every robot, without axis B and without a key."""
         config, pruner = self.config, self.pruner
         plan = pruner.plan
-        n, B, shape = cameras * config.tokens_per_camera, len(seeds), jax.ShapeDtypeStruct
+        n, shape = cameras * config.tokens_per_camera, jax.ShapeDtypeStruct
         keep = max((c.keep for c in plan.cuts), default=1)
         if keep > n:
             raise ValueError(
@@ -121,17 +128,16 @@ class Engine:
             past=past,
             actions=actions,
         )
-        batched = lambda a: jnp.broadcast_to(a, (B, *a.shape))
         return ControlState(
-            pruner=jax.tree.map(batched, pruner.init(evidence)),
-            since_full=jnp.full(B, NO_HISTORY, jnp.int32),
-            alive=jnp.zeros((B, n), bool),
-            running=jnp.zeros((B, n), bool),
-            late=batched(late),
-            key=jnp.stack([jax.random.key(s) for s in seeds]),
-            past=jax.tree.map(batched, past),
-            actions=batched(actions),
-            kv=jax.tree.map(batched, kv),
+            pruner=pruner.init(evidence),
+            since_full=jnp.full((), NO_HISTORY, jnp.int32),
+            alive=jnp.zeros(n, bool),
+            running=jnp.zeros(n, bool),
+            late=late,
+            key=(),
+            past=past,
+            actions=actions,
+            kv=kv,
         )
 
     def step(

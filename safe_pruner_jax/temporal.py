@@ -40,24 +40,6 @@ def forecast(s: Array, match: Array, alive: Array) -> Array:
     return jnp.where(alive, jnp.take(s, match, axis=-1, mode="clip"), 0.0)
 
 
-def renewed(forecast_s: Array, measured: Array, whole: Array) -> Array:
-    """Forecast saliency with what has been measured since put in its place; not in the paper.
-
-    Tokens that ran are measured, and share out the mass that was forecast for them; the others keep their forecast.
-
-    Args:
-      forecast_s: [L, n] as forecast for a step.
-      measured: [L, n] what that step measured, normalised over the tokens that ran, 0 elsewhere.
-      whole: bool scalar; all tokens ran, nothing of the forecast is left.
-
-    Returns:
-      [L, n].
-    """
-    ran = measured > 0
-    mass = jnp.where(ran, forecast_s, 0.0).sum(-1, keepdims=True)
-    return jnp.where(whole, measured, jnp.where(ran, mass * measured, forecast_s))
-
-
 def kappa(s: Array, forecast_s: Array) -> Array:
     """κ = cos(S_t, Ŝ_t) (Eq. 6): two [n] vectors, dead entries 0 → scalar; NaN if one of them is all zero."""
     return jnp.sum(s * forecast_s) / (jnp.sqrt(jnp.sum(s * s)) * jnp.sqrt(jnp.sum(forecast_s * forecast_s)))

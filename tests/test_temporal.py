@@ -142,14 +142,6 @@ def test_forecast_transfers_by_match(rng, n, data):
     np.testing.assert_array_equal(FORECAST(s[0], pi, alive), got[0])
 
 
-def test_what_ran_shares_out_the_mass_that_was_forecast_for_it():
-    forecast = np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], np.float32)
-    measured = np.array([[0.9, 0, 0.1, 0], [0.5, 0, 0.5, 0]], np.float32)
-    got = temporal.renewed(forecast, measured, np.array(False))
-    np.testing.assert_allclose(got, [[0.36, 0.2, 0.04, 0.4], [0.3, 0.3, 0.3, 0.1]], rtol=1e-6)
-    np.testing.assert_array_equal(temporal.renewed(forecast, measured, np.array(True)), measured)
-
-
 @given(generators, st.sampled_from(SIZES), st.sampled_from([1e-4, 1.0, 1e4]))
 def test_kappa_is_eq_6(rng, n, scale):
     a, b = scale * rng.uniform(size=(2, n)).astype(np.float32), rng.normal(size=(2, n)).astype(np.float32)

@@ -4,6 +4,7 @@ openpi analyze recall --data demos/libero_object/*.hdf5 --out out/analysis polic
 openpi analyze calibrate --data libero:libero_object/0/0 libero:libero_object/1/0 policy:embedded
 """
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -17,14 +18,15 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.analysis import calibrate, cost, forecast, kappa, recall
+from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, recall
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.evaluation.sources import local_device
 from safe_pruner_jax.loading import CALIBRATION
 from safe_pruner_jax.policy import Policy, layout_of
-from safe_pruner_jax.pruners import PRUNERS
+from safe_pruner_jax.pruners import PRUNERS, factory
+from safe_pruner_jax.which import Method
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,8 @@ class Analysis:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnEpisodes(Analysis):
-    """An analysis of episodes.
+class OnRequests(Analysis):
+    """An analysis of what a policy is asked.
 
     Args:
       data: files of demonstrations (HDF5 or packed), libero:SUITE/TASK/TRIAL played live, or "example", the recording
@@ -53,15 +55,24 @@ class OnEpisodes(Analysis):
       driver: of live episodes: the scripted expert, or the policy without pruning.
       limit: episodes, at most.
       replan: robot actions between two policy calls.
-      cut: layer index before which tokens are dropped.
-      late_layers: layers of the late saliency.
-      late_steps: denoise steps averaged for it.
     """
 
     data: tuple[str, ...] = (EXAMPLE,)
     driver: Literal["expert", "policy"] = "expert"
     limit: int | None = None
     replan: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnEpisodes(OnRequests):
+    """An analysis of what a policy attends to.
+
+    Args:
+      cut: layer index before which tokens are dropped.
+      late_layers: layers of the late saliency.
+      late_steps: denoise steps averaged for it.
+    """
+
     cut: int = 3
     late_layers: tuple[int, ...] = (0, -2, -1)
     late_steps: Literal["half", "all", "last"] = "half"
@@ -145,6 +156,20 @@ class Calibrate(Recall):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Actions(OnRequests):
+    """How far every method moves the actions, on recorded observations.
+
+    Args:
+      methods: names of pruners, with choices after a colon: safe:pool=1.5,queries=text. What is not written out is as
+        `openpi serve` would have it for this policy.
+      keeps: shares of the visual tokens kept.
+    """
+
+    methods: tuple[str, ...] = ("safe", "vla_pruner", "fastv", "random")
+    keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost(Analysis):
     """FLOPs and measured speed-up against the pruning ratio and the pruning layer (SAFE-Pruner, Fig. B).
 
@@ -188,6 +213,48 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     _leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
     print(f"copy {args.out / CALIBRATION} into the checkpoint's folder to make these the policy's own defaults")
+
+
+def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze actions`: one part of the file per episode and method, all shares kept in it."""
+    # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
+    wanted = [(name, keep, args.fit("LIBERO", _method(name, keep))) for name in args.methods for keep in args.keeps]
+    policy = functools.cache(load)
+    pruned = functools.cache(lambda number: policy().with_pruner(wanted[number][2].make()))
+    asked: list[str] = []
+    with Rows(args.out / "actions.jsonl", {**conditions, "replan": args.replan, "driver": args.driver}) as file:
+        for recording in itertools.islice(_recordings(args, policy), args.limit):
+            calls = functools.cache(lambda recording=recording: list(recording.calls()))
+            reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), args.replan)[0])
+            for number, (name, keep, method) in enumerate(wanted):
+                asked.append(f"{recording.name} | {name} | {json.dumps(method.choices, sort_keys=True)}")
+                if asked[-1] not in file.finished:
+                    row = deviation.measure(pruned(number), calls(), reference())
+                    logger.info("%s: %s, keep %g", recording.name, name, keep)
+                    file.add(asked[-1], [{"method": name, "keep": keep} | row])
+        rows = [row for row in file.rows() if row["part"] in asked]
+    if not rows:
+        raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
+    _leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
+
+
+def _method(text: str, keep: float) -> Method:
+    """What "name" or "name:choice=value,choice=value" asks for, at a share kept."""
+    name, _, rest = text.partition(":")
+    defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
+    given = dict(part.partition("=")[::2] for part in rest.split(",")) if rest else {}
+    if "keep" not in defaults or not given.keys() <= defaults.keys() - {"keep"}:
+        choices = ", ".join(defaults.keys() - {"keep"}) if "keep" in defaults else "none: it keeps everything"
+        raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
+
+    def value(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    own = {key: value(text) for key, text in given.items()}
+    return Method(name, defaults | own | {"keep": keep}, frozenset(own) | {"keep"})
 
 
 def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
@@ -257,7 +324,7 @@ def _conditions(kind: OnEpisodes) -> set[str]:
     return names & {f.name for f in dataclasses.fields(home)}
 
 
-def _recordings(args: OnEpisodes, policy: Load) -> Iterator[Recording]:
+def _recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     for source in args.data:
         yield from episodes(source, replan=args.replan, infer=_driver(policy) if args.driver == "policy" else None)
 
@@ -280,6 +347,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "recall": (Recall, run_recall),
     "forecast": (Forecast, run_forecast),
     "kappa": (Kappa, run_kappa),
+    "actions": (Actions, run_actions),
     "cost": (Cost, run_cost),
     "calibrate": (Calibrate, run_calibrate),
 }

@@ -10,10 +10,10 @@ behind as `Evidence.late`. At every later step t:
     κ < γ  → keyframe: run everything, remember anew                                            (Eq. 7, Algorithm 1)
     else   → keep the top-K of (1-λ) S_t^ℓs + λ mean_ℓ Ŝ^ℓ                                      (Eq. 4-5)
 
-With `carry="step"` τ is the step before instead: saliencies are carried from step to step, and what late layers paid to
-the tokens that the step before kept replaces what was forecast for them. Only the dropped ones live on forecasts.
+With `pool` above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
 """
 
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -32,20 +32,16 @@ from safe_pruner_jax.pruners.base import (
     check_layer,
     finite,
 )
-from safe_pruner_jax.tokens import top_k
+from safe_pruner_jax.pruners.diversity import max_min
+from safe_pruner_jax.tokens import budget, top_k
 
 
 @struct.dataclass
 class SafeState:
-    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n].
-
-    With `carry="step"` both are in the slots of the step before, as is the forecast of late saliency, `late`
-    [|L_d|, n]; after a keyframe it is 0, since everything was measured.
-    """
+    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n]."""
 
     reference: Array
     shallow: Array
-    late: Array | tuple[()] = ()
 
 
 def safe(
@@ -58,7 +54,7 @@ def safe(
     late_layers: Layers = (0, -2, -1),
     late_steps: Literal["half", "all", "last"] = "half",
     match: Literal["all", "camera"] = "all",
-    carry: Literal["keyframe", "step"] = "keyframe",
+    pool: float = 1.0,
     every: int | None = None,
     max_age: int | None = None,
     per_camera: int = 0,
@@ -76,8 +72,8 @@ def safe(
       late_layers: L_d, negative counts from the end.
       late_steps: denoise steps averaged for the late saliency: second half, all, or the last one.
       match: candidates of the correspondence: tokens of all cameras or of the same camera only.
-      carry: where correspondences lead: to the keyframe in one look-up (the paper), or from step to step, with the late
-        saliency of kept tokens measured anew at every step (ours).
+      pool: μ ≥ 1; above 1 the best μK tokens by score are candidates, and of them the K that differ most stay (greedy
+        max-min cosine distance of Z, as in VLA-Pruner's Algorithm 1; ours). 1 keeps the best K, as the paper does.
       every: a keyframe every so many steps instead of the κ test (the paper's "w/o division"); None: κ decides.
       max_age: at most so many steps between keyframes; None: no limit.
       per_camera: at least so many tokens of every camera are kept.
@@ -97,47 +93,47 @@ def safe(
     late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    _check(weight, threshold, queries, late_layers, match, carry, every, max_age, per_camera, variant)
-    rolling = carry == "step"
+    _check(weight, threshold, queries, late_layers, match, pool, every, max_age, per_camera, variant)
     capture = (Capture(cut - 1, queries),) + ((Capture(0, "last"),) if released else ())
-    late_from = "every" if rolling else "full"
-    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, late_from, compares=(("visual", "visual"),))
+    products = (("visual", "visual"),) * (1 if pool == 1 else 2)
+    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, compares=products)
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
-        late = jnp.zeros_like(e.late) if rolling else ()
-        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32), late)
+        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32))
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
         shallow, tested = e.saliency[0], e.saliency[-1]
         z = temporal.unit(jnp.where(e.alive[:, None], e.visual, 0))
         pi = temporal.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
-        carried = temporal.forecast(state.shallow, pi, e.alive)
-        k = temporal.kappa(tested, carried)
-        known = temporal.renewed(state.late, e.late, e.since_full == 1) if rolling else e.late
-        late = temporal.forecast(known, pi, e.alive)
+        k = temporal.kappa(tested, temporal.forecast(state.shallow, pi, e.alive))
+        late = temporal.forecast(e.late, pi, e.alive)
         if released:
             score = shallow + weight * late.mean(0)
         else:
             score = temporal.fuse(shallow, late, weight)
         keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, state.reference, state.shallow)
-        if rolling:
-            keyframe |= ~finite(e.late)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
+        if pool > 1:
+            candidates, chosen = top_k(score, e.alive, _widened(keep, pool, e.alive.shape[0]))
+            candidate = jnp.zeros(e.alive.shape, bool).at[candidates].max(chosen)
+            score = max_min(e.visual, candidate, budget(keep, e.alive.shape[0]), neighbour=2)
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
         k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
-        if rolling:
-            refreshed = SafeState(z, jnp.where(keyframe, tested, carried), jnp.where(keyframe, 0.0, late))
-        else:
-            refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))
+        refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))
         return refreshed, Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
 
 
-def _check(weight, threshold, queries, late_layers, match, carry, every, max_age, per_camera, variant):
+def _widened(keep: float, pool: float, n: int) -> float:
+    """The budget of the candidates, as `keep` is given: a share at most 1, or a number of tokens at most n."""
+    return min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), n)
+
+
+def _check(weight, threshold, queries, late_layers, match, pool, every, max_age, per_camera, variant):
     def require(ok: bool, name: str, expected: str, got) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got!r}")
@@ -153,7 +149,8 @@ def _check(weight, threshold, queries, late_layers, match, carry, every, max_age
         late_layers,
     )
     require(match in ("all", "camera"), "match", '"all" or "camera"', match)
-    require(carry in ("keyframe", "step"), "carry", '"keyframe" or "step"', carry)
+    require(isinstance(pool, int | float) and 1 <= pool < math.inf, "pool", "μ of at least 1", pool)
+    require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
     require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
     require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
     require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)

@@ -96,12 +96,17 @@ class Conversation:
             self._abandon()
 
     async def _read(self) -> None:
+        stopping = asyncio.ensure_future(self._desk.stop.wait())
         try:
             while True:
                 since = time.monotonic()
                 receive = asyncio.ensure_future(self._socket.recv())
-                if not await first(receive, self._desk.stop.wait()):
-                    break
+                try:
+                    await asyncio.wait((receive, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    if not receive.done():
+                        break
+                finally:
+                    receive.cancel()
                 due = await self._submit(receive.result(), since)
                 self._unanswered.add(due)
                 await self._due.put(due)
@@ -110,6 +115,8 @@ class Conversation:
         except ConnectionClosed as closed:
             logger.info("%s left: %s", self._socket.remote_address, closed)
             self._abandon()
+        finally:
+            stopping.cancel()
         await self._due.put(None)
 
     async def _submit(self, message: bytes | str, since: float) -> _Due:
