@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -43,6 +44,19 @@ def scenes():
 @pytest.fixture(scope="module")
 def full_engine(ref, weights):
     return Engine(weights, ref.config, PRUNERS["full"]())
+
+
+def test_a_new_episode_starts_from_one_blank_state(ref, weights):
+    made = []
+    pruner = PRUNERS["safe"]()
+    counted = replace(pruner, init=lambda e: made.append(e.visual.shape[0]) or pruner.init(e))
+    engine = Engine(weights, ref.config, counted)
+    first, second, both = engine.init((1,), 2), engine.init((2,), 2), engine.init((1, 2), 1)
+    assert made == [512, 256]  # once for each number of cameras
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, second) and both.alive.shape == (2, 256)
+    keys = [jax.random.key_data(state.key) for state in (first, second)]
+    np.testing.assert_array_equal(jax.random.key_data(both.key), np.concatenate(keys))
+    assert not np.array_equal(*keys)
 
 
 # Dead tokens

@@ -1,5 +1,6 @@
 """The server against openpi's own client: its contract, start and stop, records; a backend of plain numpy."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -154,6 +155,16 @@ def test_a_port_that_cannot_be_bound(server, port):
     with pytest.raises(ServerError, match=r"cannot bind 127\.0\.0\.1:.*another port"):
         running(backend, port=port or server.port).__enter__()
     assert not backend.threads, "warmed up in vain"
+
+
+def test_a_process_of_its_own_leaves_what_is_there_out_of_its_collections():
+    with running(FakeBackend()):
+        assert gc.get_freeze_count() == 0  # the process belongs to somebody else
+    try:
+        with running(FakeBackend(), dedicated=True):
+            assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_stop_closes_idle_clients():

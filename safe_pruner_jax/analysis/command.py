@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -242,9 +243,10 @@ def _method(text: str, keep: float) -> Method:
     """What "name" or "name:choice=value,choice=value" asks for, at a share kept."""
     name, _, rest = text.partition(":")
     defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
-    given = dict(part.partition("=")[::2] for part in rest.split(",")) if rest else {}
+    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", rest)) if rest else {}
     if "keep" not in defaults or not given.keys() <= defaults.keys() - {"keep"}:
-        choices = ", ".join(defaults.keys() - {"keep"}) if "keep" in defaults else "none: it keeps everything"
+        own = ", ".join(key for key in defaults if key != "keep")
+        choices = own if "keep" in defaults else "none: it keeps everything"
         raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
 
     def value(text: str) -> Any:

@@ -14,6 +14,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import gc
 import http
 import itertools
 import json
@@ -59,6 +60,8 @@ class Server:
       access: who may connect.
       terms: what a request may expect.
       send_s: a client that takes longer to take a reply is cut off, seconds.
+      dedicated: the process is this server's own. What is there when it is warm, a million objects of jax, is then left
+        out of garbage collections: those become short, and frequent enough for messages caught in cycles.
 
     Raises:
       WireError: the backend's metadata cannot be sent.
@@ -77,10 +80,12 @@ class Server:
         access: Access | None = None,
         terms: Terms | None = None,
         send_s: float = 10.0,
+        dedicated: bool = False,
     ):
         self.host, self.port = host, port
         self.ready = threading.Event()  # set when warm
         self.metrics = Metrics()
+        self._dedicated = dedicated
         self._access, self._terms = access or Access(), terms or Terms()
         self._access.check(host)
         self._backend = as_backend(backend)
@@ -169,6 +174,9 @@ class Server:
         while not (await asyncio.wait({warm_up}, timeout=30))[0]:
             logger.info("still warming up after %.0f s", time.monotonic() - started)
         warm_up.result()
+        if self._dedicated:
+            gc.collect()
+            gc.freeze()
         logger.info("warm after %.1f s", time.monotonic() - started)
 
     async def _on_device(self, function: Callable, *args: Any) -> Any:
@@ -290,7 +298,7 @@ def serve(backend: Backend | SessionMaker, **options: Any) -> None:
       ServerError: host and port cannot be bound, or must not be without a key.
       Exception: whatever `backend.warmup` raises.
     """
-    asyncio.run(_serve_until_signal(Server(backend, **options)))
+    asyncio.run(_serve_until_signal(Server(backend, dedicated=True, **options)))
 
 
 async def _serve_until_signal(server: Server) -> None:

@@ -1,0 +1,96 @@
+"""How far pruning moves the actions: against loops, through the command, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from test_demonstrations import demo
+from test_loading import load_tiny
+from test_trace import moving_scene
+
+from safe_pruner_jax import cli
+from safe_pruner_jax.analysis import command, deviation
+from safe_pruner_jax.analysis.rows import read_rows
+from safe_pruner_jax.demonstrations import write_demos
+from safe_pruner_jax.pruners import make
+from safe_pruner_jax.which import Embedded
+
+ACTIONS = cli.COMMANDS["analyze actions"].arguments
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_tiny(discrete=False)
+
+
+def test_errors_are_in_standard_deviations_of_the_commands(policy):
+    calls = moving_scene(steps=6, cut_at=3)
+    reference, told = deviation.actions_of(policy, calls, 4)
+    assert reference.shape == (6, 4, 7) and all(pruning["keyframe"] for pruning in told)
+    same = deviation.measure(policy, calls, reference)
+    assert same["errors"] == [0] * 6 and same["keyframes"] == [*range(6)] and same["switched"] == 0
+
+    pruned = policy.with_pruner(make("safe", keep=0.1, cut=1, every=4))
+    row = deviation.measure(pruned, calls, reference)
+    assert row["keyframes"] == [0, 4] and row["steps"] == 24
+    session, sigma = pruned.session(), policy.transform.stats["actions"].std
+    for t, call in enumerate(calls):
+        actions = session.infer(call.request)["actions"]
+        squares = [((actions[s, d] - reference[t, s, d]) / sigma[d]) ** 2 for s in range(4) for d in range(6)]
+        assert row["errors"][t] == pytest.approx(np.sqrt(np.mean(squares)), abs=1e-6)
+    assert row["errors"][0] == 0 < row["errors"][1]
+    with pytest.raises(ValueError, match="at least one call"):
+        deviation.measure(policy, [], reference)
+
+
+def test_a_summary_weighs_calls_and_not_episodes():
+    row = {"method": "safe", "keep": 0.2, "steps": 10}
+    rows = [
+        row | {"calls": 2, "errors": [0.0, 1.0], "keyframes": [0], "kept": 6.0, "switched": 1},
+        row | {"calls": 3, "errors": [0.0, 2.0, 3.0], "keyframes": [0], "kept": 1.0, "switched": 4},
+        row | {"method": "fastv", "calls": 1, "errors": [0.5], "keyframes": [0], "kept": 4.0, "switched": 0},
+    ]
+    found = deviation.summary(rows)
+    safe, fastv = found["safe", 0.2], found["fastv", 0.2]
+    assert safe["calls"] == 5 and safe["keyframes"] == 0.4 and safe["kept"] == 3 and safe["switched"] == 0.25
+    assert safe["rms"] == pytest.approx(np.sqrt(14 / 5)) and safe["pruned"] == pytest.approx(np.sqrt(14 / 3))
+    assert fastv["pruned"] is None and fastv["p90"] is None
+    text = deviation.table(rows)
+    assert text.index("fastv") < text.index("safe")  # the smaller error first
+    assert "| safe | 20% | 3.0 | 40.0% | 1.673 | 2.160 |" in text
+    assert len(deviation.figure(rows).axes[0].lines) == 2
+
+
+def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, capsys):
+    write_demos(tmp_path / "butter_demo.hdf5", [demo(seed=s, steps=20, side=56, every=2) for s in range(2)])
+    own = {"data": (str(tmp_path / "butter_demo.hdf5"),), "out": tmp_path / "out", "policy": Embedded()}
+    methods = ("fastv:cut=2", "safe:threshold=-1.0,cut=2,late_layers=(-1,)")
+    args = ACTIONS(**own, methods=methods, keeps=(0.2,))
+    command.run_actions(args, lambda: policy, {"policy": "tiny"})
+    assert "safe:threshold=-1.0" in capsys.readouterr().out
+    file = tmp_path / "out" / "actions.jsonl"
+    rows = read_rows(file)
+    assert len(rows) == 2 * 2 and {row["calls"] for row in rows} == {5}
+    choices = [json.loads(row["part"].split(" | ")[2]) for row in rows if row["method"].startswith("safe")]
+    assert {c["queries"] for c in choices} == {"text"}  # what the embedded policy was calibrated to
+    assert {(c["keep"], c["threshold"], c["cut"]) for c in choices} == {(0.2, -1.0, 2)}
+    before = file.read_bytes()
+    again = ACTIONS(**own, methods=methods[:1], keeps=(0.2,))
+    command.run_actions(again, lambda: pytest.fail("nothing is left to compute"), {"policy": "tiny"})
+    assert file.read_bytes() == before and "safe" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "actions.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("fastw", "did you mean 'fastv'"),
+        ("full", "none: it keeps everything"),
+        ("fastv:layer=2", "choices of fastv (cut), got fastv:layer=2"),
+        ("fastv:keep=0.3", "choices of fastv (cut)"),
+        ("safe:pool=0.5", "pool: expected μ of at least 1, got 0.5"),
+    ],
+)
+def test_what_is_no_method_is_told_in_one_line(method, expected, tmp_path, capsys):
+    assert cli.main(["analyze", "actions", "--out", str(tmp_path), "--methods", method, "policy:embedded"]) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
