@@ -70,5 +70,5 @@ def bars(report: dict[str, Any]) -> Figure:
     ax.margins(x=0.18)
     ax.set(xlabel=f"ms per control step; × faster than {report['baseline']}")
     if drawn:
-        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right")
+        figure.legend(fontsize=8, frameon=False, ncols=len(drawn), loc="outside lower center")
     return figure
