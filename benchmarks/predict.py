@@ -59,9 +59,8 @@ def main(
     alive, slots = layout_of(example, model), all_slots(model)
     modes = {"all slots": (full().plan, slots, False), "full": (full().plan, alive, False)}
     modes |= {f"safe {keep:g}": (make("safe", keep).plan, alive, True) for keep in keeps}
-    print(
-        f"{'mode':10} {'10⁹ macs':>9} {'vision':>7} {'prefix':>7} {'expert':>7} {'sum, ms':>8} {'estimate':>9}  prefix bound by"
-    )
+    columns = f"{'vision':>7} {'prefix':>7} {'expert':>7} {'sum, ms':>8} {'estimate':>9}  prefix bound by"
+    print(f"{'mode':10} {'10⁹ macs':>9} {columns}")
     for name, (plan, layout, pruned) in modes.items():
         macs = dataclasses.asdict(exact_flops(model, plan, layout, pruned=pruned, num_steps=num_steps))
         part = {"vision": ("vision",), "prefix": ("prefix", "matching"), "expert": ("capture", "expert")}
