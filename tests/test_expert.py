@@ -124,36 +124,34 @@ def test_the_expert_takes_over_where_a_policy_has_led(dark):
     np.testing.assert_array_equal(again.state, demo.state)
 
 
+class Solver:
+    """A policy that is the expert itself, one action per call."""
+
+    def __init__(self, env):
+        self.env, self.expert = env, None
+
+    def __call__(self, request):
+        self.expert = Expert(self.env) if request.get("reset") else self.expert
+        return {"actions": self.expert.act()[None]}
+
+
 @pytest.mark.libero
 def test_an_object_that_is_already_in_the_hand_is_not_put_down(dark):
-    leader = None
-
-    def carries(request):
-        nonlocal leader
-        leader = Expert(dark) if request.get("reset") else leader
-        return {"actions": leader.act()[None]}
-
-    lifted = {}
+    solver, found = Solver(dark), {}
 
     def before(env, generator):
-        led_by(carries, steps=(70, 70), replan=1)(env, generator)
-        lifted.update(stage=leader.stage, held=leader.scene.lifted(leader.scene.goals[0][1]))
+        led_by(solver, steps=(70, 70), replan=1)(env, generator)
+        thing = solver.expert.scene.goals[0][1]
+        found.update(stage=solver.expert.stage, held=solver.expert.scene.lifted(thing))
 
     demo, _ = demonstrate(dark, 3, before=before)
-    assert lifted == {"stage": "over", "held": True}
+    assert found == {"stage": "over", "held": True}
     assert demo is not None and demo.actions[0, 6] == 1
 
 
 @pytest.mark.libero
 def test_nothing_is_recorded_when_the_policy_needs_no_help(dark):
-    leader = None
-
-    def solves(request):
-        nonlocal leader
-        leader = Expert(dark) if request.get("reset") else leader
-        return {"actions": leader.act()[None]}
-
-    demo, steps = demonstrate(dark, 3, before=led_by(solves, steps=(250, 250), replan=1))
+    demo, steps = demonstrate(dark, 3, before=led_by(Solver(dark), steps=(250, 250), replan=1))
     assert demo is None and steps < 250
 
 

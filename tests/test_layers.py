@@ -19,8 +19,9 @@ FLOORS = (
     ("loading", "parity", "fleet"),
     ("demonstrations",),
     ("serving", "evaluation", "plotting"),
+    ("which",),
     ("training", "analysis"),
-    ("bench", "which"),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
