@@ -32,8 +32,7 @@ import websockets.sync.client
 
 from safe_pruner_jax.loading import EMBEDDED, load_policy
 from safe_pruner_jax.pruners import make
-from safe_pruner_jax.serving import Server as PolicyServer
-from safe_pruner_jax.serving import pack, unpack
+from safe_pruner_jax.serving import pack, running, unpack
 
 EDGES_MS = [round(float(edge), 1) for edge in np.geomspace(1, 10_000, 33)]
 """Borders of the histograms, milliseconds; what is below or above them all falls into the outermost bins."""
@@ -93,15 +92,8 @@ class Nothing:
         return {"actions": np.zeros((10, 7))}
 
 
-async def answer_nothing(kind: str) -> None:
-    """Serves `Nothing`, or with "websockets" the same bytes with the library alone; prints its port."""
-    if kind == "server":
-        server = PolicyServer(Nothing(), port=0)
-        running = asyncio.ensure_future(server.run())
-        while not server.ready.is_set():
-            await asyncio.sleep(0.01)
-        print(server.port, flush=True)
-        await running
+async def answer_alone() -> None:
+    """The same bytes as a server of `Nothing`, with the websockets library alone; prints its port."""
     reply = pack({"actions": np.zeros((10, 7))})
 
     async def converse(socket: websockets.asyncio.server.ServerConnection) -> None:
@@ -112,6 +104,15 @@ async def answer_nothing(kind: str) -> None:
     listener = await websockets.asyncio.server.serve(converse, "127.0.0.1", 0, compression=None, max_size=None)
     print(listener.sockets[0].getsockname()[1], flush=True)
     await listener.serve_forever()
+
+
+def answer_nothing(kind: str) -> None:
+    """Serves `Nothing` until it is killed; prints its port."""
+    if kind == "websockets":
+        asyncio.run(answer_alone())
+    with running(Nothing()) as server:
+        print(server.port, flush=True)
+        threading.Event().wait()
 
 
 def wire(requests: int) -> dict[str, list[float]]:
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--answer-nothing", choices=("websockets", "server"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.answer_nothing:
-        asyncio.run(answer_nothing(args.answer_nothing))
+        answer_nothing(args.answer_nothing)
         return
     empty = wire(args.requests)
     alone = bare(args.pruner, min(args.requests, 100))

@@ -166,6 +166,12 @@ def top_k(
     return best(score, alive, k, table(lambda m: budget(keep, m), n)[alive.sum()])
 
 
+def among_the_best(score: Array, alive: Array, keep: float) -> Array:
+    """[n] bool: whom `top_k` chooses."""
+    index, chosen = top_k(score, alive, keep)
+    return jnp.zeros(alive.shape, bool).at[index].max(chosen)
+
+
 def table(f: Callable[[int], int], n: int) -> Array:
     """f(0), …, f(n) as an int32 array, to be looked up with a number of tokens that only the device knows."""
     return jnp.asarray(np.array([f(m) for m in range(n + 1)], np.int32))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +252,9 @@ def work() -> None:
     from safe_pruner_jax.pruners import make
 
     @functools.cache
-    def leader(config: str, checkpoint: str) -> dict[str, Any]:
+    def leader(config: str, checkpoint: str) -> Callable[..., None]:
         name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)
-        return {"before": led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)}
+        return led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)
 
     env: LiberoEnv | None = None
     built: tuple | None = None
@@ -271,7 +271,7 @@ def work() -> None:
                 most = LIMITS[job["suite"]] * (2 if "led_by" in job else 1)
                 env = LiberoEnv(task, observed_size=job["size"], max_steps=most)
                 built = wanted
-            first = leader(job["config"], job["led_by"]) if "led_by" in job else {}
+            first = {"before": leader(job["config"], job["led_by"])} if "led_by" in job else {}
             demo, steps = demonstrate(env, job["seed"], noise=job["noise"], every=job["every"], **first)
             if demo is not None:
                 env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}

@@ -217,14 +217,14 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
 
 
 def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> None:
-    """`openpi analyze actions`: one part of the file per episode and method, all shares kept in it."""
+    """`openpi analyze actions`: one part of the file per episode, method and share kept."""
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
     wanted = [(name, keep, args.fit("LIBERO", _method(name, keep))) for name in args.methods for keep in args.keeps]
     policy = functools.cache(load)
     pruned = functools.cache(lambda number: policy().with_pruner(wanted[number][2].make()))
     asked: list[str] = []
     with Rows(args.out / "actions.jsonl", {**conditions, "replan": args.replan, "driver": args.driver}) as file:
-        for recording in itertools.islice(_recordings(args, policy), args.limit):
+        for recording in _recordings(args, policy):
             calls = functools.cache(lambda recording=recording: list(recording.calls()))
             reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), args.replan)[0])
             for number, (name, keep, method) in enumerate(wanted):
@@ -234,8 +234,6 @@ def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> Non
                     logger.info("%s: %s, keep %g", recording.name, name, keep)
                     file.add(asked[-1], [{"method": name, "keep": keep} | row])
         rows = [row for row in file.rows() if row["part"] in asked]
-    if not rows:
-        raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
     _leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
 
 
@@ -300,9 +298,7 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
 
     seen = []
     try:
-        for recording in itertools.islice(_recordings(args, policy), args.limit):
-            if recording.name in seen:
-                raise ValueError(f"data: expected every episode once, got {recording.name} twice; rename one file")
+        for recording in _recordings(args, policy):
             seen.append(recording.name)
             missing = [name for name, file in files.items() if recording.name not in file.finished]
             if missing:
@@ -311,8 +307,6 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
                 logger.info("%s: %d calls, %d subtasks", recording.name, len(trace), trace.subtask[-1] + 1)
                 for name in missing:
                     files[name].add(recording.name, kinds[name].rows(trace))
-        if not seen:
-            raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
         return [[row for row in file.rows() if row["part"] in seen] for file in files.values()]
     finally:
         for file in files.values():
@@ -327,8 +321,17 @@ def _conditions(kind: OnEpisodes) -> set[str]:
 
 
 def _recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
-    for source in args.data:
-        yield from episodes(source, replan=args.replan, infer=_driver(policy) if args.driver == "policy" else None)
+    """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
+    infer = _driver(policy) if args.driver == "policy" else None
+    found = (recording for source in args.data for recording in episodes(source, replan=args.replan, infer=infer))
+    seen = set()
+    for recording in itertools.islice(found, args.limit):
+        if recording.name in seen:
+            raise ValueError(f"data: expected every episode once, got {recording.name} twice; rename one file")
+        seen.add(recording.name)
+        yield recording
+    if not seen:
+        raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
 
 
 def _driver(policy: Load) -> Callable[[dict], dict]:

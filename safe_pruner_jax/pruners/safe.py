@@ -33,7 +33,7 @@ from safe_pruner_jax.pruners.base import (
     finite,
 )
 from safe_pruner_jax.pruners.diversity import max_min
-from safe_pruner_jax.tokens import budget, top_k
+from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
 
 @struct.dataclass
@@ -117,9 +117,9 @@ def safe(
         if max_age is not None:
             keyframe |= e.since_full >= max_age
         if pool > 1:
-            candidates, chosen = top_k(score, e.alive, _widened(keep, pool, e.alive.shape[0]))
-            candidate = jnp.zeros(e.alive.shape, bool).at[candidates].max(chosen)
-            score = max_min(e.visual, candidate, budget(keep, e.alive.shape[0]), neighbour=2)
+            n = e.alive.shape[0]
+            candidates = among_the_best(score, e.alive, _widened(keep, pool, n))
+            score = max_min(e.visual, candidates, budget(keep, n), neighbour=2)
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
         k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
         refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))

@@ -27,7 +27,7 @@ from safe_pruner_jax.pruners.base import (
     finite,
 )
 from safe_pruner_jax.pruners.diversity import max_min
-from safe_pruner_jax.tokens import budget, top_k
+from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
 
 @struct.dataclass
@@ -94,16 +94,10 @@ def vla_pruner(
         (semantic,) = e.saliency
         forecast = jnp.where(filled > 0, weight @ action, semantic)
         k = budget(keep, e.alive.shape[0])
-        pool = _among_the_best(semantic, e.alive, keep) | _among_the_best(forecast, e.alive, keep)
+        pool = among_the_best(semantic, e.alive, keep) | among_the_best(forecast, e.alive, keep)
         score = max_min(e.visual, pool, k, neighbour=2 if variant == "as_described" else 1)
         index, alive = top_k(score, e.alive, keep)
         keyframe = (filled < window) | ~finite(semantic, e.visual)
         return Window(action, filled), Selection(index, alive, keyframe, score, jnp.array(jnp.nan))
 
     return Pruner("vla_pruner", plan, init, step)
-
-
-def _among_the_best(score: Array, alive: Array, keep: float) -> Array:
-    """[n] bool, Top-K of a score."""
-    index, chosen = top_k(score, alive, keep)
-    return jnp.zeros(alive.shape, bool).at[index].max(chosen)

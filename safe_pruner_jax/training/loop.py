@@ -23,7 +23,6 @@ import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from safe_pruner_jax import compiling
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.flow import draw_times, flow_loss
@@ -215,11 +214,7 @@ def fit(
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     state = jax.device_put(state, placed)
     update = jax.jit(
-        partial(train_step, config, s),
-        in_shardings=(placed, spread),
-        out_shardings=(placed, None),
-        donate_argnums=0,
-        compiler_options=compiling.options() or None,
+        partial(train_step, config, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
     )
     evaluate = jax.jit(lambda p, b, k: loss_of(p, config, b, k, s.draws, False))
 
