@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -163,8 +164,22 @@ def test_a_process_of_its_own_leaves_what_is_there_out_of_its_collections():
     try:
         with running(FakeBackend(), dedicated=True):
             assert gc.get_freeze_count() > 10_000
+            connection = Cycle()
+            left = weakref.ref(connection)
+            gc.collect(1)  # it has lived for a while
+            del connection
+            for _ in range(100_000):  # what requests leave behind
+                Cycle()
+            assert left() is None, "connections that have ended stay until as much is new as jax has objects"
     finally:
         gc.unfreeze()
+
+
+class Cycle:
+    """Only a garbage collection frees it, like a websocket connection."""
+
+    def __init__(self):
+        self.me = self
 
 
 def test_stop_closes_idle_clients():
