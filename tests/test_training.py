@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from test_loading import DATA
 
-from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.configs import RobotIO, get_config
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import flow, pi0
+from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.observation import Tokenizer
-from safe_pruner_jax.training import augment, data, loop
+from safe_pruner_jax.training import augment, command, data, loop
 
 
 def tiny(depth: int = 1, **changes) -> sizes.Pi0Config:
@@ -103,6 +105,22 @@ def test_samples_of_sparse_frames_are_the_dense_ones_of_those_steps(samples):
     assert len(b.prompt) == 3
     for name in ("frames", "state", "actions", "prompt", "episode"):
         np.testing.assert_array_equal(getattr(a, name)[::3], getattr(b, name))
+
+
+def test_the_state_is_in_the_prompt_as_it_is_when_served():
+    config = dataclasses.replace(get_config("mini_libero"), model=tiny(discrete_state_input=True))
+    tokenizer = Tokenizer(DATA / "toy_sentencepiece.model", 200)
+    sparse = SimpleNamespace(**vars(demo(9, 4)) | {"every": 2})
+    sparse.images = {k: v[::2] for k, v in sparse.images.items()}
+    stats = data.norm_stats([sparse])
+    made = data.make_samples([sparse], config, stats, tokenizer)
+    served = RobotIO(config, stats, tokenizer)
+    assert len(set(made.prompt)) == 5
+    for step in range(5):
+        request = {k: v[step] for k, v in sparse.images.items()}
+        request |= {"observation/state": sparse.state[2 * step], "prompt": sparse.prompt}
+        row = made.prompt[step]
+        assert made.tokens[row][made.token_mask[row]].tolist() == served.prepare(request)[0].tokens.tolist()
 
 
 def test_chunks_follow_the_step_and_repeat_the_last_action(samples):
@@ -281,3 +299,26 @@ def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, 
     policy = load_policy("mini_libero", tmp_path / "large" / "checkpoint", prompt_lengths=(16,))
     request = policy.transform.config.robot.example(np.random.default_rng(0))
     assert np.isfinite(policy.session().infer(request)["actions"]).all()
+
+
+def test_a_start_may_have_another_grid_and_another_vocabulary(tmp_path):
+    tokenizer = DATA / "toy_sentencepiece.model"
+    stored, model = draw_params(tiny(), 1), tiny(image_size=56, vocab_size=600)
+    drawn = draw_params(model, 2)
+    save_params(tmp_path / "other", stored)
+    got = flatten_dict(command.start_from(str(tmp_path / "other"), model, tokenizer, drawn), sep="/")
+    want, new = flatten_dict(stored, sep="/"), flatten_dict(drawn, sep="/")
+    assert got.keys() == want.keys() and got[command.POSITIONS].shape == new[command.POSITIONS].shape
+    np.testing.assert_array_equal(got[command.EMBEDDING], new[command.EMBEDDING])
+    for name in got.keys() - {command.EMBEDDING, command.POSITIONS}:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+def test_a_start_keeps_its_words_unless_they_are_other_ones(tmp_path):
+    tokenizer, model = DATA / "toy_sentencepiece.model", tiny()
+    stored, drawn = draw_params(model, 1), draw_params(model, 2)
+    save_params(tmp_path / "same", stored)
+    for theirs, words in ((tokenizer.read_bytes(), stored), (b"another", drawn)):
+        (tmp_path / "same" / "tokenizer.model").write_bytes(theirs)
+        got = flatten_dict(command.start_from(str(tmp_path / "same"), model, tokenizer, drawn), sep="/")
+        np.testing.assert_array_equal(got[command.EMBEDDING], flatten_dict(words, sep="/")[command.EMBEDDING])

@@ -211,6 +211,12 @@ def open_params(
     return traverse_util.unflatten_dict(found, sep="/")
 
 
+def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf of a checkpoint, of whatever model, by its path in the parameter tree."""
+    directory = _params_directory(path)
+    return {leaf: _open(directory, leaf, name).shape for leaf, name in _stored_names(directory).items()}
+
+
 def load_params(
     path: str | os.PathLike, config: Pi0Config, *, dtype: DTypeLike | None = None, allow_extra: bool = False
 ) -> Params:

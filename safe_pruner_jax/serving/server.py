@@ -177,7 +177,7 @@ class Server:
         if self._dedicated:
             gc.collect()
             gc.freeze()
-            gc.collect()  # collections come when a quarter of what the last one left is new: let that be of what lives now
+            gc.collect()  # the next comes when a quarter of what this one left is new, and that is little now
         logger.info("warm after %.1f s", time.monotonic() - started)
 
     async def _on_device(self, function: Callable, *args: Any) -> Any:

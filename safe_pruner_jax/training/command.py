@@ -12,18 +12,23 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from safe_pruner_jax.configs import get_config
+from safe_pruner_jax.configs import RobotIO, get_config
 from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.loading import EMBEDDED, embedded_folder
-from safe_pruner_jax.model.checkpoint import fetch, load_params, save_params
+from safe_pruner_jax.model.checkpoint import fetch, load_params, save_params, stored_shapes
+from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params, draw_params
 from safe_pruner_jax.observation import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats
 from safe_pruner_jax.training.loop import Settings, fit
 
 logger = logging.getLogger(__name__)
+
+EMBEDDING, POSITIONS = "PaliGemma/llm/embedder/input_embedding", "PaliGemma/img/pos_embedding"
+"""Leaves whose sizes depend on the tokenizer and on the image size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Train:
       out: folder of the run; a run that is there goes on.
       config: name of the policy configuration.
       init: checkpoint to start from; None starts from random parameters. Its position embedding is interpolated when
-        the image size differs.
+        the image size differs, its embedding of words starts anew when the tokenizer does.
       tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
       image_size: side of the frames, a multiple of 14; None takes the configuration's.
       settings: of the optimiser and the loop.
@@ -57,19 +62,20 @@ def run_train(args: Train) -> None:
       ValueError, CheckpointError, OSError: with what to do.
     """
     config = get_config(args.config)
-    model = config.model.replace(image_size=args.image_size or config.model.image_size, discrete_state_input=False)
+    model = config.model.replace(image_size=args.image_size or config.model.image_size)
     config = dataclasses.replace(config, model=model)
     tokenizer = args.tokenizer or (embedded_folder() / "tokenizer.model" if config.name == EMBEDDED else None)
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
     demos = [demo for path in args.data for demo in read(path, model.image_size)]
     stats = norm_stats(demos)
-    samples = make_samples(demos, config, stats, Tokenizer(tokenizer, model.max_token_len))
+    served = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len))  # refuses what could not be served
+    samples = make_samples(demos, config, stats, served.tokenizer)
     logger.info("%d demonstrations, %d samples, %d prompts", len(demos), len(samples.prompt), len(samples.tokens))
     del demos
     params = draw_params(model, args.settings.seed)
     if args.init is not None:
-        params = resize_positions(load_any_grid(args.init, model), model.grid)
+        params = start_from(args.init, model, tokenizer, params)
     columns = (
         TextColumn("step {task.completed}"),
         BarColumn(),
@@ -98,29 +104,34 @@ def read(path: Path, size: int) -> Iterator[Demo]:
     return (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path, size=size)
 
 
-def load_any_grid(address: str, model) -> Params:
-    """Parameters of a checkpoint whose image size may be another: the grid that fits its position embedding."""
+def start_from(address: str, model: Pi0Config, tokenizer: Path, drawn: Params) -> Params:
+    """A checkpoint's parameters for a model whose image size and tokenizer may be others.
+
+    SigLIP's position embedding [1, g², D] is interpolated (bicubic). The embedding of another vocabulary is `drawn`'s,
+    since its rows stand for other pieces.
+
+    Raises:
+      CheckpointError: not a checkpoint of these sizes otherwise.
+    """
     folder = fetch(address)
-    errors = []
-    likely = lambda size: (size != model.image_size, size not in (112, 224), size)
-    for size in sorted(range(model.vision.patch, 449, model.vision.patch), key=likely):
-        try:
-            return load_params(folder, model.replace(image_size=size), dtype="float32")
-        except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(errors[0])
+    shapes = stored_shapes(folder)
+    rows = shapes.get(EMBEDDING, (model.vocab_size,))[0]
+    side = round(shapes.get(POSITIONS, (1, model.tokens_per_camera))[1] ** 0.5)
+    theirs = model.replace(vocab_size=rows, image_size=side * model.vision.patch)
+    params = flatten_dict(load_params(folder, theirs, dtype="float32"), sep="/")
+    if rows != model.vocab_size or other_file(folder / "tokenizer.model", tokenizer):
+        logger.info("%s has another vocabulary: the embedding of words starts from random numbers", address)
+        params[EMBEDDING] = flatten_dict(drawn, sep="/")[EMBEDDING]
+    if side != model.grid:
+        table = params[POSITIONS].reshape(1, side, side, -1)
+        shape = (1, model.grid, model.grid, table.shape[-1])
+        params[POSITIONS] = np.asarray(jax.image.resize(table, shape, "bicubic")).reshape(1, -1, shape[-1])
+    return unflatten_dict(params, sep="/")
 
 
-def resize_positions(params: Params, grid: int) -> Params:
-    """The same parameters with SigLIP's position embedding [1, g², D] interpolated (bicubic) to `grid`²."""
-    table = np.asarray(params["PaliGemma"]["img"]["pos_embedding"])
-    old = round(table.shape[1] ** 0.5)
-    if old == grid:
-        return params
-    table = table.reshape(1, old, old, -1)
-    table = np.asarray(jax.image.resize(table, (1, grid, grid, table.shape[-1]), "bicubic")).reshape(1, grid * grid, -1)
-    img = params["PaliGemma"]["img"] | {"pos_embedding": table}
-    return params | {"PaliGemma": params["PaliGemma"] | {"img": img}}
+def other_file(path: Path, other: Path) -> bool:
+    """Whether there is a file at `path` with other bytes."""
+    return path.is_file() and path.read_bytes() != other.read_bytes()
 
 
 def curves(out: Path) -> Path:

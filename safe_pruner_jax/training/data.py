@@ -61,36 +61,42 @@ def make_samples(
 
     Args:
       demos: with `images`, `state` [T, ·], `actions` [T, ·], `prompt`; images already of the model's size.
-      config: policy; its model gives sizes, and whether the state is part of the prompt is not supported here.
+      config: policy; its model gives sizes, and whether the state is written into the prompt, as openpi does.
       stats: scaling of states and actions.
       tokenizer: of the model.
 
     Raises:
-      ValueError: no demonstration, frames of another size, or a model whose prompt contains the state.
+      ValueError: no demonstration, or frames of another size.
     """
     model = config.model
     if not demos:
         raise ValueError("expected at least one demonstration, got none; collect some with scripts/collect_demos.py")
-    if model.discrete_state_input:
-        raise ValueError(
-            f"{config.name}: expected a model without the state in its prompt; set discrete_state_input=False"
-        )
     size = model.image_size
     for demo in demos:
         for key in CAMERA_KEYS:
             if demo.images[key].shape[1:] != (size, size, 3):
                 raise ValueError(f"{key}: expected frames [T, {size}, {size}, 3], got {list(demo.images[key].shape)}")
-    prompts = sorted({d.prompt for d in demos})
-    encoded = [tokenizer.encode(p) for p in prompts]
-    longest = max(map(len, encoded))
+
+    def scaled(values: np.ndarray, name: str) -> np.ndarray:
+        return normalise(values, stats[name], quantiles=config.quantiles)
+
+    def encoded(demo: Any) -> list[tuple[int, ...]]:
+        states = scaled(demo.state[:: demo.every], "state")
+        if model.discrete_state_input:
+            return [tuple(tokenizer.encode(demo.prompt, state)) for state in states]
+        return [tuple(tokenizer.encode(demo.prompt))] * len(states)
+
+    asked = [ids for demo in demos for ids in encoded(demo)]
+    prompts = {ids: row for row, ids in enumerate(sorted(set(asked)))}
+    longest = max(map(len, prompts))
     slots = next((t for t in PROMPT_LENGTHS if t >= longest), model.max_token_len)
     tokens, mask = np.zeros((len(prompts), slots), np.int32), np.zeros((len(prompts), slots), bool)
-    for row, ids in enumerate(encoded):
+    for ids, row in prompts.items():
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
 
     def padded(values: np.ndarray, name: str) -> np.ndarray:
-        scaled = normalise(values, stats[name], quantiles=config.quantiles).astype(np.float32)
-        return np.pad(scaled, [(0, 0)] * (scaled.ndim - 1) + [(0, model.action_dim - scaled.shape[-1])])
+        missing = model.action_dim - values.shape[-1]
+        return np.pad(scaled(values, name).astype(np.float32), [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
     chunks = []
     for demo in demos:
@@ -104,7 +110,7 @@ def make_samples(
         actions=np.concatenate(chunks),
         tokens=tokens,
         token_mask=mask,
-        prompt=np.repeat([prompts.index(d.prompt) for d in demos], lengths).astype(np.int32),
+        prompt=np.array([prompts[ids] for ids in asked], np.int32),
         episode=np.repeat(np.arange(len(demos)), lengths).astype(np.int32),
     )
 
