@@ -80,13 +80,13 @@ def make_samples(
     def scaled(values: np.ndarray, name: str) -> np.ndarray:
         return normalise(values, stats[name], quantiles=config.quantiles)
 
-    def encoded(demo: Any) -> list[tuple[int, ...]]:
-        states = scaled(demo.state[:: demo.every], "state")
+    def encoded(demo: Any, states: np.ndarray) -> list[tuple[int, ...]]:
         if model.discrete_state_input:
             return [tuple(tokenizer.encode(demo.prompt, state)) for state in states]
         return [tuple(tokenizer.encode(demo.prompt))] * len(states)
 
-    asked = [ids for demo in demos for ids in encoded(demo)]
+    states = [scaled(demo.state[:: demo.every], "state") for demo in demos]
+    asked = [ids for pair in zip(demos, states, strict=True) for ids in encoded(*pair)]
     prompts = {ids: row for row, ids in enumerate(sorted(set(asked)))}
     longest = max(map(len, prompts))
     slots = next((t for t in PROMPT_LENGTHS if t >= longest), model.max_token_len)
@@ -94,19 +94,18 @@ def make_samples(
     for ids, row in prompts.items():
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
 
-    def padded(values: np.ndarray, name: str) -> np.ndarray:
-        missing = model.action_dim - values.shape[-1]
-        return np.pad(scaled(values, name).astype(np.float32), [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    def padded(values: np.ndarray) -> np.ndarray:
+        return np.pad(values.astype(np.float32), [(0, 0), (0, model.action_dim - values.shape[-1])])
 
     chunks = []
     for demo in demos:
         T = len(demo.actions)
         ahead = np.minimum(np.arange(0, T, demo.every)[:, None] + np.arange(model.action_horizon), T - 1)
-        chunks.append(padded(demo.actions, "actions")[ahead])
+        chunks.append(padded(scaled(demo.actions, "actions"))[ahead])
     lengths = [len(chunk) for chunk in chunks]
     return Samples(
         frames=np.concatenate([np.stack([d.images[k] for k in CAMERA_KEYS], axis=1) for d in demos]),
-        state=np.concatenate([padded(d.state[:: d.every], "state") for d in demos]),
+        state=padded(np.concatenate(states)),
         actions=np.concatenate(chunks),
         tokens=tokens,
         token_mask=mask,
