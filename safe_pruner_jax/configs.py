@@ -232,8 +232,14 @@ CONFIGS: dict[str, PolicyConfig] = {
         _droid("pi05_droid", pi05(action_horizon=15), "pi05_droid"),
         _libero("pi0_libero", pi0(), None, delta=True),
         _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
-        # Not openpi's: the small policy inside this package.
+        # Not openpi's: the small policy inside this package, and one of its size that reads the robot's state.
         _libero("mini_libero", mini(image_size=112), None, delta=False),
+        _libero(
+            "mini_libero_state",
+            mini(image_size=112, vocab_size=768, discrete_state_input=True),
+            None,
+            delta=False,
+        ),
         # Fine-tuned by the user.
         _droid("pi05_full_droid_finetune", pi05(action_horizon=16), None, delta=True),
         _droid("pi05_droid_finetune", pi05(action_horizon=16), None),

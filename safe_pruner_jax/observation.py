@@ -201,6 +201,10 @@ def unnormalise(x: np.ndarray, stats: NormStats, *, quantiles: bool) -> np.ndarr
     return x * (np.pad(stats.std, pad, constant_values=1.0) + EPSILON) + np.pad(stats.mean, pad)
 
 
+NUMBERS = tuple(f"▁{n}" for n in range(-1, 256))
+"""The numbers that `discretise` makes, as SentencePiece writes them behind a space."""
+
+
 def discretise(state: np.ndarray) -> np.ndarray:
     """Bin of each normalised value: how many of the edges -1 + 2k/256, k = 0..255, are <= x, minus 1.
 
@@ -237,6 +241,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids; the model's embedding table must have at least as many rows."""
         return self._model.vocab_size()
+
+    def row(self, piece: str) -> int | None:
+        """Id of a piece as SentencePiece writes it ("▁" for a space); None if there is none."""
+        row = self._model.piece_to_id(piece)
+        return None if row == self._model.unk_id() else row
 
     def encode(self, prompt: str, state: np.ndarray | None = None) -> np.ndarray:
         r"""Ids of a prompt: BOS and text then "\n" (no state), or "Task: …, State: …;\nAction: ".

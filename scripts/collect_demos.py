@@ -25,7 +25,7 @@ import tyro
 from safe_pruner_jax.demonstrations import merge_demos, seeds, write_demos
 
 SEEDS_PER_RUN = 1_000_000  # episode k of a run has the seed `seed` · this + k
-SETTINGS = ("suite", "noise", "size", "every", "led_by")  # of one folder
+SETTINGS = ("suite", "noise", "pushes", "size", "every", "led_by")  # of one folder
 DEATHS_IN_A_ROW = 3  # of one worker, before the run is given up
 SPACE = 2**30  # bytes that must be free before an episode is started
 
@@ -39,6 +39,7 @@ class Args:
       tasks: indices; all that the expert supports if none are given.
       episodes: successful episodes wanted per task.
       noise: standard deviation of the Gaussian noise on the six executed motion commands.
+      pushes: how often the arm is pushed aside for some steps, per 100 steps. Teaches to come back.
       size: pixels per side of the stored frames.
       every: frames of every so many-th step only; rendering is most of the cost, and more episodes teach more than more
         frames of one. LIBERO's own files, and what reads them, have 1.
@@ -54,6 +55,7 @@ class Args:
     tasks: tuple[int, ...] = ()
     episodes: int = 50
     noise: float = 0.08
+    pushes: float = 0.0
     size: int = 224
     every: int = 1
     led_by: str | None = None
@@ -272,10 +274,11 @@ def work() -> None:
                 env = LiberoEnv(task, observed_size=job["size"], max_steps=most)
                 built = wanted
             first = {"before": leader(job["config"], job["led_by"])} if "led_by" in job else {}
-            demo, steps = demonstrate(env, job["seed"], noise=job["noise"], every=job["every"], **first)
+            how = {key: job[key] for key in ("noise", "pushes", "every")}
+            demo, steps = demonstrate(env, job["seed"], **how, **first)
             if demo is not None:
                 env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}
-                env_args |= {"problem_name": env.simulator.problem_name, "noise": job["noise"], **provenance()}
+                env_args |= {"problem_name": env.simulator.problem_name, **how, **provenance()}
                 write_demos(job["path"], [demo], env_args)
             outcome = "failure" if steps == env.max_steps else "solved"
             reply = {"outcome": outcome if demo is None else "success", "steps": steps}
@@ -297,8 +300,8 @@ def main(args: Args) -> bool:
         raise SystemExit(f"the expert does not play {args.suite} {missing}; it does: {SUPPORTED}")
     if not supported:
         raise SystemExit(f"the expert does not play {args.suite}; it does: {SUPPORTED}")
-    if args.episodes < 1 or args.workers < 1 or args.noise < 0 or args.seed < 0:
-        raise SystemExit("expected --episodes ≥ 1, --workers ≥ 1, --noise ≥ 0, --seed ≥ 0")
+    if args.episodes < 1 or args.workers < 1 or min(args.noise, args.pushes, args.seed) < 0:
+        raise SystemExit("expected --episodes ≥ 1, --workers ≥ 1, --noise ≥ 0, --pushes ≥ 0, --seed ≥ 0")
     names = {task: load_task(args.suite, task).name for task in args.tasks or supported}
     os.environ.setdefault("LP_NUM_THREADS", "1")  # software OpenGL: one core per process
     return Collection(args, names, [sys.executable, __file__, "--work"]).run()

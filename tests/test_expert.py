@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.demonstrations import read_demos, write_demos
-from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Unsupported, demonstrate, led_by
+from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Pushes, Unsupported, demonstrate, led_by
 from safe_pruner_jax.evaluation.libero import SUITES, LiberoEnv, load_task
 from safe_pruner_jax.evaluation.scene import Boxes, _rotation
 
@@ -122,6 +122,29 @@ def test_the_expert_takes_over_where_a_policy_has_led(dark):
     assert demo.actions[0, 6] == -1  # the hand opens first
     again, _ = demonstrate(dark, 3, before=led_by(away, steps=(23, 23)))
     np.testing.assert_array_equal(again.state, demo.state)
+
+
+def test_pushes_are_rare_short_and_strong():
+    push = Pushes(0.03, np.random.default_rng(0))
+    sizes = np.linalg.norm([push() for _ in range(20_000)], axis=1)
+    assert sizes[sizes > 0].min() >= 0.5 and sizes.max() <= 1
+    pushes = [len(list(steps)) for size, steps in itertools.groupby(sizes) if size > 0]  # each has a size of its own
+    assert set(pushes) == {2, 3, 4, 5, 6}
+    assert len(pushes) == pytest.approx(20_000 * 0.03 / (1 + 0.03 * 3), rel=0.15)
+
+
+def test_without_pushes_nothing_is_drawn():
+    push, generator = Pushes(0.0, np.random.default_rng(0)), np.random.default_rng(0)
+    assert not any(push().any() for _ in range(9)) and push._generator.random() == generator.random()
+
+
+@pytest.mark.libero
+def test_the_expert_comes_back_after_pushes(dark):
+    straight, _ = demonstrate(dark, 3)
+    pushed, _ = demonstrate(dark, 3, pushes=6)
+    assert pushed is not None and len(pushed) > len(straight)
+    ends = slice(0, len(straight))
+    assert np.abs(pushed.state[ends, :3] - straight.state[:, :3]).max() > 0.02
 
 
 class Solver:

@@ -16,7 +16,6 @@ from test_loading import DATA
 from safe_pruner_jax.configs import RobotIO, get_config
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import flow, pi0
-from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.observation import Tokenizer
@@ -66,7 +65,13 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
     noise = rng.normal(size=(B, draws, *shape)).astype(np.float32)
     times = rng.uniform(0.1, 1, (B, draws)).astype(np.float32)
     observed = (images, cameras, tokens, mask, state)
-    loss = jax.jit(flow.flow_loss, static_argnums=1)(params, config, *observed, actions, times, noise)
+
+    @jax.jit
+    def losses(params):
+        prefix = flow.prefix(params, config, *observed[:4])
+        return flow.flow_loss(params, config, prefix, state, actions, times, noise)
+
+    loss = losses(params)
     assert loss.shape == (B, draws, config.action_horizon)
 
     weights = pi0.prepare(params, config)
@@ -81,6 +86,20 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
             v, _ = pi0.velocity(weights, config, segments, alive.sum(1), row[4], x_t[None].astype(np.float32), at)
             want = np.square(v[0] - (noise[b, d] - actions[b])).mean(-1)
             np.testing.assert_allclose(loss[b, d], want, rtol=2e-3)
+
+
+def test_waypoints_are_read_from_the_values_of_the_prompt():
+    config = tiny(depth=2)
+    params, rng = draw_params(config), np.random.default_rng(0)
+    images, cameras = rng.integers(0, 255, (2, 1, 28, 28, 3), np.uint8), np.ones((2, 1), bool)
+    tokens, mask = rng.integers(0, 99, (2, 5)).astype(np.int32), np.arange(5) < np.array([[5], [3]])
+    prefix = flow.prefix(params, config, images, cameras, tokens, mask)
+    head = {"kernel": rng.normal(size=(16, 6)), "bias": rng.normal(size=6)}
+    want = rng.normal(size=(2, 6))
+    got = flow.waypoint_loss(head, prefix, mask, want)
+    for b, length in enumerate((5, 3)):
+        values = np.concatenate([np.asarray(s.v)[b, 4 : 4 + length].mean(0).ravel() for s in prefix.segments])
+        assert got[b] == pytest.approx(np.square(values @ head["kernel"] + head["bias"] - want[b]).mean(), rel=1e-5)
 
 
 def test_times_are_betas():
@@ -103,7 +122,7 @@ def test_samples_of_sparse_frames_are_the_dense_ones_of_those_steps(samples):
     stats = data.norm_stats([dense])
     a, b = (data.make_samples([d], config, stats, tokenizer) for d in (dense, sparse))
     assert len(b.prompt) == 3
-    for name in ("frames", "state", "actions", "prompt", "episode"):
+    for name in ("frames", "state", "actions", "prompt", "episode", "waypoints"):
         np.testing.assert_array_equal(getattr(a, name)[::3], getattr(b, name))
 
 
@@ -130,6 +149,17 @@ def test_chunks_follow_the_step_and_repeat_the_last_action(samples):
     assert (samples.actions[:, :, 7:] == 0).all()  # padding of the network's width
     assert samples.tokens[samples.prompt[0]].tolist() != samples.tokens[samples.prompt[10]].tolist()
     assert samples.prompt[0] == samples.prompt[-1] and samples.episode.tolist() == [0] * 9 + [1] * 6 + [2] * 7
+
+
+def test_waypoints_are_the_next_change_of_the_gripper():
+    d = demo(7, 0)
+    d.actions[:, -1] = [-1, -0.5, 1, 1, 1, -1, -1]
+    stats = data.norm_stats([d])["state"]
+    got = data.waypoints(d, stats)
+    to = np.array([2, 2, 5, 5, 5, 6, 6])  # closes at 2, opens at 5, ends at 6
+    position = d.state[:, :3]
+    np.testing.assert_allclose(got[:, :3], (position[to] - position) / stats.std[:3], rtol=1e-5)
+    np.testing.assert_allclose(got[:, 3:], (position - stats.mean[:3]) / stats.std[:3], rtol=1e-5)
 
 
 def test_validation_holds_out_whole_demonstrations(samples):
@@ -222,6 +252,18 @@ def test_it_learns(samples, tmp_path):
     loop.fit(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
     losses = [r["loss"] for r in rows if "loss" in r]
     assert losses[-1] < 0.6 * losses[0]
+    assert not any("waypoint_loss" in r for r in rows)
+
+
+def test_the_auxiliary_loss_falls_and_leaves_the_model_as_it_is(samples, tmp_path):
+    config, rows, few = tiny(depth=2), [], samples.episode == 1  # the first layer's values know nothing of the images
+    names = ("frames", "state", "actions", "prompt", "episode", "waypoints")
+    samples = dataclasses.replace(samples, **{name: getattr(samples, name)[few] for name in names})
+    settings = dataclasses.replace(SETTINGS, steps=100, augment=False, validation=0.0, log_every=10, waypoint=1.0)
+    params, _ = loop.fit(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
+    losses = [r["waypoint_loss"] for r in rows if "loss" in r]
+    assert min(losses) < 0.6 * losses[0] and "waypoint_validation" in [r for r in rows if "validation" in r][-1]
+    assert flatten_dict(params, sep="/").keys() == flatten_dict(draw_params(config), sep="/").keys()
 
 
 def test_the_full_size_model_trains_with_the_same_step():
@@ -234,8 +276,9 @@ def test_the_full_size_model_trains_with_the_same_step():
         actions=shape((2, 10, 32), jnp.float32),
         tokens=shape((2, 32), jnp.int32),
         token_mask=shape((2, 32), bool),
+        waypoints=shape((2, 6), jnp.float32),
     )
-    state = jax.eval_shape(lambda p: loop.init_state(p, s), param_shapes(config))
+    state = jax.eval_shape(lambda p: loop.init_state(p, config, s), param_shapes(config))
     after, metrics = jax.eval_shape(lambda st, b: loop.train_step(config, s, st, b), state, batch)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
@@ -301,24 +344,6 @@ def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, 
     assert np.isfinite(policy.session().infer(request)["actions"]).all()
 
 
-def test_a_start_may_have_another_grid_and_another_vocabulary(tmp_path):
-    tokenizer = DATA / "toy_sentencepiece.model"
-    stored, model = draw_params(tiny(), 1), tiny(image_size=56, vocab_size=600)
-    drawn = draw_params(model, 2)
-    save_params(tmp_path / "other", stored)
-    got = flatten_dict(command.start_from(str(tmp_path / "other"), model, tokenizer, drawn), sep="/")
-    want, new = flatten_dict(stored, sep="/"), flatten_dict(drawn, sep="/")
-    assert got.keys() == want.keys() and got[command.POSITIONS].shape == new[command.POSITIONS].shape
-    np.testing.assert_array_equal(got[command.EMBEDDING], new[command.EMBEDDING])
-    for name in got.keys() - {command.EMBEDDING, command.POSITIONS}:
-        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-
-
-def test_a_start_keeps_its_words_unless_they_are_other_ones(tmp_path):
-    tokenizer, model = DATA / "toy_sentencepiece.model", tiny()
-    stored, drawn = draw_params(model, 1), draw_params(model, 2)
-    save_params(tmp_path / "same", stored)
-    for theirs, words in ((tokenizer.read_bytes(), stored), (b"another", drawn)):
-        (tmp_path / "same" / "tokenizer.model").write_bytes(theirs)
-        got = flatten_dict(command.start_from(str(tmp_path / "same"), model, tokenizer, drawn), sep="/")
-        np.testing.assert_array_equal(got[command.EMBEDDING], flatten_dict(words, sep="/")[command.EMBEDDING])
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"expected files that exist, got .*none.hdf5; make some"):
+        list(command.read(tmp_path / "none.hdf5", 28))

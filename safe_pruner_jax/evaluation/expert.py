@@ -229,6 +229,7 @@ def demonstrate(
     seed: int,
     *,
     noise: float = 0.0,
+    pushes: float = 0.0,
     every: int = 1,
     before: Callable[[LiberoEnv, np.random.Generator], None] = lambda env, generator: None,
 ) -> tuple[Demo | None, int]:
@@ -241,6 +242,8 @@ def demonstrate(
       env: any episode may be running; `env.task` must be one that the expert plays.
       seed: decides the initial state and the noise; the same seed gives the same episode.
       noise: standard deviation of what is added to the six motion commands, which are in [-1, 1].
+      pushes: how often, per 100 steps, the arm is pushed aside for 2 to 6 steps (`Pushes`). Noise keeps within
+        millimetres of the expert's path; a push leads centimetres away from it, or out of the grasp.
       every: both cameras are rendered at every so many-th step, which is most of the cost.
       before: plays on its own first, unrecorded; the expert takes over where it has led (`led_by`).
 
@@ -252,7 +255,7 @@ def demonstrate(
     before(env, generator)
     if not env.running:
         return None, env.steps
-    expert = Expert(env)
+    expert, push = Expert(env), Pushes(pushes / 100, generator)
     images: dict[str, list[np.ndarray]] = {key: [] for key in CAMERAS}
     success, done = False, False
     while not done:
@@ -263,6 +266,7 @@ def demonstrate(
         action = expert.act()
         rows.append((env.proprioception(), action, expert.scene.proprioception()))
         disturbed = action + noise * np.append(generator.standard_normal(6), 0.0)
+        disturbed[:3] += push()
         success, done = env.step(np.clip(disturbed, -1, 1))
     if not success:
         return None, env.steps
@@ -279,6 +283,29 @@ def demonstrate(
         extra={key: np.stack([more[key] for _, _, more in rows]) for key in EXTRA},
     )
     return demo, env.steps
+
+
+class Pushes:
+    """What is added to the translation command, call by call: mostly nothing, now and then a push of some steps.
+
+    Args:
+      rate: probability that one begins, per step.
+      generator: draws when, how long (2 to 6 steps), how hard (0.5 to 1 of the command range) and where to.
+    """
+
+    def __init__(self, rate: float, generator: np.random.Generator):
+        self._rate, self._generator, self._left, self._push = rate, generator, 0, np.zeros(3)
+
+    def __call__(self) -> np.ndarray:
+        """Of the next step, [3]."""
+        if self._left == 0 and self._rate > 0 and self._generator.random() < self._rate:
+            direction = self._generator.standard_normal(3)
+            self._push = self._generator.uniform(0.5, 1.0) * direction / np.linalg.norm(direction)
+            self._left = int(self._generator.integers(2, 7))
+        if self._left == 0:
+            return np.zeros(3)
+        self._left -= 1
+        return self._push
 
 
 def led_by(

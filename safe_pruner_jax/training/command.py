@@ -10,25 +10,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safe_pruner_jax.configs import RobotIO, get_config
 from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.loading import EMBEDDED, embedded_folder
-from safe_pruner_jax.model.checkpoint import fetch, load_params, save_params, stored_shapes
-from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.params import Params, draw_params
+from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.observation import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats
 from safe_pruner_jax.training.loop import Settings, fit
+from safe_pruner_jax.training.start import drawn, start_from
 
 logger = logging.getLogger(__name__)
-
-EMBEDDING, POSITIONS = "PaliGemma/llm/embedder/input_embedding", "PaliGemma/img/pos_embedding"
-"""Leaves whose sizes depend on the tokenizer and on the image size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +32,8 @@ class Train:
       data: demonstration files: LIBERO's HDF5, or packed archives.
       out: folder of the run; a run that is there goes on.
       config: name of the policy configuration.
-      init: checkpoint to start from; None starts from random parameters. Its position embedding is interpolated when
-        the image size differs, its embedding of words starts anew when the tokenizer does.
+      init: checkpoint to start from, or "embedded"; None starts from random parameters. Its position embedding is
+        interpolated when the image size differs, its embedding of words starts anew when the tokenizer does.
       tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
       image_size: side of the frames, a multiple of 14; None takes the configuration's.
       settings: of the optimiser and the loop.
@@ -73,7 +66,7 @@ def run_train(args: Train) -> None:
     samples = make_samples(demos, config, stats, served.tokenizer)
     logger.info("%d demonstrations, %d samples, %d prompts", len(demos), len(samples.prompt), len(samples.tokens))
     del demos
-    params = draw_params(model, args.settings.seed)
+    params = drawn(model, served.tokenizer, args.settings.seed)
     if args.init is not None:
         params = start_from(args.init, model, tokenizer, params)
     columns = (
@@ -100,38 +93,14 @@ def run_train(args: Train) -> None:
 
 
 def read(path: Path, size: int) -> Iterator[Demo]:
-    """Demonstrations of a file, LIBERO's HDF5 or a packed archive, with frames of `size`² pixels."""
-    return (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path, size=size)
-
-
-def start_from(address: str, model: Pi0Config, tokenizer: Path, drawn: Params) -> Params:
-    """A checkpoint's parameters for a model whose image size and tokenizer may be others.
-
-    SigLIP's position embedding [1, g², D] is interpolated (bicubic). The embedding of another vocabulary is `drawn`'s,
-    since its rows stand for other pieces.
+    """Demonstrations of a file, LIBERO's HDF5 or a packed archive, with frames of `size`² pixels.
 
     Raises:
-      CheckpointError: not a checkpoint of these sizes otherwise.
+      ValueError: there is no such file.
     """
-    folder = fetch(address)
-    shapes = stored_shapes(folder)
-    rows = shapes.get(EMBEDDING, (model.vocab_size,))[0]
-    side = round(shapes.get(POSITIONS, (1, model.tokens_per_camera))[1] ** 0.5)
-    theirs = model.replace(vocab_size=rows, image_size=side * model.vision.patch)
-    params = flatten_dict(load_params(folder, theirs, dtype="float32"), sep="/")
-    if rows != model.vocab_size or other_file(folder / "tokenizer.model", tokenizer):
-        logger.info("%s has another vocabulary: the embedding of words starts from random numbers", address)
-        params[EMBEDDING] = flatten_dict(drawn, sep="/")[EMBEDDING]
-    if side != model.grid:
-        table = params[POSITIONS].reshape(1, side, side, -1)
-        shape = (1, model.grid, model.grid, table.shape[-1])
-        params[POSITIONS] = np.asarray(jax.image.resize(table, shape, "bicubic")).reshape(1, -1, shape[-1])
-    return unflatten_dict(params, sep="/")
-
-
-def other_file(path: Path, other: Path) -> bool:
-    """Whether there is a file at `path` with other bytes."""
-    return path.is_file() and path.read_bytes() != other.read_bytes()
+    if not path.is_file():
+        raise ValueError(f"data: expected files that exist, got {path}; make some with scripts/collect_demos.py")
+    return (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path, size=size)
 
 
 def curves(out: Path) -> Path:

@@ -23,12 +23,13 @@ import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from safe_pruner_jax import compiling
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.model import flow
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.flow import draw_times, flow_loss
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.training.augment import augment
-from safe_pruner_jax.training.data import Samples, batches, split
+from safe_pruner_jax.training.data import WAYPOINT, Samples, batches, split
 
 MOVING = (False, True)
 """Whether each camera of a sample moves with the robot: outside, wrist."""
@@ -51,6 +52,7 @@ class Settings:
       ema: decay of the averaged parameters, which are the result.
       validation: share of the demonstrations held out.
       augment: openpi's image augmentations.
+      waypoint: weight of the auxiliary loss `flow.waypoint_loss`; 0, as in openpi, leaves it out.
       seed: of shuffling, augmentation, times and noise.
       log_every, validate_every, save_every: in steps.
       max_seconds: stop (with a checkpoint) after so long; the next run goes on.
@@ -68,12 +70,17 @@ class Settings:
     ema: float = 0.999
     validation: float = 0.05
     augment: bool = True
+    waypoint: float = 0.0
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 1000
     max_seconds: float | None = None
     fsdp: bool = False
+
+
+HEAD = "waypoint_head"
+"""Entry of the parameters while they train with `Settings.waypoint`; it is not part of the model."""
 
 
 @struct.dataclass
@@ -95,6 +102,7 @@ class Batch:
     actions: Array
     tokens: Array
     token_mask: Array
+    waypoints: Array
 
 
 def learning_rate(s: Settings) -> optax.Schedule:
@@ -118,35 +126,56 @@ def optimiser(s: Settings) -> optax.GradientTransformation:
     )
 
 
-def init_state(params: Params, s: Settings) -> TrainState:
+def init_state(params: Params, config: Pi0Config, s: Settings) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
+    if s.waypoint:
+        params = {**params, HEAD: waypoint_head(config)}
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimiser(s).init(params))
 
 
-def loss_of(params: Params, config: Pi0Config, batch: Batch, key: Array, draws: int, augmented: bool) -> Array:
-    """Mean flow-matching loss of a batch, scalar float32; every draw of augmentation, time and noise is from `key`."""
+def waypoint_head(config: Pi0Config) -> Params:
+    """A linear head that says zero."""
+    width = config.depth * config.prefix.num_kv_heads * config.prefix.head_dim
+    return {"kernel": jnp.zeros((width, WAYPOINT), jnp.float32), "bias": jnp.zeros(WAYPOINT, jnp.float32)}
+
+
+def losses_of(
+    params: Params, config: Pi0Config, batch: Batch, key: Array, draws: int, augmented: bool
+) -> dict[str, Array]:
+    """Mean losses of a batch, float32 scalars: "loss", of flow matching, and "waypoint_loss" where there is its head.
+
+    Every draw of augmentation, time and noise is from `key`.
+    """
     B = batch.actions.shape[0]
     images, for_times, for_noise = jax.random.split(key, 3)
     x = augment(images, batch.images, moving=MOVING) if augmented else batch.images
-    times = draw_times(for_times, (B, draws))
+    times = flow.draw_times(for_times, (B, draws))
     noise = jax.random.normal(for_noise, (B, draws, *batch.actions.shape[1:]))
     cameras = jnp.ones(batch.images.shape[:2], bool)
-    tokens = (batch.tokens, batch.token_mask)
-    return flow_loss(params, config, x, cameras, *tokens, batch.state, batch.actions, times, noise).mean()
+    prefix = flow.prefix(params, config, x, cameras, batch.tokens, batch.token_mask)
+    losses = {"loss": flow.flow_loss(params, config, prefix, batch.state, batch.actions, times, noise).mean()}
+    if HEAD in params:
+        losses["waypoint_loss"] = flow.waypoint_loss(params[HEAD], prefix, batch.token_mask, batch.waypoints).mean()
+    return losses
 
 
 def train_step(config: Pi0Config, s: Settings, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     """One update: loss, gradient, AdamW, average."""
     key = jax.random.fold_in(jax.random.key(s.seed), state.step)
-    loss, grads = jax.value_and_grad(loss_of)(state.params, config, batch, key, s.draws, s.augment)
+
+    def total(params: Params) -> tuple[Array, dict[str, Array]]:
+        losses = losses_of(params, config, batch, key, s.draws, s.augment)
+        return losses["loss"] + s.waypoint * losses.get("waypoint_loss", 0.0), losses
+
+    (_, losses), grads = jax.value_and_grad(total, has_aux=True)(state.params)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     updates, moments = optimiser(s).update(grads, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
     # early on the average is shorter than the decay says, so that it forgets the start
     decay = jnp.minimum(s.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
-    return TrainState(state.step + 1, params, ema, moments), {"loss": loss, "grad_norm": norm}
+    return TrainState(state.step + 1, params, ema, moments), losses | {"grad_norm": norm}
 
 
 def shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
@@ -172,6 +201,7 @@ def gather(samples: Samples, steps: np.ndarray) -> Batch:
         samples.actions[steps],
         samples.tokens[prompt],
         samples.token_mask[prompt],
+        samples.waypoints[steps],
     )
 
 
@@ -206,7 +236,7 @@ def fit(
     if s.batch % mesh.size:
         raise ValueError(f"batch: expected a multiple of the {mesh.size} devices, got {s.batch}")
     out.mkdir(parents=True, exist_ok=True)
-    state = init_state(params, s)
+    state = init_state(params, config, s)
     placed = shardings(mesh, state, s.fsdp)
     spread = NamedSharding(mesh, PartitionSpec("data"))
     manager = ocp.CheckpointManager((out / "state").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
@@ -214,9 +244,13 @@ def fit(
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     state = jax.device_put(state, placed)
     update = jax.jit(
-        partial(train_step, config, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
+        partial(train_step, config, s),
+        in_shardings=(placed, spread),
+        out_shardings=(placed, None),
+        donate_argnums=0,
+        compiler_options=compiling.options(),
     )
-    evaluate = jax.jit(lambda p, b, k: loss_of(p, config, b, k, s.draws, False))
+    evaluate = jax.jit(lambda p, b, k: losses_of(p, config, b, k, s.draws, False))
 
     training, held = split(samples, s.validation, s.seed)
     check = next(batches(held, min(len(held), 4 * s.batch) // mesh.size * mesh.size or mesh.size, s.seed + 1))
@@ -248,13 +282,16 @@ def fit(
                     raise FloatingPointError(f"the loss is {loss} at step {step}; lower the learning rate and resume")
                 now = time.perf_counter()
                 rate = len(losses) * s.batch / (now - last)
-                log({"step": step, "loss": loss, "grad_norm": float(metrics["grad_norm"]), "samples_per_s": rate})
+                last_step = {name: float(value) for name, value in metrics.items()}
+                log({"step": step, **last_step, "loss": loss, "samples_per_s": rate})
                 losses, last = [], now
             if step % s.validate_every == 0 or step == s.steps:
-                log({"step": step, "validation": float(evaluate(state.ema, check, jax.random.key(s.seed)))})
+                found = jax.device_get(evaluate(state.ema, check, jax.random.key(s.seed)))
+                log({"step": step} | {name.replace("loss", "validation"): float(v) for name, v in found.items()})
             if step % s.save_every == 0:
                 save()
         if step > start:
             save()
     manager.close()
-    return jax.tree.map(np.asarray, jax.device_get(state.ema)), step
+    result = {name: leaf for name, leaf in state.ema.items() if name != HEAD}
+    return jax.tree.map(np.asarray, jax.device_get(result)), step
