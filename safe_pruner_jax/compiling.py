@@ -38,8 +38,8 @@ def upright(dtype: str) -> bool:
 class _Program:
     """A program with options of its own, which jax takes at the top level only: inside another it has none."""
 
-    def __init__(self, program: Callable):
-        self._outside, self._inside = jax.jit(program, compiler_options=options()), jax.jit(program)
+    def __init__(self, program: Callable, how: dict[str, Any]):
+        self._outside, self._inside = jax.jit(program, compiler_options=options(), **how), jax.jit(program, **how)
         self.lower = self._outside.lower
 
     def __call__(self, *arguments: Any) -> Any:
@@ -47,6 +47,6 @@ class _Program:
         return (self._inside if inside else self._outside)(*arguments)
 
 
-def jit(program: Callable) -> Callable:
-    """`jax.jit` with `options`; of its other methods there is `lower`."""
-    return _Program(program) if options() else jax.jit(program)
+def jit(program: Callable, **how: Any) -> Callable:
+    """`jax.jit(program, **how)` with `options`; of its other methods there is `lower`."""
+    return _Program(program, how) if options() else jax.jit(program, **how)

@@ -33,7 +33,8 @@ def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
     segments = (gemma.Segment(k, v, seen[:, None]), gemma.Segment(*own, jnp.asarray(allowed)))
     want, _ = gemma.attend(q, segments)
     assert got.dtype == want.dtype and got.shape == want.shape
-    close(got.astype(jnp.float32), want.astype(jnp.float32), 2e-6 if dtype == "float32" else 3e-2)
+    # values up to 3 are sums of up to 208 products, whose order depends on the machine's vectors
+    close(got.astype(jnp.float32), want.astype(jnp.float32), 5e-6 if dtype == "float32" else 3e-2)
     # what is masked does not count, however large
     spoiled = jnp.where(seen[..., None, None], k, 1e9)
     again = kernels.attention(q, spoiled, v, seen, *own, jnp.asarray(allowed))

@@ -243,12 +243,8 @@ def fit(
     if manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     state = jax.device_put(state, placed)
-    update = jax.jit(
-        partial(train_step, config, s),
-        in_shardings=(placed, spread),
-        out_shardings=(placed, None),
-        donate_argnums=0,
-        compiler_options=compiling.options(),
+    update = compiling.jit(
+        partial(train_step, config, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
     )
     evaluate = jax.jit(lambda p, b, k: losses_of(p, config, b, k, s.draws, False))
 
