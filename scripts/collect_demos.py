@@ -160,7 +160,7 @@ class Collection:
         file = self._folder / "settings.json"
         if not file.exists():
             file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        elif (found := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        elif (found := {"pushes": 0.0} | json.loads(file.read_text(encoding="utf-8"))) != settings:
             raise SystemExit(f"{self._folder} was collected with {found}, not {settings}: choose another --out")
 
     def _settings(self) -> dict[str, Any]:

@@ -300,3 +300,15 @@ def test_other_settings_need_another_folder(collector, tmp_path):
     assert collector.Collection(args(collector, tmp_path, episodes=1), {6: "a"}, command).run()
     with pytest.raises(SystemExit, match="another --out"):
         collector.Collection(args(collector, tmp_path, noise=0.2), {6: "a"}, command)
+
+
+def test_a_folder_from_before_there_were_pushes_goes_on(collector, tmp_path):
+    command = worker(tmp_path, "succeed(job)")
+    assert collector.Collection(args(collector, tmp_path, episodes=1), {6: "a"}, command).run()
+    file = tmp_path / "out" / "libero_object" / "settings.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("pushes") == 0
+    file.write_text(json.dumps(settings))
+    assert collector.Collection(args(collector, tmp_path, episodes=2), {6: "a"}, command).run()
+    with pytest.raises(SystemExit, match="another --out"):
+        collector.Collection(args(collector, tmp_path, pushes=3.0), {6: "a"}, command)

@@ -134,8 +134,9 @@ def test_pushes_are_rare_short_and_strong():
 
 
 def test_without_pushes_nothing_is_drawn():
-    push, generator = Pushes(0.0, np.random.default_rng(0)), np.random.default_rng(0)
-    assert not any(push().any() for _ in range(9)) and push._generator.random() == generator.random()
+    generator = np.random.default_rng(0)
+    push = Pushes(0.0, generator)
+    assert not any(push().any() for _ in range(9)) and generator.random() == np.random.default_rng(0).random()
 
 
 @pytest.mark.libero

@@ -136,9 +136,8 @@ def waypoints(demo: Any, stats: NormStats) -> np.ndarray:
     last, command = len(demo.actions) - 1, np.sign(demo.actions[:, -1])
     changes = np.append(np.flatnonzero(command[1:] != command[:-1]) + 1, last)
     ahead = changes[np.searchsorted(changes, np.arange(last + 1), side="right").clip(max=len(changes) - 1)]
-    here = demo.state[:, :3]
-    both = np.concatenate([here[ahead] - here, here - stats.mean[:3]], axis=1)
-    return (both / np.tile(stats.std[:3], 2)).astype(np.float32)
+    here = normalise(demo.state[:, :3], stats, quantiles=False)
+    return np.concatenate([here[ahead] - here, here], axis=1).astype(np.float32)
 
 
 def split(samples: Samples, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
