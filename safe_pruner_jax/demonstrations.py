@@ -80,6 +80,25 @@ class Demo:
         return len(self.actions)
 
 
+def subtasks(grippers: Iterable[float]) -> np.ndarray:
+    """Number of the subtask at every call: how often the commanded gripper has changed since the episode began.
+
+    0 is the approach, 1 the carrying, 2 what follows the release, and so on for longer tasks. SAFE-Pruner (Sec. 3.2,
+    Fig. 3) speaks of "pick up" and "place" without a rule; the executed command is one that needs no labels.
+
+    Args:
+      grippers: commands, open ≤ 0 < closed, one per call.
+
+    Returns:
+      int32, one per call.
+
+    >>> subtasks([-1, -1, 1, 1, -1])
+    array([0, 0, 1, 1, 2], dtype=int32)
+    """
+    closed = np.asarray(list(grippers), np.float64) > 0
+    return np.cumsum(np.diff(closed, prepend=closed[:1]), dtype=np.int32)
+
+
 class Packed(NamedTuple):
     """What packing made of one episode: bytes in the archive, PSNR (dB) of each camera's decoded frames."""
 

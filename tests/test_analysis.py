@@ -12,10 +12,9 @@ from test_trace import moving_scene
 
 from safe_pruner_jax import cli
 from safe_pruner_jax.analysis import calibrate, command, cost, forecast, kappa, measures, recall
-from safe_pruner_jax.analysis.episodes import subtasks
 from safe_pruner_jax.analysis.rows import Rows, RowsError, markdown, read_rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
-from safe_pruner_jax.demonstrations import write_demos
+from safe_pruner_jax.demonstrations import subtasks, write_demos
 from safe_pruner_jax.flops import paper_flops
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS

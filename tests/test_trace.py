@@ -9,9 +9,9 @@ from fake_libero import LIMIT, SOLVED_AFTER, FakeEnv
 from test_demonstrations import demo
 from test_loading import load_tiny
 
-from safe_pruner_jax.analysis.episodes import EXAMPLE, Call, episodes, play, stride, subtasks
+from safe_pruner_jax.analysis.episodes import EXAMPLE, Call, episodes, play, stride
 from safe_pruner_jax.analysis.trace import Watch, replay
-from safe_pruner_jax.demonstrations import write_demos
+from safe_pruner_jax.demonstrations import subtasks, write_demos
 from safe_pruner_jax.engine import Engine
 from safe_pruner_jax.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS, Capture

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.analysis.episodes import Call, subtasks
+from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.arrays import Array, Layers
+from safe_pruner_jax.demonstrations import subtasks
 from safe_pruner_jax.engine import Inputs
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from safe_pruner_jax.configs import PolicyConfig
+from safe_pruner_jax.demonstrations import subtasks
 from safe_pruner_jax.observation import NormStats, Tokenizer, normalise
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
@@ -133,8 +134,8 @@ def waypoints(demo: Any, stats: NormStats) -> np.ndarray:
     Returns:
       [T, 6] float32, in standard deviations of the position: from the hand to the waypoint, from the mean to the hand.
     """
-    last, command = len(demo.actions) - 1, np.sign(demo.actions[:, -1])
-    changes = np.append(np.flatnonzero(command[1:] != command[:-1]) + 1, last)
+    last = len(demo.actions) - 1
+    changes = np.append(np.flatnonzero(np.diff(subtasks(demo.actions[:, -1]))) + 1, last)
     ahead = changes[np.searchsorted(changes, np.arange(last + 1), side="right").clip(max=len(changes) - 1)]
     here = normalise(demo.state[:, :3], stats, quantiles=False)
     return np.concatenate([here[ahead] - here, here], axis=1).astype(np.float32)
