@@ -38,7 +38,7 @@ class Trace:
     Args:
       layout: cameras and slots of the first call; prompts that hold the state may be padded otherwise later.
       images: per call, camera → uint8 [S, S, 3] as the network reads it.
-      subtask: [C] int32, see `episodes.subtasks`.
+      subtask: [C] int32, see `demonstrations.subtasks`.
       visual: [C, n, d] float32 visual tokens Z as they enter the language model.
       alive: [C, n] bool.
       expert: [C, s, L, n] float32 saliency (Eq. 1-2) of every expert layer at every denoise step, action queries.
