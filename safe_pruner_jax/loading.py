@@ -115,7 +115,8 @@ def load_policy(
         parameters of `mini_libero`.
       pruner: what to prune; None keeps every alive token.
       default_prompt: used for requests without a prompt.
-      tokenizer: SentencePiece model; None takes PaliGemma's, downloaded once into openpi's cache, or the embedded one.
+      tokenizer: SentencePiece model; None takes the `tokenizer.model` beside the checkpoint (training writes it), or
+        else PaliGemma's, downloaded once into openpi's cache.
       dtype: activation dtype, "bfloat16" or "float32"; None takes the configuration's.
       param_dtype: dtype the checkpoint is cast to while it is read; None takes the activation dtype. (openpi always
         reads bfloat16.)
@@ -147,7 +148,8 @@ def load_policy(
         folder = fetch(address)
         params = open_params(folder, model, dtype=param_dtype or model.dtype)  # read leaf by leaf
     if tokenizer is None:
-        tokenizer = folder / "tokenizer.model" if config.name == EMBEDDED else fetch(PALIGEMMA_TOKENIZER)
+        own = folder / "tokenizer.model"
+        tokenizer = own if config.name == EMBEDDED or own.exists() else fetch(PALIGEMMA_TOKENIZER)
     stats = load_norm_stats(folder, config.asset_id)
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
     prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and upright(model.dtype))

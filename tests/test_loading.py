@@ -22,7 +22,7 @@ from safe_pruner_jax.loading import (
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
 from safe_pruner_jax.model.params import draw_params, param_shapes
-from safe_pruner_jax.observation import load_norm_stats, save_norm_stats
+from safe_pruner_jax.observation import Tokenizer, load_norm_stats, save_norm_stats
 from safe_pruner_jax.pruners import fastv, full, safe
 from safe_pruner_jax.tokens import budget
 
@@ -123,6 +123,17 @@ def test_a_trained_checkpoint_becomes_the_embedded_policy(tmp_path, capsys):
     embed.LARGEST = 1_000_000
     shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
     assert embed.main(checkpoint, out) == 2 and "expected at most 1 MB of parameters" in capsys.readouterr().err
+
+
+def test_a_tokenizer_beside_the_checkpoint_is_taken(tmp_path):
+    config = get_config("mini_libero_state")  # not the embedded one, nothing to download
+    checkpoint = tmp_path / "checkpoint"
+    save_params(checkpoint, draw_params(config.model))
+    save_norm_stats(checkpoint, config.asset_id, load_norm_stats(embedded_folder(), get_config(EMBEDDED).asset_id))
+    shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
+    policy = load_policy(config, checkpoint, prompt_lengths=(32,))
+    own = Tokenizer(embedded_folder() / "tokenizer.model", config.model.max_token_len)
+    assert list(policy.transform.tokenizer.encode("the soup")) == list(own.encode("the soup"))
 
 
 def test_drawn_params_are_seeded():
