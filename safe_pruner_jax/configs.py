@@ -233,10 +233,10 @@ CONFIGS: dict[str, PolicyConfig] = {
         _libero("pi0_libero", pi0(), None, delta=True),
         _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
         # Not openpi's: the small policy inside this package, and one of its size that reads the robot's state.
-        _libero("mini_libero", mini(image_size=112), None, delta=False),
+        _libero("mini_libero", mini(image_size=112, temperature=0.0), None, delta=False),
         _libero(
             "mini_libero_state",
-            mini(image_size=112, vocab_size=768, discrete_state_input=True),
+            mini(image_size=112, vocab_size=768, discrete_state_input=True, temperature=0.0),
             None,
             delta=False,
         ),

@@ -103,6 +103,7 @@ def load_policy(
     quantise: precision.EightBit | None = None,
     kernels: Literal["auto"] | tuple[str, ...] = (),
     num_steps: int = 10,
+    temperature: float | None = None,
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
     seed: int = 0,
     describe: bool = True,
@@ -125,6 +126,7 @@ def load_policy(
       kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `tune` measures to be
         faster on this device, none on a CPU. What is measured may change between starts, and with it the last bits.
       num_steps: denoise steps.
+      temperature: of the noise, see `Pi0Config`; None takes the configuration's (1, as in openpi; 0 for `mini_libero`).
       prompt_lengths: static prompt lengths programs are compiled for.
       seed: seed of the noise of every session.
       describe: add `pruning` to replies.
@@ -136,7 +138,8 @@ def load_policy(
     """
     config = get_config(config) if isinstance(config, str) else config
     pruner = full() if pruner is None else pruner
-    model = config.model if dtype is None else config.model.replace(dtype=dtype)
+    chosen = {"dtype": dtype, "temperature": temperature}
+    model = config.model.replace(**{name: value for name, value in chosen.items() if value is not None})
     pruner.plan.for_depth(model.depth)  # before gigabytes are read
     if checkpoint is None and config.name == EMBEDDED:
         folder = embedded_folder()

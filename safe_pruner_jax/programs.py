@@ -81,7 +81,7 @@ def shallow(
     keys = jax.vmap(jax.random.split)(control.key)
     if noise is None:
         shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
+        noise = config.temperature * jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
     count = mask.sum(1, dtype=jnp.int32)
     action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
     captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)

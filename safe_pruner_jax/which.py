@@ -80,6 +80,8 @@ class Model:
       quantise: 8-bit weights for the language model and the expert, see docs/performance.md.
       kernels: "auto" takes the Pallas kernels that are faster on this GPU, measured at the start.
       num_steps: denoise steps.
+      temperature: standard deviation of the noise that a chunk is made from; 0 is deterministic. The default is the
+        configuration's: 1 as in openpi, 0 for the embedded policy.
       prompt_lengths: static prompt lengths, which a server compiles before it accepts clients. Fewer start faster; a
         prompt is padded to the next one, and one longer than all of them makes its robot wait for a compilation.
       tokenizer: SentencePiece model file; the default is PaliGemma's, from openpi's cache.
@@ -91,6 +93,7 @@ class Model:
     quantise: EightBit | None = None
     kernels: Literal["none", "auto"] = "none"
     num_steps: int = 10
+    temperature: float | None = None
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
     tokenizer: str | None = None
     seed: int = 0
@@ -143,5 +146,5 @@ class Model:
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
         options = self.options()
-        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "prompt_lengths")}
+        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
         return sources.describe(name, folder, method.make(), method.choices, note=note, **known)

@@ -37,6 +37,7 @@ class Sweep:
       keeps: shares of the visual tokens kept.
       methods: names of pruners, `safe-topk` (the best tokens and no pool, as in the paper), `safe-shallow` (λ = 0, "w/o
         forecast") and `safe-every` (a keyframe at a fixed interval, "w/o division"); `full` is always played.
+      replan: actions executed per policy call.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell.
       out: folder; one records file per cell and shard in it, then the report.
@@ -49,6 +50,7 @@ class Sweep:
     trials: int = 50
     keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
     methods: tuple[str, ...] = ("safe", "safe-shallow", "safe-every", "fastv", "random")
+    replan: int = 5
     every: int = 10
     shard: str = "1/1"
     out: Path = Path("out/sweep")
@@ -90,6 +92,7 @@ def records_file(sweep: Sweep, cell: Cell) -> Path:
 def arguments(sweep: Sweep, cell: Cell) -> list[str]:
     """The command line of `openpi evaluate` for a cell."""
     options = ["--suite", sweep.suite, "--trials", str(sweep.trials), "--shard", sweep.shard]
+    options += ["--replan", str(sweep.replan)]
     options += ["--tasks", *map(str, sweep.tasks)] if sweep.tasks else []
     return [*options, "--out", str(records_file(sweep, cell)), *cell.arguments, *shlex.split(sweep.evaluate)]
 
@@ -108,7 +111,8 @@ def missing(sweep: Sweep, cell: Cell) -> int:
     if records:
         args, method = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
         now = args.describe("LIBERO", args.fit("LIBERO", method)).as_json()
-        same = lambda c: {key: c[key] for key in ("policy", "checkpoint", "precision", "num_steps", *METHOD)}
+        fixed = ("policy", "checkpoint", "precision", "num_steps", "temperature", *METHOD)
+        same = lambda c: {key: c[key] for key in fixed}
         if found := differences(same(records[-1].configuration), same(now)):
             raise RecordsError(
                 f"{path}: expected records of this policy, got others ({found[0]}); choose another --out"

@@ -97,6 +97,16 @@ def test_noise_is_drawn_as_openpi_draws_it(ref, engine, scenes):
         np.testing.assert_array_equal(jax.random.key_data(control.key[0]), jax.random.key_data(rng))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_temperature_scales_the_noise_that_is_drawn_and_no_other(ref, weights, scenes, temperature):
+    engine = Engine(weights, ref.config.replace(temperature=temperature), PRUNERS["safe"](keep=0.2))
+    inputs, own = inputs_of(ref.config, example(ref.config, scenes["a"])), np.ones((1, 10, 32), np.float32)
+    carry = engine.shallow(engine.weights, engine.init((5,), 2), inputs, None)
+    drawn = jax.random.normal(jax.random.split(jax.random.key(5))[1], (1, 10, 32))
+    np.testing.assert_array_equal(carry.noise, temperature * drawn)
+    np.testing.assert_array_equal(engine.shallow(engine.weights, engine.init((5,), 2), inputs, own).noise, own)
+
+
 def test_what_does_not_fit_the_model_is_refused(ref, weights):
     make = lambda **choices: Engine(weights, ref.config, PRUNERS["safe"](**choices))
     with pytest.raises(ValueError, match="keep: expected at most 512 visual tokens"):

@@ -80,7 +80,7 @@ def test_request_to_actions_equals_openpi(golden, discrete):
 def test_embedded_policy_needs_nothing_but_the_package():
     policy = load_policy(EMBEDDED, pruner=safe(), prompt_lengths=(32,))
     config = policy.engine.config
-    assert config == get_config(EMBEDDED).model and config.replace(image_size=224) == mini()
+    assert config == get_config(EMBEDDED).model and config.replace(image_size=224, temperature=1.0) == mini()
     request = policy.transform.config.robot.example(np.random.default_rng(0))
     session = policy.session()
     first, second = session.infer(request), session.infer(request)
@@ -89,6 +89,11 @@ def test_embedded_policy_needs_nothing_but_the_package():
     assert second["pruning"]["kept"] == budget(0.2, second["pruning"]["alive"])
     assert second["pruning"]["kappa"] == pytest.approx(1.0, abs=0.1)
     assert first["actions"].shape == (10, 7) and np.isfinite(first["actions"]).all()
+    # deterministic unless asked otherwise, openpi's configurations as openpi
+    again = policy.session().infer(request | {"seed": 5})
+    np.testing.assert_array_equal(again["actions"], first["actions"])
+    assert load_policy(EMBEDDED, temperature=1.0).engine.config.temperature == 1
+    assert {get_config(name).model.temperature for name in ("pi05_libero", "pi05_droid", "pi0_aloha")} == {1}
 
 
 def test_embedded_parameters_fit_the_package_and_survive_the_trip(tmp_path):

@@ -91,6 +91,9 @@ def test_sizes_that_form_no_model_are_refused():
         small(vision=SiglipConfig(10, 2, 14, 3))
     with pytest.raises(ValueError, match=r"dtype must be .* got 'float16'"):
         small(dtype="float16")
+    for temperature in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"temperature: expected 0 \(deterministic\) to 1 \(as trained\), got "):
+            small(temperature=temperature)
 
 
 # prepare

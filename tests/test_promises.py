@@ -21,7 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax import cli, configs
 from safe_pruner_jax.serving import pack, unpack
-from safe_pruner_jax.serving.episodes import MAGIC, EpisodeRecorder, read_episode
+from safe_pruner_jax.serving.episodes import MAGIC, EpisodeRecorder, Recorded, read_episode
+from safe_pruner_jax.serving.inspect import Inspect, header, load
 from safe_pruner_jax.serving.recorder import Step
 
 # openpi's client connects outside a `with`, which websockets deprecates since 17.1
@@ -277,6 +278,17 @@ def test_another_process_gives_the_same_bytes_and_a_killed_one_leaves_records_th
     code, text = inspect(changed)
     assert code == 1 and text.count("  same\n") == 2 and "1 of 3 steps differ" in text
     assert inspect(changed, "--show")[0] == 0
+
+
+def test_an_episode_from_before_the_temperature_is_replayed_at_1(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("safe_pruner_jax.serving.inspect.load_policy", lambda *_, **options: asked.update(options))
+    options = {"prompt_lengths": [16], "kernels": [], "num_steps": 10}
+    told = header("mini_libero", None, "safe", {}, options=options)
+    load(Recorded(told, (), 0), Inspect(Path("old.episode")))
+    assert asked["temperature"] == 1.0 and asked["num_steps"] == 10
+    load(Recorded(told | {"options": options | {"temperature": None}}, (), 0), Inspect(Path("new.episode")))
+    assert asked["temperature"] is None
 
 
 def test_sigterm_answers_what_waits_and_exits_0(live):

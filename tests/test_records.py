@@ -126,6 +126,18 @@ def test_another_configuration_is_refused_and_the_difference_named(path):
     assert path.read_bytes() == before
 
 
+def test_records_from_before_the_temperature_were_made_at_1(path):
+    path.parent.mkdir(exist_ok=True)
+    told = dataclasses.asdict(record())
+    del told["configuration"]["temperature"]
+    path.write_text(json.dumps(told) + "\n", encoding="utf-8")
+    assert read_records(path)[0].configuration["temperature"] == 1.0
+    with RecordFile(path, CONFIGURATION) as file:
+        assert len(file.finished) == 1
+    with pytest.raises(RecordsError, match=r"temperature: 1\.0 → 0\.0"):
+        RecordFile(path, dataclasses.replace(CONFIGURATION, temperature=0.0))
+
+
 def test_differences_see_missing_fields():
     assert differences({"a": 1}, {"b": {"c": 1}}) == ["a: 1 → None", "b: None → {'c': 1}"]
     assert differences(CONFIGURATION.as_json(), CONFIGURATION.as_json()) == []

@@ -48,6 +48,7 @@ class Configuration:
       simulator: versions that pictures and contacts depend on, from `simulator.provenance`.
       delay: control steps from an observation until its actions are used.
       rtc: whether chunks continue the last one (`rtc`).
+      temperature: standard deviation of the noise.
     """
 
     pruner: str
@@ -64,6 +65,7 @@ class Configuration:
     simulator: Mapping[str, str] = field(default_factory=dict)
     delay: int = 0
     rtc: bool = False
+    temperature: float = 1.0
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types, equal to what reading them back gives."""
@@ -336,7 +338,7 @@ def _complete(data: bytes) -> bytes:
     return data[:end]
 
 
-_EARLIER = {"delay": 0, "rtc": False}
+_EARLIER = {"delay": 0, "rtc": False, "temperature": 1.0}
 """What was so before it could be chosen; files of that time go on."""
 
 

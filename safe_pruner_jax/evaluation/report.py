@@ -320,10 +320,11 @@ def _parts(e: Estimate) -> tuple[float, float, float]:
 def _sentence(c: Mapping[str, Any]) -> str:
     steps = f", at most {c['max_steps']} steps" if c["max_steps"] else ""
     delay = f", used {c['delay']} steps after their observation" if c.get("delay") else ""
+    noise = f"{c['noise']}, temperature {c['temperature']:g}" if c.get("temperature", 1) else "none"
     simulator = ", ".join(f"{k} {v}" for k, v in c["simulator"].items())
     return (
         f"Policy {c['policy']}, checkpoint {c['checkpoint']}, {c['precision']}, {c['num_steps']} denoise steps, "
-        f"{c['replan']} actions per call{steps}{delay}; noise: {c['noise']}; {simulator}."
+        f"{c['replan']} actions per call{steps}{delay}; noise: {noise}; {simulator}."
     )
 
 

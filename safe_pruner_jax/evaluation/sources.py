@@ -90,6 +90,7 @@ def describe(
     dtype: str | None = None,
     quantise: str | None = None,
     num_steps: int = 10,
+    temperature: float | None = None,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     note: str = "",
 ) -> Configuration:
@@ -99,7 +100,7 @@ def describe(
       policy: openpi's name of the configuration.
       folder: of the checkpoint, on this machine.
       pruner, choices: the method and the factory arguments that made it.
-      dtype, quantise, num_steps, prompt_lengths: as for `load_policy`.
+      dtype, quantise, num_steps, temperature, prompt_lengths: as for `load_policy`.
       note: enters the checkpoint's fingerprint.
 
     Raises:
@@ -118,6 +119,7 @@ def describe(
         checkpoint=checkpoint_fingerprint(folder, note),
         precision=(dtype or config.model.dtype) + (f", {quantise} weights" if quantise else ""),
         num_steps=num_steps,
+        temperature=config.model.temperature if temperature is None else temperature,
         prompt_lengths=tuple(prompt_lengths),
     )
 

@@ -51,6 +51,9 @@ class Pi0Config:
       dtype: activation dtype, "bfloat16" or "float32".
       cameras: their names, in prefix order.
       kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `tune.tuned`.
+      temperature: standard deviation of the noise that a chunk is made from, where the caller brings none. At 1,
+        openpi's and what training assumes, chunks are samples; at 0 they are one deterministic function of what is
+        seen, near the middle of the samples.
 
     Raises:
       ValueError: sizes that cannot form one model.
@@ -69,6 +72,7 @@ class Pi0Config:
     dtype: str = "bfloat16"
     cameras: tuple[str, ...] = field(default=CAMERAS)
     kernels: tuple[str, ...] = ()
+    temperature: float = 1.0
 
     def __post_init__(self):
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -93,6 +97,8 @@ class Pi0Config:
             )
         if unknown := set(self.kernels) - set(KERNELS):
             raise ValueError(f"kernels: expected some of {', '.join(KERNELS)}, got {', '.join(sorted(unknown))}")
+        if not 0 <= self.temperature <= 1:
+            raise ValueError(f"temperature: expected 0 (deterministic) to 1 (as trained), got {self.temperature}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f'dtype must be "bfloat16" or "float32", got {self.dtype!r}')
 

@@ -67,7 +67,8 @@ def load(episode: Recorded, args: Inspect) -> Policy:
     """The policy an episode was recorded with."""
     told = episode.header
     try:
-        options = dict(told["options"]) | {key: tuple(told["options"][key]) for key in ("prompt_lengths", "kernels")}
+        options = {"temperature": 1.0} | told["options"]  # all there was before it could be chosen
+        options |= {key: tuple(told["options"][key]) for key in ("prompt_lengths", "kernels")}
         choices = {k: tuple(v) if isinstance(v, list) else v for k, v in told["choices"].items()}
         pruner = pruners.make(told["pruner"], **choices)
         name, checkpoint = told["config"], told["checkpoint"]
