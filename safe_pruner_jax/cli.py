@@ -30,7 +30,7 @@ from safe_pruner_jax.evaluation import evaluate, report, sources
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.figures import report_figures
 from safe_pruner_jax.evaluation.libero import load_task, num_tasks
-from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
+from safe_pruner_jax.evaluation.records import MODEL, RecordFile, RecordsError, read_records
 from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
@@ -277,7 +277,7 @@ def _analyze(name: str) -> Command:
     def run_analysis(args: Any) -> None:
         keep_all = pruners.make("full")
         about = args.describe("LIBERO", Method("full", {})).as_json()
-        told = {key: about[key] for key in ("policy", "checkpoint", "precision", "num_steps")} | {"seed": args.seed}
+        told = {key: about[key] for key in MODEL} | {"seed": args.seed}
         run(args, lambda: args.load("LIBERO", keep_all), told)
 
     return Command(arguments, run_analysis, pruner=False)

@@ -22,7 +22,7 @@ from safe_pruner_jax.cli import Evaluate, parse
 from safe_pruner_jax.cli import main as openpi
 from safe_pruner_jax.evaluation.evaluate import episodes
 from safe_pruner_jax.evaluation.libero import num_tasks
-from safe_pruner_jax.evaluation.records import METHOD, RecordsError, differences, read_records
+from safe_pruner_jax.evaluation.records import METHOD, MODEL, RecordsError, differences, read_records
 from safe_pruner_jax.pruners import PRUNERS
 
 
@@ -37,7 +37,6 @@ class Sweep:
       keeps: shares of the visual tokens kept.
       methods: names of pruners, `safe-topk` (the best tokens and no pool, as in the paper), `safe-shallow` (λ = 0, "w/o
         forecast") and `safe-every` (a keyframe at a fixed interval, "w/o division"); `full` is always played.
-      replan: actions executed per policy call.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell.
       out: folder; one records file per cell and shard in it, then the report.
@@ -50,7 +49,6 @@ class Sweep:
     trials: int = 50
     keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
     methods: tuple[str, ...] = ("safe", "safe-shallow", "safe-every", "fastv", "random")
-    replan: int = 5
     every: int = 10
     shard: str = "1/1"
     out: Path = Path("out/sweep")
@@ -92,7 +90,6 @@ def records_file(sweep: Sweep, cell: Cell) -> Path:
 def arguments(sweep: Sweep, cell: Cell) -> list[str]:
     """The command line of `openpi evaluate` for a cell."""
     options = ["--suite", sweep.suite, "--trials", str(sweep.trials), "--shard", sweep.shard]
-    options += ["--replan", str(sweep.replan)]
     options += ["--tasks", *map(str, sweep.tasks)] if sweep.tasks else []
     return [*options, "--out", str(records_file(sweep, cell)), *cell.arguments, *shlex.split(sweep.evaluate)]
 
@@ -111,8 +108,7 @@ def missing(sweep: Sweep, cell: Cell) -> int:
     if records:
         args, method = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
         now = args.describe("LIBERO", args.fit("LIBERO", method)).as_json()
-        fixed = ("policy", "checkpoint", "precision", "num_steps", "temperature", *METHOD)
-        same = lambda c: {key: c[key] for key in fixed}
+        same = lambda c: {key: c[key] for key in (*MODEL, *METHOD)}
         if found := differences(same(records[-1].configuration), same(now)):
             raise RecordsError(
                 f"{path}: expected records of this policy, got others ({found[0]}); choose another --out"

@@ -26,6 +26,9 @@ Key = tuple[str, int, int]
 METHOD = ("pruner", "choices", "plan", "rtc")
 """Fields of a configuration in which methods differ; the others are the conditions under which they are compared."""
 
+MODEL = ("policy", "checkpoint", "precision", "num_steps", "temperature")
+"""Fields of a configuration that say what computes."""
+
 
 class RecordsError(RuntimeError):
     """A records file that cannot be read, continued or written; the message says what to do."""
