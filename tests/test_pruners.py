@@ -36,6 +36,7 @@ def algorithm_1(
     max_age=None,
     per_camera=0,
     pool=1.0,
+    warm_start=1,
     variant="as_described",
     **_,
 ):
@@ -46,13 +47,14 @@ def algorithm_1(
     """
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    keyframes, log = [], []
+    keyframes, log, begun = [], [], 0
     for t in range(len(seen.alive)):
         alive, camera = seen.alive[t], seen.camera[t]
         shallow, tested = (np.asarray(seen.saliency[i][t], np.float64) for i in (0, -1))
         if t and (seen.alive[t] != seen.alive[t - 1]).any():
             keyframes = []
         if not keyframes:
+            begun = t
             keyframes.append(t)
             log.append({"keyframe": True, "kappa": np.nan, "age": None})
             continue
@@ -67,6 +69,7 @@ def algorithm_1(
         keyframe = kappa < threshold if every is None else age >= every
         if max_age is not None and age >= max_age:
             keyframe = True
+        keyframe |= t - begun < warm_start
         if released:
             score = np.array([shallow[v] + weight * np.mean([s[v] for s in late]) for v in range(len(alive))])
         else:

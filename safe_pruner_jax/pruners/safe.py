@@ -11,6 +11,7 @@ behind as `Evidence.late`. At every later step t:
     else   → keep the top-K of (1-λ) S_t^ℓs + λ mean_ℓ Ŝ^ℓ                                      (Eq. 4-5)
 
 With `pool` above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
+With `warm_start` the first steps of an episode all run everything.
 """
 
 import math
@@ -38,10 +39,14 @@ from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
 @struct.dataclass
 class SafeState:
-    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n]."""
+    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n].
+
+    `steps` counts the episode's steps so far, int32.
+    """
 
     reference: Array
     shallow: Array
+    steps: Array
 
 
 def safe(
@@ -55,6 +60,7 @@ def safe(
     late_steps: Literal["half", "all", "last"] = "half",
     match: Literal["all", "camera"] = "all",
     pool: float = 1.0,
+    warm_start: int = 1,
     every: int | None = None,
     max_age: int | None = None,
     per_camera: int = 0,
@@ -74,6 +80,8 @@ def safe(
       match: candidates of the correspondence: tokens of all cameras or of the same camera only.
       pool: μ ≥ 1; above 1 the best μK tokens by score are candidates, and of them the K that differ most stay (greedy
         max-min cosine distance of Z, as in VLA-Pruner's Algorithm 1; ours). 1 keeps the best K, as the paper does.
+      warm_start: w ≥ 1 steps at the start of an episode that run everything, and again when the set of cameras changes
+        (VLA-Pruner's warm start). 1 is the paper's first keyframe alone.
       every: a keyframe every so many steps instead of the κ test (the paper's "w/o division"); None: κ decides.
       max_age: at most so many steps between keyframes; None: no limit.
       per_camera: at least so many tokens of every camera are kept.
@@ -93,14 +101,14 @@ def safe(
     late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    _check(weight, threshold, queries, late_layers, match, pool, every, max_age, per_camera, variant)
+    _check(weight, threshold, queries, late_layers, match, pool, warm_start, every, max_age, per_camera, variant)
     capture = (Capture(cut - 1, queries),) + ((Capture(0, "last"),) if released else ())
     products = (("visual", "visual"),) * (1 if pool == 1 else 2)
     plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, compares=products)
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
-        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32))
+        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32), jnp.zeros((), jnp.int32))
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
         shallow, tested = e.saliency[0], e.saliency[-1]
@@ -112,7 +120,8 @@ def safe(
             score = shallow + weight * late.mean(0)
         else:
             score = temporal.fuse(shallow, late, weight)
-        keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, state.reference, state.shallow)
+        steps = jnp.where(e.since_full == NO_HISTORY, 0, state.steps)
+        keyframe = (steps < warm_start) | ~finite(score, tested, z, state.reference, state.shallow)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
@@ -122,7 +131,8 @@ def safe(
             score = max_min(e.visual, candidates, budget(keep, n), neighbour=2)
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
         k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
-        refreshed = SafeState(jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow))
+        reference, remembered = jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow)
+        refreshed = SafeState(reference, remembered, steps + 1)
         return refreshed, Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
@@ -133,7 +143,7 @@ def _widened(keep: float, pool: float, n: int) -> float:
     return min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), n)
 
 
-def _check(weight, threshold, queries, late_layers, match, pool, every, max_age, per_camera, variant):
+def _check(weight, threshold, queries, late_layers, match, pool, warm_start, every, max_age, per_camera, variant):
     def require(ok: bool, name: str, expected: str, got) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got!r}")
@@ -151,6 +161,7 @@ def _check(weight, threshold, queries, late_layers, match, pool, every, max_age,
     require(match in ("all", "camera"), "match", '"all" or "camera"', match)
     require(isinstance(pool, int | float) and 1 <= pool < math.inf, "pool", "μ of at least 1", pool)
     require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
+    require(whole(warm_start, 1), "warm_start", "a whole number of steps >= 1", warm_start)
     require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
     require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
     require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)
