@@ -84,11 +84,11 @@ class Demo:
       task: task of the suite.
       init_state: initial state of the task; from the default one the embedded policy succeeds, pruned and not.
       steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
-      keep: share of the visual tokens that is kept; a policy with 128 of them needs a larger one than π0.5
-        (docs/results.md).
+      keep: share of the visual tokens that is kept in a pruned step.
       queries: whose attention is the shallow saliency.
       fuse: λ, the share of the forecast in the score.
-      threshold: γ, κ below it makes a keyframe. These three default to what the embedded policy was calibrated to.
+      threshold: γ, κ below it makes a keyframe. These three default to the embedded policy's own choices.
+        Its others apply as well.
       out: folder for what the demo writes.
     """
 
@@ -96,7 +96,7 @@ class Demo:
     task: int = 0
     init_state: int = 5
     steps: int | None = None
-    keep: float = 0.5
+    keep: float = 0.2
     queries: Literal["action", "text", "last"] = CALIBRATED["queries"]
     fuse: float = CALIBRATED["fuse"]
     threshold: float = CALIBRATED["threshold"]
@@ -349,8 +349,8 @@ def run(args: Demo) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     console.print(
         f"[bold]The embedded policy: {EMBEDDED_WEIGHTS}.[/]\n"
-        "π0.5's architecture (small), openpi's client, the LIBERO simulator; the same initial state and noise for\n"
-        "both servers, which differ in nothing but the pruner. One episode each: an illustration, not a success rate.\n"
+        "π0.5's architecture (small), openpi's client, the LIBERO simulator; the same initial state for both\n"
+        "servers, which differ in nothing but the pruner. One episode each: an illustration, not a success rate.\n"
     )
     options = [f"--pruner.{name}={value}" for name, value in args.choices().items()]
     with contextlib.ExitStack() as stack:

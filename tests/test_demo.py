@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS
+from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.tokens import budget
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"
@@ -86,23 +86,23 @@ def test_a_server_that_dies_is_reported_with_its_log(demo, tmp_path):
 
 @pytest.mark.libero
 def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
-    # γ = -1: every step but the first is pruned, whatever the weights
-    command = [sys.executable, str(SCRIPT), "--steps", "15", "--threshold=-1", "--out", str(tmp_path)]
+    # γ = -1: every call after the warm start is pruned, whatever the weights
+    command = [sys.executable, str(SCRIPT), "--steps", "25", "--threshold=-1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert EMBEDDED_WEIGHTS in done.stdout and "pruned / none" in done.stdout
-    assert done.stdout.count("no success in 15 actions") == 4  # after each episode, and in the summary
+    assert done.stdout.count("no success in 25 actions") == 4  # after each episode, and in the summary
 
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     visual = 2 * get_config(EMBEDDED).model.tokens_per_camera
     safe, plain = ([r for r in records if r["pruner"] == name] for name in ("safe", "none"))
-    assert [r["step"] for r in safe] == [r["step"] for r in plain] == [0, 5, 10]
+    assert [r["step"] for r in safe] == [r["step"] for r in plain] == [0, 5, 10, 15, 20]
     assert safe[0]["keyframe"] and safe[0]["kappa"] is None and safe[0]["kept"] == safe[0]["alive"] == visual
     pruned = [r for r in safe if not r["keyframe"]]
-    assert len(pruned) == 2
+    assert [r["step"] for r in pruned] == [15, 20] and calibrated()["warm_start"] == 3
     for r in pruned:
-        assert r["kept"] == len(r["index"]) == budget(0.5, visual) and r["index"] == sorted(set(r["index"]))
+        assert r["kept"] == len(r["index"]) == budget(0.2, visual) and r["index"] == sorted(set(r["index"]))
         assert -1 <= r["kappa"] <= 1
     for r in safe:
         assert 0 < r["shallow_ms"] < r["infer_ms"] < r["round_trip_ms"]
@@ -111,8 +111,8 @@ def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
 
     with imageio.get_reader(tmp_path / "episode.mp4") as video:
         frames = [np.asarray(frame) for frame in video]
-    assert len(frames) == 3 + 4 and frames[0].shape == (368, 656 + 16 + 656, 3)  # a second more at the end
-    assert np.abs(frames[1][:320, :656].astype(int) - frames[1][:320, 672:]).mean() > 10  # pruned, and not
+    assert len(frames) == 5 + 4 and frames[0].shape == (368, 656 + 16 + 656, 3)  # a second more at the end
+    assert np.abs(frames[3][:320, :656].astype(int) - frames[3][:320, 672:]).mean() > 10  # pruned, and not
     assert frames[0].std() > 20 and np.abs(frames[1].astype(int) - frames[0]).mean() > 10
     assert imageio.imread(tmp_path / "overlay.png").std() > 20
     started = ports(done.stdout)

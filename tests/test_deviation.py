@@ -58,7 +58,15 @@ def test_a_summary_weighs_calls_and_not_episodes():
     text = deviation.table(rows)
     assert text.index("fastv") < text.index("safe")  # the smaller error first
     assert "| safe | 20% | 3.0 | 40.0% | 1.673 | 2.160 |" in text
-    assert len(deviation.figure(rows).axes[0].lines) == 2
+    kept, along = deviation.figure(rows).axes
+    assert len(kept.lines) == 2 and len(along.lines) == 1  # fastv has no pruned call here
+
+
+def test_errors_along_the_episode_are_of_pruned_calls_only():
+    row = lambda errors, keyframes: {"method": "safe", "keep": 0.2, "errors": errors, "keyframes": keyframes}
+    found = deviation.by_call([row([0.0, 3.0, 1.0], [0]), row([0.0, 4.0], [0]), row([5.0, 0.0, 1.0, 2.0], [1])])
+    assert list(found) == [("safe", 0.2)]
+    assert found["safe", 0.2] == pytest.approx({0: 5.0, 1: np.sqrt(12.5), 2: 1.0, 3: 2.0})
 
 
 def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, capsys):

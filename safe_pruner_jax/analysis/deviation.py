@@ -82,6 +82,17 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, float | No
     return found
 
 
+def by_call(rows: Sequence[Row]) -> dict[tuple[str, float], dict[int, float]]:
+    """(method, keep) → number of the call in its episode, from 0 → root mean square error of the pruned ones."""
+    groups: dict[tuple[str, float], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for call, error in enumerate(row["errors"]):
+            if call not in row["keyframes"]:
+                groups[row["method"], row["keep"]][call].append(error)
+    rms = lambda errors: float(np.sqrt(np.square(errors).mean()))
+    return {key: {call: rms(errors) for call, errors in sorted(calls.items())} for key, calls in groups.items()}
+
+
 def table(rows: Sequence[Row]) -> str:
     """Every method at every share kept; errors in standard deviations of the commands."""
     columns = ["method", "keep", "kept tokens", "keyframes", "error, all calls", "pruned calls", "90 %", "gripper"]
@@ -102,14 +113,20 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Error over all calls against the tokens that all calls keep on average, one line per method."""
-    drawn, axes = panels(1, width=6.4, height=4.2)
+    """Error over all calls against the tokens that all calls keep on average, one line per method; and the error of
+    pruned calls along the episode, at the smallest share kept."""
+    drawn, axes = panels(2, width=5.6, height=4.2)
+    kept, along = axes[0]
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (method, _), s in summary(rows).items():
         lines[method].append((s["kept"], s["rms"]))
+    least, calls = min(row["keep"] for row in rows), by_call(rows)
     for number, (method, points) in enumerate(lines.items()):
-        marker = "osD^vP*X<>"[number % 10]
-        axes[0, 0].plot(*zip(*sorted(points), strict=True), marker=marker, ms=4, lw=1.2, label=method)
-    axes[0, 0].set(xlabel="visual tokens kept, mean over all calls", ylabel="error of the actions, σ", ylim=(0, None))
-    axes[0, 0].legend(fontsize=8, frameon=False)
+        style = {"marker": "osD^vP*X<>"[number % 10], "ms": 4, "lw": 1.2, "color": f"C{number % 10}"}
+        kept.plot(*zip(*sorted(points), strict=True), label=method, **style)
+        if pruned := calls.get((method, least)):
+            along.plot(list(pruned), list(pruned.values()), **style)
+    kept.set(xlabel="visual tokens kept, mean over all calls", ylabel="error of the actions, σ", ylim=(0, None))
+    kept.legend(fontsize=8, frameon=False)
+    along.set(xlabel="call of the episode", ylabel=f"error of pruned calls, σ, at {least:.0%} kept", ylim=(0, None))
     return drawn
