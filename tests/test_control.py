@@ -57,7 +57,7 @@ def test_steps_since_the_last_full_pass_are_counted(engine, alone):
 
 def test_only_a_full_pass_replaces_what_is_remembered(alone):
     for (_, before, _), (_, after, info) in pairwise(alone):
-        remembered = lambda c: jax.device_get((c.late, c.pruner))
+        remembered = lambda c: jax.device_get((c.late, c.pruner.reference, c.pruner.shallow))
         if info.keyframe[0]:
             changed = jax.tree.map(lambda a, b: (a != b).any(), remembered(before), remembered(after))
             assert all(jax.tree.leaves(changed))
@@ -103,7 +103,8 @@ def test_the_temperature_scales_the_noise_that_is_drawn_and_no_other(ref, weight
     inputs, own = inputs_of(ref.config, example(ref.config, scenes["a"])), np.ones((1, 10, 32), np.float32)
     carry = engine.shallow(engine.weights, engine.init((5,), 2), inputs, None)
     drawn = jax.random.normal(jax.random.split(jax.random.key(5))[1], (1, 10, 32))
-    np.testing.assert_array_equal(carry.noise, temperature * drawn)
+    np.testing.assert_allclose(carry.noise, temperature * drawn, rtol=1e-6)  # XLA may scale before it takes √2 in
+    assert temperature or not carry.noise.any()
     np.testing.assert_array_equal(engine.shallow(engine.weights, engine.init((5,), 2), inputs, own).noise, own)
 
 
