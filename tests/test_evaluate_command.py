@@ -238,7 +238,7 @@ def test_report_says_what_is_wrong(tmp_path, capsys):
 def test_the_embedded_policy_in_libero_then_resumed(tmp_path):
     out = tmp_path / "records.jsonl"
     argv = ["evaluate", "--suite", "libero_spatial", "--tasks", "0", "--trials", "1", "--max-steps", "10"]
-    argv += ["--num-steps", "2", "--workers", "1", "--pruner=safe", "--pruner.threshold=-1"]
+    argv += ["--num-steps", "2", "--workers", "1", "--pruner=safe", "--pruner.threshold=-1", "--pruner.warm-start=1"]
     argv += ["--out", str(out), "policy:embedded"]
     assert cli.main(argv) == 0
     (record,) = read_records(out)
