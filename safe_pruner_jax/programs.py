@@ -80,8 +80,7 @@ def shallow(
 
     keys = jax.vmap(jax.random.split)(control.key)
     if noise is None:
-        shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
-        noise = config.temperature * jax.vmap(lambda k: jax.random.normal(k, shape)[0])(keys[:, 1])
+        noise = jax.vmap(partial(draw_noise, config))(keys[:, 1])
     count = mask.sum(1, dtype=jnp.int32)
     action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
     captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
@@ -116,6 +115,12 @@ def shallow(
 def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
     """Layers of a range whose prefix logits are wanted."""
     return tuple(c.layer for c in captures if c.rows != "action" and c.layer in layers)
+
+
+def draw_noise(config: Pi0Config, key: Array) -> Array:
+    """[A, action_dim] float32, where a step's flow starts: openpi's draw times the configuration's temperature."""
+    shape = (1, config.action_horizon, config.action_dim)  # openpi draws with a batch axis of one
+    return config.temperature * jax.random.normal(key, shape)[0]
 
 
 def _action_saliency(config, plan: Plan, weights, segments, count, state, noise, visual_alive) -> dict:

@@ -36,7 +36,10 @@ def moving_scene(steps: int = 8, cut_at: int = 5) -> list[Call]:
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_tiny(discrete=False)
+    """With a temperature of its own, so that a trace which draws other noise than a session shows."""
+    loaded = load_tiny(discrete=False)
+    engine = Engine(loaded.engine.weights, loaded.engine.config.replace(temperature=0.5), loaded.engine.pruner)
+    return Policy(engine, loaded.transform, seed=loaded.seed)
 
 
 @pytest.fixture(scope="module")

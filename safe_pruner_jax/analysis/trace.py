@@ -23,6 +23,7 @@ from safe_pruner_jax.engine import Inputs
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy import Policy, layout_of, pack
+from safe_pruner_jax.programs import draw_noise
 from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 from safe_pruner_jax.tokens import PrefixLayout, saliency
@@ -108,7 +109,7 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
       The arrays of `Trace` for one call (without its axis C), and the next call's key.
     """
     following, own = jax.random.split(key)
-    noise = jax.random.normal(own, (1, config.action_horizon, config.action_dim))
+    noise = draw_noise(config, own)[None]
     z = pi0.embed_images(weights, config, inputs.images)
     x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
     alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
