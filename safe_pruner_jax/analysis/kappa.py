@@ -96,6 +96,7 @@ def figure(rows: Sequence[Row], threshold: float) -> Figure:
                 if row["boundary"]:
                     ax.axvline(row["call"], color="#1a7f37", lw=1.2)
             ax.set_xlabel("call", fontsize=8)
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_title(part if q == queries[0] else "", fontsize=8)
         line[0].set_ylabel(f"κ, {q}")
     drawn.suptitle("dashed: γ · points: keyframes after the first\nvertical: the gripper command changes", fontsize=9)
