@@ -36,7 +36,8 @@ class Sweep:
       trials: episodes per task and cell.
       keeps: shares of the visual tokens kept.
       methods: names of pruners, `safe-topk` (the best tokens and no pool, as in the paper), `safe-shallow` (λ = 0, "w/o
-        forecast") and `safe-every` (a keyframe at a fixed interval, "w/o division"); `full` is always played.
+        forecast"), `safe-every` (a keyframe at a fixed interval, "w/o division") and `random-warm` (three full calls
+        first, as in `vla_pruner`); `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell.
       out: folder; one records file per cell and shard in it, then the report.
@@ -74,6 +75,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
     choices["safe-topk"] = ("--pruner=safe", "--pruner.pool", "1.0")
     choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
+    choices["random-warm"] = ("--pruner=random", "--pruner.warm-start", "3")
     if unknown := set(sweep.methods) - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]

@@ -52,6 +52,7 @@ CASES = [
     case("safe", pool=1.5, threshold=0.5, keep=0.3, queries="text"),
     case("safe", pool=2, keep=5, every=4),
     case("safe", warm_start=3, threshold=0.5),
+    case("random", warm_start=2, keep=0.3),
     case("vla_pruner", variant="as_released", keep=5, window=2),
     case("divprune", keep=7),
     case("vla_cache", variant="as_released", keep=0.75, static=0.9, relevant=0.1),

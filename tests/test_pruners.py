@@ -239,6 +239,15 @@ def test_random_draws_anew_from_the_key_alone():
     synthetic.same(play(c, other)[1][7], selections[7])
 
 
+def test_random_with_a_warm_start_runs_the_first_steps_and_draws_the_same_tokens():
+    c = case("random", warm_start=2)
+    seen = episode(0, c.pruner, steps=6)
+    selections = play(c, seen)[1]
+    assert [bool(s.keyframe) for s in selections] == [True, True, False, False, False, False]
+    for warm, cold in zip(selections, play(case("random"), seen)[1], strict=True):
+        assert kept(warm) == kept(cold)
+
+
 def test_full_is_always_a_keyframe_and_cuts_nothing():
     c = case("full")
     assert c.pruner.plan == Plan() and c.pruner.plan.cut is None
