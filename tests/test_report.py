@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_records import CONFIGURATION, record
 
-from safe_pruner_jax.evaluation.figures import report_figures, success_by_flops, success_by_keep
+from safe_pruner_jax.evaluation.figures import report_figures, short_names, success_by_flops, success_by_keep
 from safe_pruner_jax.evaluation.report import (
     ALL,
     markdown,
@@ -180,3 +180,8 @@ def test_figures_show_every_method_with_its_interval():
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["full", "safe late_layers=[0, -1]"]
     with pytest.raises(ValueError, match="at least one"):
         success_by_keep([])
+
+
+def test_a_legend_says_what_the_variants_of_a_method_differ_in():
+    names = ["full", "safe pool=1.5 fuse=0.0", "safe pool=1.5", "safe pool=1.5 every=10", "fastv cut=2"]
+    assert list(short_names(names).values()) == ["full", "safe fuse=0.0", "safe", "safe every=10", "fastv cut=2"]

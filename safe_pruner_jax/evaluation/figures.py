@@ -14,9 +14,7 @@ COLOURS = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["tab20"]
 
 def success_by_keep(rows: Sequence[Row]) -> Figure:
     """Success rates with their 95 % intervals against the share of visual tokens kept; one panel per suite."""
-    return _panels(
-        rows, lambda row: None if row.keep is None else 100 * row.keep, "visual tokens kept, %", inverted=True
-    )
+    return _panels(rows, lambda row: None if row.keep is None else 100 * row.keep, "visual tokens kept, %", shares=True)
 
 
 def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
@@ -39,14 +37,15 @@ def success_by_speed(rows: Sequence[Row]) -> Figure:
     return _panels(rows, lambda row: 1 / row.ms_ratio if row.ms_ratio else None, "measured speed-up of a policy call")
 
 
-def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *, inverted: bool = False) -> Figure:
+def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *, shares: bool = False) -> Figure:
     if not rows:
         raise ValueError("rows: expected at least one to draw, got none")
     if any(row.conditions != rows[0].conditions for row in rows):
         raise ValueError("rows: expected equal conditions (policy, checkpoint, …); draw one figure for each")
     suites, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("suite", "method"))
-    legend = 0.5 + 0.075 * max(map(len, methods))  # inches beside the panels: methods may be many, and hide points
-    figure = Figure((4.2 * len(suites) + 0.6 + legend, 4), dpi=120, facecolor="white")
+    names = short_names(methods)
+    legend = 0.5 + 0.075 * max(map(len, names.values()))  # inches beside the panels: methods may be many, hide points
+    figure = Figure((5 * len(suites) + 0.6 + legend, 4), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(suites), sharey=True, squeeze=False)[0]
     for ax, suite in zip(axes, suites, strict=True):
@@ -65,13 +64,19 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
                 "markersize": 5,
                 "capsize": 3,
             }
-            ax.errorbar([at for at, _ in points], values, spans, label=method, linewidth=1.3, **look)
+            # shares kept are the same for many methods: side by side, so that every interval is seen
+            aside = 0.988 ** (place - (len(methods) - 1) / 2) if shares else 1.0
+            ax.errorbar([at * aside for at, _ in points], values, spans, label=names[method], linewidth=1.3, **look)
         ax.set_title(suite, fontsize=11)
         ax.set_xlabel(label)
         ax.set_ylim(-3, 103)
         ax.grid(color="#e4e7ea", linewidth=0.8)
         ax.set_axisbelow(True)
-        if inverted:
+        if shares:
+            ax.set_xscale("log")
+            ticks = sorted({x(row) for row in rows} - {None})
+            ax.set_xticks(ticks, [f"{share:g}" for share in ticks])
+            ax.minorticks_off()
             ax.invert_xaxis()
     axes[0].set_ylabel("success, %")
     known = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -79,6 +84,16 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
         axes[-1].legend(known.values(), known, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     return figure
+
+
+def short_names(methods: Sequence[str]) -> dict[str, str]:
+    """Methods' names for a legend: of the choices only those in which the variants of one pruner differ."""
+    shared: dict[str, set[str]] = {}
+    for pruner, *choices in map(str.split, methods):
+        shared[pruner] = shared.get(pruner, set(choices)) & set(choices)
+    short = lambda words: " ".join(word for word in words if word not in shared[words[0]])
+    alone = [method.split()[0] for method in methods]
+    return {m: m if alone.count(m.split()[0]) == 1 else short(m.split()) for m in methods}
 
 
 def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:
