@@ -183,7 +183,7 @@ class Report:
     Args:
       files: from `openpi evaluate`, any number.
       format: of what is printed.
-      baseline: method that the others are compared to, as the table names it.
+      baseline: method that the others are compared to, as the table names it, at the same ratio if it has several.
       out: folder for report.md, report.csv and the figures.
     """
 

@@ -145,6 +145,26 @@ def test_baseline_by_label():
         summarise([])
 
 
+def test_a_baseline_of_several_ratios_is_compared_at_the_same_ratio():
+    half = dataclasses.replace(CONFIGURATION, plan={"cut": {"layer": 3, "keep": 0.5}}, choices={"keep": 0.5})
+    fifth = dataclasses.replace(CONFIGURATION, choices={"keep": 0.2})
+    peers = [dataclasses.replace(c, pruner="fastv") for c in (half, fifth)]
+    played = group(FULL, 10) + group(half, 9) + group(fifth, 6) + group(peers[0], 8) + group(peers[1], 2)
+    found = {(row.method, row.keep): row for row in summarise(played, "safe")}
+    assert found["fastv", 0.5].difference == paired_difference(8, 0, 1, 1)
+    assert found["fastv", 0.2].difference == paired_difference(2, 0, 4, 4)
+    assert all(found["safe", keep].difference is None for keep in (0.5, 0.2))
+    assert found["full", 1.0].difference is None and found["full", 1.0].pairs == 0
+
+
+def test_a_pruners_name_is_a_baseline_unless_there_are_several_variants():
+    variants = [dataclasses.replace(CONFIGURATION, choices={"keep": 0.2, "fuse": fuse}) for fuse in (0.0, 1.0)]
+    rows = summarise(group(variants[0], 6) + group(FULL, 8), "safe")
+    assert [row.difference is None for row in rows] == [True, False] and rows[0].method == "safe fuse=0.0"
+    with pytest.raises(ValueError, match=r"expected one of safe fuse=0\.0, safe fuse=1\.0, got 'safe'"):
+        summarise(group(variants[0], 6) + group(variants[1], 6), "safe")
+
+
 def test_episodes_that_all_end_in_errors_have_no_rate():
     nothing = {"calls": 0, "keyframes": 0, "kept": None, "alive": None, "paper_flops": None, "exact_flops": None}
     nothing["infer_ms"] = {"keyframe": None, "pruned": None}

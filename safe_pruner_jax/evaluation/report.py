@@ -163,7 +163,8 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
 
     Args:
       records: of any number of files; of an episode recorded twice the last one counts.
-      baseline: label of the method that the others are compared to, see `method_label`.
+      baseline: label of the method that the others are compared to, see `method_label`; the pruner's name is enough
+        where only one of its variants was played. A baseline of several ratios is compared at the same ratio.
 
     Raises:
       ValueError: no records, or no such method among them; without `full` there are just no differences.
@@ -177,17 +178,21 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
     if not by_condition:
         raise ValueError("no records: the files hold no finished episode")
     labels = {method_label(r[0].configuration) for methods in by_condition.values() for r in methods.values()}
+    variants = [label for label in labels if label.split()[0] == baseline]
+    if baseline not in labels and len(variants) == 1:
+        (baseline,) = variants
     if baseline not in {*labels, "full"}:
         raise ValueError(f"baseline: expected one of {', '.join(sorted(labels))}, got {baseline!r}")
     rows = []
     for conditions, methods in by_condition.items():
         groups = list(methods.values())
-        first = next((g for g in groups if method_label(g[0].configuration) == baseline), [])
-        order = lambda g: (g is not first, method_label(g[0].configuration), -(_keep(g) or 0))  # noqa: B023
-        for group in sorted(groups, key=order):
+        label = lambda g: method_label(g[0].configuration)
+        bases = {_keep(g): g for g in groups if label(g) == baseline}
+        for group in sorted(groups, key=lambda g: (label(g) != baseline, label(g), -(_keep(g) or 0))):
+            base = next(iter(bases.values())) if len(bases) == 1 else bases.get(_keep(group), [])
             suites = sorted({r.suite for r in group})
             for suite in suites + ([ALL] if len(suites) > 1 else []):
-                chosen = [[r for r in g if suite in (ALL, r.suite)] for g in (group, first)]
+                chosen = [[r for r in g if suite in (ALL, r.suite)] for g in (group, base)]
                 rows.append(_row(json.loads(conditions), suite, *chosen))
     return rows
 
