@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import jax
-import pytest
 
 from safe_pruner_jax import coldstart
 
 PROGRAM = """
-import json, sys
-from safe_pruner_jax.coldstart import keep_programs
-keep_programs(sys.argv[1])
+import json
+from safe_pruner_jax.coldstart import default_folder, keep_programs
+keep_programs(default_folder())
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 seen = []
@@ -24,16 +23,17 @@ print(json.dumps({"result": result, "taken": sum("cache_hits" in event for event
 """
 
 
-@pytest.mark.skipif(not coldstart.trusted(), reason="jax before 0.6 keeps no CPU programs to be trusted")
-def test_a_second_process_takes_what_the_first_has_compiled(tmp_path):
+def test_a_second_process_takes_what_the_first_has_compiled(tmp_path, monkeypatch):
+    """Where jax can be trusted with it; an older one keeps nothing."""
     folder = tmp_path / "kept" / "programs"
     runs = []
+    monkeypatch.setenv("SAFE_PRUNER_PROGRAMS", str(folder))
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout))
-    assert runs[0]["taken"] == 0 and runs[1]["taken"] > 0
+    assert runs[0]["taken"] == 0 and (runs[1]["taken"] > 0) == coldstart.trusted()
     assert runs[0]["result"] == runs[1]["result"]
-    assert any(folder.iterdir())
+    assert any(folder.glob("*")) == coldstart.trusted()
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):

@@ -205,3 +205,5 @@ def test_figures_show_every_method_with_its_interval():
 def test_a_legend_says_what_the_variants_of_a_method_differ_in():
     names = ["full", "safe pool=1.5 fuse=0.0", "safe pool=1.5", "safe pool=1.5 every=10", "fastv cut=2"]
     assert list(short_names(names).values()) == ["full", "safe fuse=0.0", "safe", "safe every=10", "fastv cut=2"]
+    layers = ["safe late_layers=[0, -1] pool=2", "safe late_layers=[1, -1] pool=2", "safe pool=2 rtc"]
+    assert list(short_names(layers).values()) == ["safe late_layers=[0, -1]", "safe late_layers=[1, -1]", "safe rtc"]

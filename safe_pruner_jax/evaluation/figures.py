@@ -1,5 +1,6 @@
 """Pictures of a report: success against what is kept, and against what it costs. Functions return figures."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -88,12 +89,12 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
     """Methods' names for a legend: of the choices only those in which the variants of one pruner differ."""
-    shared: dict[str, set[str]] = {}
-    for pruner, *choices in map(str.split, methods):
-        shared[pruner] = shared.get(pruner, set(choices)) & set(choices)
-    short = lambda words: " ".join(word for word in words if word not in shared[words[0]])
-    alone = [method.split()[0] for method in methods]
-    return {m: m if alone.count(m.split()[0]) == 1 else short(m.split()) for m in methods}
+    words = {method: re.split(r" (?=\w+=|rtc$)", method) for method in methods}  # a choice may have spaces in it
+    variants: dict[str, list[set[str]]] = {}
+    for pruner, *choices in words.values():
+        variants.setdefault(pruner, []).append(set(choices))
+    shared = {pruner: set.intersection(*found) if len(found) > 1 else set() for pruner, found in variants.items()}
+    return {method: " ".join(w for w in told if w not in shared[told[0]]) for method, told in words.items()}
 
 
 def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:

@@ -177,8 +177,9 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
         by_condition.setdefault(conditions, {}).setdefault(method, []).append(record)
     if not by_condition:
         raise ValueError("no records: the files hold no finished episode")
-    labels = {method_label(r[0].configuration) for methods in by_condition.values() for r in methods.values()}
-    variants = [label for label in labels if label.split()[0] == baseline]
+    label = lambda group: method_label(group[0].configuration)
+    labels = {label(g) for methods in by_condition.values() for g in methods.values()}
+    variants = [name for name in labels if name.split()[0] == baseline]
     if baseline not in labels and len(variants) == 1:
         (baseline,) = variants
     if baseline not in {*labels, "full"}:
@@ -186,7 +187,6 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
     rows = []
     for conditions, methods in by_condition.items():
         groups = list(methods.values())
-        label = lambda g: method_label(g[0].configuration)
         bases = {_keep(g): g for g in groups if label(g) == baseline}
         for group in sorted(groups, key=lambda g: (label(g) != baseline, label(g), -(_keep(g) or 0))):
             base = next(iter(bases.values())) if len(bases) == 1 else bases.get(_keep(group), [])

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.pruners.plan import Capture, Cut, Later, Plan, check_layer
+from safe_pruner_jax.pruners.plan import Capture, Cut, Later, Plan, check_layer, whole
 
 __all__ = [
     "NO_HISTORY",
@@ -44,6 +44,7 @@ __all__ = [
     "check_layer",
     "finite",
     "stateless",
+    "whole",
 ]
 
 State = Any

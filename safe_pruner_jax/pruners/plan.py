@@ -183,9 +183,14 @@ class Plan:
         )
 
 
+def whole(value, least: int) -> bool:
+    """Whether a choice is a whole number, and no bool, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_layer(layer: int, least: int = 1) -> int:
     """A layer index of at least `least`; raises ValueError."""
-    if not isinstance(layer, int) or isinstance(layer, bool) or layer < least:
+    if not whole(layer, least):
         raise ValueError(f"cut: expected a layer index of at least {least}, got {layer!r}; use for example cut=3")
     return layer
 

@@ -13,6 +13,7 @@ from safe_pruner_jax.pruners.base import (
     Selection,
     check_layer,
     finite,
+    whole,
 )
 from safe_pruner_jax.tokens import top_k
 
@@ -26,12 +27,12 @@ def random(*, keep: float = 0.2, cut: int = 3, warm_start: int | None = None) ->
       warm_start: w ≥ 1 steps at the start of an episode that run everything, as those of `safe` and `vla_pruner` do, so
         that what these gain by choosing can be told from what they gain by their first steps. None: no such steps.
     """
-    if warm_start is not None and (not isinstance(warm_start, int) or isinstance(warm_start, bool) or warm_start < 1):
+    if warm_start is not None and not whole(warm_start, 1):
         raise ValueError(f"warm_start: expected a whole number of steps >= 1 or None, got {warm_start!r}")
     plan = Plan(Cut(check_layer(cut), keep))
 
     def init(e: Evidence) -> Array:
-        return jnp.zeros((), jnp.int32)  # steps of the episode so far
+        return jnp.zeros((), jnp.int32)  # steps since the episode's first one, if that ran in full
 
     def step(steps: Array, e: Evidence) -> tuple[Array, Selection]:
         score = jnp.where(e.alive, jax.random.uniform(e.key, e.alive.shape), 0.0)

@@ -32,6 +32,7 @@ from safe_pruner_jax.pruners.base import (
     Selection,
     check_layer,
     finite,
+    whole,
 )
 from safe_pruner_jax.pruners.diversity import max_min
 from safe_pruner_jax.tokens import among_the_best, budget, top_k
@@ -151,7 +152,6 @@ def _check(weight, threshold, queries, late_layers, match, pool, warm_start, eve
     require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
     require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
     require(queries in ("action", "text", "last"), "queries", '"action", "text" or "last"', queries)
-    whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(
         len(late_layers) > 0 and all(isinstance(l, int) for l in late_layers),
         "late_layers",

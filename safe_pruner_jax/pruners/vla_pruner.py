@@ -25,6 +25,7 @@ from safe_pruner_jax.pruners.base import (
     Selection,
     check_layer,
     finite,
+    whole,
 )
 from safe_pruner_jax.pruners.diversity import max_min
 from safe_pruner_jax.tokens import among_the_best, budget, top_k
@@ -64,7 +65,7 @@ def vla_pruner(
       "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference",
       Eq. 2, 3, 7, Algorithms 1 and 2.
     """
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+    if not whole(window, 1):
         raise ValueError(f"window: expected a whole number of steps >= 1, got {window!r}")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected γ in [0, 1], got {decay!r}")
