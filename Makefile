@@ -30,10 +30,12 @@ test-pinned: $(PINNED)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/rumdl check .
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	-$(VENV)/bin/rumdl fmt .
 
 libero: $(VENV)/.ready
 	@bash scripts/setup_libero.sh $(VENV)/bin/python
