@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from safe_pruner_jax.arrays import Upright
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.modes import example_of, make, random_weights
-from safe_pruner_jax.clock import interleave, ratio, spread
-from safe_pruner_jax.compiling import jit, options
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.xla import jit, options
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.policy import all_slots, layout_of, pack
+from safe_pruner_jax.model.matrix import Upright
+from safe_pruner_jax.policy.policy import all_slots, layout_of, pack
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.timing import interleave, ratio, spread
 
 
 class Pair(NamedTuple):

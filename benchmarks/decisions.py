@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from safe_pruner_jax.analysis.rows import markdown
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.modes import example_of, make, shapes_of
-from safe_pruner_jax.clock import Step, interleave, spread
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.programs import finish, shallow
+from safe_pruner_jax.figures.theme import markdown
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.policy import layout_of, pack
-from safe_pruner_jax.programs import finish, shallow
+from safe_pruner_jax.policy.policy import layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS, Evidence, Pruner
 from safe_pruner_jax.pruners.base import NO_HISTORY
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.timing import Step, interleave, spread
 
 
 def shapes(config: Pi0Config, pruner: Pruner, views: int, prompt: int) -> list[Any]:

@@ -1,7 +1,7 @@
 """What 8-bit weights do to the actions, beside what they do to the time.
 
-python benchmarks/precision.py --out benchmarks/results/precision_mini_cpu.json
-python benchmarks/precision.py --config pi05_libero --checkpoint gs://openpi-assets/checkpoints/pi05_libero
+python benchmarks/quantisation.py --out benchmarks/results/precision_mini_cpu.json
+python benchmarks/quantisation.py --config pi05_libero --checkpoint gs://openpi-assets/checkpoints/pi05_libero
 
 Plays recorded episodes through a policy at full precision and with its language model and expert in 8 bits: the same
 frames, prompts and noise, on the full and on the pruned path. Compares the actions that the robot would get. All kinds
@@ -19,12 +19,12 @@ import tyro
 
 from safe_pruner_jax import load_policy
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.analysis.rows import markdown
 from safe_pruner_jax.bench import machine
-from safe_pruner_jax.clock import ratio, spread
-from safe_pruner_jax.loading import EMBEDDED, calibrated
-from safe_pruner_jax.model import precision
+from safe_pruner_jax.figures.theme import markdown
+from safe_pruner_jax.model import quantisation
+from safe_pruner_jax.policy.loading import EMBEDDED, calibrated
 from safe_pruner_jax.pruners import full, safe
+from safe_pruner_jax.timing import ratio, spread
 
 
 def main(
@@ -46,12 +46,13 @@ def main(
       out: JSON file to write.
     """
     policy = load_policy(config, checkpoint, dtype=dtype)
-    kinds = [None, *(kind for kind in precision.STORED if precision.usable(kind, policy.engine.config.dtype) == kind)]
+    usable = [k for k in quantisation.STORED if quantisation.usable(k, policy.engine.config.dtype) == k]
+    kinds = [None, *usable]
     # at the paper's γ the embedded policy would hardly leave the full path
     choices = calibrated() if config == EMBEDDED and checkpoint is None else {}
     paths = {"full": full, f"safe {keep:g}": lambda: safe(keep=keep, **choices)}
     exactly = policy.engine.weights
-    stored = {kind: exactly if kind is None else precision.reduce(exactly, kind) for kind in kinds}
+    stored = {kind: exactly if kind is None else quantisation.reduce(exactly, kind) for kind in kinds}
     robots = {(p, k): policy.with_pruner(make(), stored[k]).session() for p, make in paths.items() for k in kinds}
     draws, size = np.random.default_rng(0), (policy.engine.config.action_horizon, policy.engine.config.action_dim)
     actions, times = {key: [] for key in robots}, {key: [] for key in robots}
@@ -91,7 +92,7 @@ def main(
     print(markdown(columns, lines), end="")
     if out is not None:
         report = {
-            "command": " ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "benchmarks/quantisation.py", *sys.argv[1:]]),
             "machine": machine.describe(),
             "calls": len(next(iter(actions.values()))),
             "rows": rows,

@@ -15,10 +15,10 @@ import tyro
 
 from safe_pruner_jax.bench.machine import Limits
 from safe_pruner_jax.bench.modes import example_of, make, roofline_s, shapes_of, weight_bytes
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.flops import exact_flops
-from safe_pruner_jax.policy import all_slots, layout_of
+from safe_pruner_jax.engine.flops import exact_flops
+from safe_pruner_jax.policy.policy import all_slots, layout_of
 from safe_pruner_jax.pruners import full
+from safe_pruner_jax.robots.configs import get_config
 
 
 def main(

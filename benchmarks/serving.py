@@ -30,7 +30,7 @@ import numpy as np
 import websockets.asyncio.server
 import websockets.sync.client
 
-from safe_pruner_jax.loading import EMBEDDED, load_policy
+from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
 from safe_pruner_jax.pruners import make
 from safe_pruner_jax.serving import pack, running, unpack
 
@@ -148,7 +148,12 @@ class Server:
     """`openpi serve policy:embedded` in a process of its own."""
 
     def __init__(self, pruner: str, folder: Path, max_batch: int):
-        command = [sys.executable, "-c", "import sys; from safe_pruner_jax.cli import main; sys.exit(main())", "serve"]
+        command = [
+            sys.executable,
+            "-m",
+            "safe_pruner_jax",
+            "serve",
+        ]
         command += ["policy:embedded", "--prompt-lengths", "16", f"--pruner={pruner}", "--port", "0"]
         command += ["--serving.max-batch", str(max_batch)]
         self.log = folder / "log"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.engine import Engine, Inputs
+from safe_pruner_jax.engine.engine import Engine, Inputs
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import draw_params

@@ -10,11 +10,11 @@ import numpy as np
 
 from openpi_patch.weights import PatchError, parameters, release, shared, sizes, weights_of
 from safe_pruner_jax import pruners
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.observation import Example, resize_with_pad
-from safe_pruner_jax.policy import Policy
-from safe_pruner_jax.robots import ALOHA, DROID, LIBERO
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO
+from safe_pruner_jax.robots.transforms import Example, resize_with_pad
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import Any
 import tyro
 
 from openpi_patch.policy import PatchError, PrunedPolicy, prune
-from safe_pruner_jax.cli import parse
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.cli.main import parse
+from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import Recorder, ServerError, serve
 from safe_pruner_jax.serving.options import Serving
 

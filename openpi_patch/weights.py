@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from safe_pruner_jax.compiling import upright
+from safe_pruner_jax.engine.xla import upright
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import Params, spec

@@ -31,14 +31,14 @@ _HOME = {
     "mini": "model.config",
     "prepare": "model.pi0",
     # the two together
-    "Engine": "engine",
-    "Inputs": "engine",
-    "ControlState": "engine",
+    "Engine": "engine.engine",
+    "Inputs": "engine.state",
+    "ControlState": "engine.state",
     # a policy
-    "Policy": "policy",
-    "Session": "policy",
-    "load_policy": "loading",
-    "get_config": "configs",
+    "Policy": "policy.policy",
+    "Session": "policy.policy",
+    "load_policy": "policy.loading",
+    "get_config": "robots.configs",
 }
 
 __all__ = [*_HOME, "__version__"]

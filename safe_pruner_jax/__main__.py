@@ -2,6 +2,6 @@
 
 import sys
 
-from safe_pruner_jax.cli import main
+from safe_pruner_jax.cli.main import main
 
 sys.exit(main())

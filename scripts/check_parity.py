@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from safe_pruner_jax import parity
+from safe_pruner_jax.testing import parity
 
 
 def main(

@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from safe_pruner_jax.demonstrations import merge_demos, seeds, write_demos
+from safe_pruner_jax.libero.demonstrations import merge_demos, seeds, write_demos
 
 SEEDS_PER_RUN = 1_000_000  # episode k of a run has the seed `seed` · this + k
 SETTINGS = ("suite", "noise", "pushes", "size", "every", "led_by")  # of one folder
@@ -247,10 +247,10 @@ def work() -> None:
     """A worker: jobs on stdin, outcomes on what was stdout, until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the simulator prints
-    from safe_pruner_jax.evaluation.expert import demonstrate, led_by
-    from safe_pruner_jax.evaluation.libero import LIMITS, LiberoEnv, load_task
-    from safe_pruner_jax.evaluation.simulator import provenance
-    from safe_pruner_jax.loading import EMBEDDED, load_policy
+    from safe_pruner_jax.libero.env import LIMITS, LiberoEnv, load_task
+    from safe_pruner_jax.libero.expert import demonstrate, led_by
+    from safe_pruner_jax.libero.simulator import provenance
+    from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
     from safe_pruner_jax.pruners import make
 
     @functools.cache
@@ -292,8 +292,8 @@ def work() -> None:
 
 
 def main(args: Args) -> bool:
-    from safe_pruner_jax.evaluation.expert import SUPPORTED
-    from safe_pruner_jax.evaluation.libero import load_task
+    from safe_pruner_jax.libero.env import load_task
+    from safe_pruner_jax.libero.expert import SUPPORTED
 
     supported = SUPPORTED.get(args.suite, ())
     if missing := sorted(set(args.tasks) - set(supported)):

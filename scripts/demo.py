@@ -36,16 +36,16 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from safe_pruner_jax import flops
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+from safe_pruner_jax.engine import flops
 from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
-from safe_pruner_jax.evaluation.simulator import LiberoUnavailable, provenance
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
-from safe_pruner_jax.observation import Tokenizer
-from safe_pruner_jax.plotting import Shown, kept_patches_figure, video_frame
+from safe_pruner_jax.figures.kept import Shown, kept_patches_figure, video_frame
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.simulator import LiberoUnavailable, provenance
+from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.pruners import Plan, full, safe
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.tokens import PrefixLayout, budget
 
 HOST = "127.0.0.1"

@@ -3,7 +3,7 @@
 python scripts/embed.py runs/mini/checkpoint [--out safe_pruner_jax/assets/mini_libero]
 
 Parameters are stored as float16 (at most 24 MB), norm statistics and tokenizer as they are. What the policy can do
-has to be measured again and told in `loading.EMBEDDED_WEIGHTS`.
+has to be measured again and told in `policy.loading.EMBEDDED_WEIGHTS`.
 """
 
 import shutil
@@ -13,10 +13,10 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import EMBEDDED, PARAMS, save_embedded
 from safe_pruner_jax.model.checkpoint import load_params
-from safe_pruner_jax.observation import load_norm_stats, save_norm_stats
+from safe_pruner_jax.policy.loading import EMBEDDED, PARAMS, save_embedded
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transforms import load_norm_stats, save_norm_stats
 
 LARGEST = 24_000_000
 """Bytes the package may carry."""

@@ -19,8 +19,8 @@ from tyro.conf import Positional
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.loading import calibrated, load_policy
-from safe_pruner_jax.plotting import Shown, methods_figure, paths_diagram
+from safe_pruner_jax.figures.kept import Shown, methods_figure, paths_diagram
+from safe_pruner_jax.policy.loading import calibrated, load_policy
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 

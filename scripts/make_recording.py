@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from safe_pruner_jax.demonstrations import pack, read_demos, write_demos
+from safe_pruner_jax.libero.demonstrations import pack, read_demos, write_demos
 
 RECORDINGS = Path(__file__).parents[1] / "safe_pruner_jax" / "assets" / "recordings"
 

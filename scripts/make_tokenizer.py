@@ -10,9 +10,9 @@ from pathlib import Path
 import sentencepiece
 import tyro
 
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.evaluation.libero import SUITES, load_task, num_tasks
-from safe_pruner_jax.observation import NUMBERS
+from safe_pruner_jax.libero.env import SUITES, load_task, num_tasks
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transforms import NUMBERS
 
 
 def main(config: str = "mini_libero", out: Path = Path("safe_pruner_jax/assets/mini_libero")) -> int:

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import tyro
 
-from safe_pruner_jax.cli import Evaluate, parse
-from safe_pruner_jax.cli import main as openpi
+from safe_pruner_jax.cli.evaluate import Evaluate
+from safe_pruner_jax.cli.main import main as openpi
+from safe_pruner_jax.cli.main import parse
 from safe_pruner_jax.evaluation.evaluate import episodes
-from safe_pruner_jax.evaluation.libero import num_tasks
-from safe_pruner_jax.evaluation.records import METHOD, MODEL, RecordsError, differences, read_records
+from safe_pruner_jax.evaluation.records import RecordsError, read_records
+from safe_pruner_jax.libero.env import num_tasks
+from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
 from safe_pruner_jax.pruners import PRUNERS
 
 

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 
-from safe_pruner_jax import coldstart
+from safe_pruner_jax.engine import xla
 
 pytest.register_assert_rewrite("fake_server", "laws", "live_server", "synthetic", "tiny_checkpoint", "tiny_engine")
 
@@ -17,12 +17,12 @@ os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # servers leave nothing behind
 
 # one program is compiled once for all workers, servers and notebooks of a run; the folder goes with the run
 PROGRAMS = None
-if "PYTEST_XDIST_WORKER" not in os.environ and coldstart.trusted():
+if "PYTEST_XDIST_WORKER" not in os.environ and xla.trusted():
     PROGRAMS = tempfile.mkdtemp(prefix="programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-    coldstart.keep_programs(PROGRAMS)  # for this process, which has imported jax; the variables are for its children
+    xla.keep_programs(PROGRAMS)  # for this process, which has imported jax; the variables are for its children
 
 
 def pytest_unconfigure():

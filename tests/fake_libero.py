@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safe_pruner_jax.evaluation.libero import StepResult, Task
-from safe_pruner_jax.evaluation.simulator import LiberoUnavailable
+from safe_pruner_jax.libero.env import StepResult, Task
+from safe_pruner_jax.libero.simulator import LiberoUnavailable
 
 SOLVED_AFTER, LIMIT, TRIALS = 7, 12, 20
 PROMPTS = ("push the plate", "push the bowl")

@@ -9,7 +9,7 @@ import pytest
 import websockets.sync.client
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.serving import running
 
 DEADLINE_S = 5.0

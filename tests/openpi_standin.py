@@ -13,10 +13,10 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parent))
 from test_loading import tiny_config
 
-from safe_pruner_jax.configs import RobotIO
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.checkpoint import load_params
-from safe_pruner_jax.observation import Tokenizer, load_norm_stats
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats
 
 DATA = Path(__file__).parent / "data"
 

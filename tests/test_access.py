@@ -16,7 +16,7 @@ from live_server import DEADLINE_S, KEY, until
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import InvalidMessage, InvalidStatus
 
-from safe_pruner_jax import cli
+from safe_pruner_jax.cli import main as cli
 from safe_pruner_jax.serving import Access, ServerError, pack, running
 from safe_pruner_jax.serving.access import is_loopback, read_key, tls_context
 from safe_pruner_jax.serving.episodes import MAGIC, EpisodeError, read_episode

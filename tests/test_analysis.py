@@ -10,13 +10,15 @@ from test_demonstrations import demo
 from test_loading import load_tiny
 from test_trace import moving_scene
 
-from safe_pruner_jax import cli
-from safe_pruner_jax.analysis import calibrate, command, cost, forecast, kappa, measures, recall
-from safe_pruner_jax.analysis.rows import Rows, RowsError, markdown, read_rows
+from safe_pruner_jax.analysis import calibrate, cost, forecast, kappa, measures, recall
+from safe_pruner_jax.analysis.rows import Rows, RowsError, read_rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
-from safe_pruner_jax.demonstrations import subtasks, write_demos
-from safe_pruner_jax.flops import paper_flops
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.cli import analyze
+from safe_pruner_jax.cli import main as cli
+from safe_pruner_jax.engine.flops import paper_flops
+from safe_pruner_jax.figures.theme import markdown
+from safe_pruner_jax.libero.demonstrations import subtasks, write_demos
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.tokens import PrefixLayout
 
@@ -264,15 +266,15 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
         return policy
 
     about = {"policy": "tiny"}
-    monkeypatch.setattr(command, "Watch", lambda _: shared)
+    monkeypatch.setattr(analyze, "Watch", lambda _: shared)
     shared = Watch(policy)
-    command.run_calibrate(command.Calibrate(**own), load, about)
+    analyze.run_calibrate(analyze.Calibrate(**own), load, about)
     assert loads == [1]
     assert json.loads((tmp_path / "out" / "calibrate.json").read_text())["episodes"] == 2
-    command.run_recall(command.Recall(**own), load, about)
-    command.run_forecast(command.Forecast(**own), load, about)
+    analyze.run_recall(analyze.Recall(**own), load, about)
+    analyze.run_forecast(analyze.Forecast(**own), load, about)
     assert loads == [1]  # calibrate had measured both
-    command.run_kappa(command.Kappa(**own, limit=1), load, about)
+    analyze.run_kappa(analyze.Kappa(**own, limit=1), load, about)
     assert loads == [1, 1]
     for name in ("recall", "forecast", "kappa", "calibrate"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
@@ -281,10 +283,10 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
     text = capsys.readouterr().out
     assert "Proposed: `--pruner=safe --pruner.queries" in text
     with pytest.raises(RowsError, match="core"):
-        command.run_recall(command.Recall(**own, core=0.2), load, about)
-    twice = dataclasses.replace(command.Kappa(**own), data=own["data"] * 2)
+        analyze.run_recall(analyze.Recall(**own, core=0.2), load, about)
+    twice = dataclasses.replace(analyze.Kappa(**own), data=own["data"] * 2)
     with pytest.raises(ValueError, match="every episode once"):
-        command.run_kappa(twice, load, about)
+        analyze.run_kappa(twice, load, about)
 
 
 def test_the_command_line_counts_cost_and_says_what_is_wrong(tmp_path, capsys):

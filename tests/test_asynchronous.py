@@ -12,7 +12,7 @@ from test_records import CONFIGURATION, record
 from test_report import FULL, group
 from test_rollout import Scripted, chunk
 
-from safe_pruner_jax.evaluation.asynchronous import Asynchronous, jumps
+from safe_pruner_jax.client.real_time import Asynchronous, jumps
 from safe_pruner_jax.evaluation.evaluate import episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, read_records
 from safe_pruner_jax.evaluation.report import markdown, summarise

@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safe_pruner_jax import configs
-from safe_pruner_jax.bench import command, machine, modes
+from safe_pruner_jax.bench import machine, modes
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
-from safe_pruner_jax.bench.command import Bench, run_bench
-from safe_pruner_jax.clock import interleave, ratio, spread
-from safe_pruner_jax.compiling import options
-from safe_pruner_jax.flops import exact_flops
+from safe_pruner_jax.cli import bench
+from safe_pruner_jax.cli.bench import Bench, run_bench
+from safe_pruner_jax.engine.flops import exact_flops
+from safe_pruner_jax.engine.xla import options
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import init_params
-from safe_pruner_jax.policy import layout_of
+from safe_pruner_jax.policy.policy import layout_of
 from safe_pruner_jax.pruners import full, safe
+from safe_pruner_jax.robots import configs
+from safe_pruner_jax.timing import interleave, ratio, spread
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_bad_choices_are_told_before_anything_is_made(tiny_libero, tmp_path, mon
     monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"expected .* GB of host memory .* got .* choose --dtype bfloat16"):
         run_bench(Bench(config="mini_libero", out=tmp_path))
-    assert command.weights_bytes(sizes.pi05()) == pytest.approx(6.7e9, rel=0.05)
+    assert bench.weights_bytes(sizes.pi05()) == pytest.approx(6.7e9, rel=0.05)
 
 
 def test_ablations_compare_equal_results(tiny, tiny_libero, tmp_path, capsys):

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from safe_pruner_jax import cli, which
-from safe_pruner_jax.cli import Evaluate, Serve, parse, split_pruner
-from safe_pruner_jax.loading import calibrated
+from safe_pruner_jax.cli import main as cli
+from safe_pruner_jax.cli.evaluate import Evaluate
+from safe_pruner_jax.cli.main import parse, split_pruner
+from safe_pruner_jax.cli.serve import Serve
+from safe_pruner_jax.policy import spec
+from safe_pruner_jax.policy.loading import calibrated
+from safe_pruner_jax.policy.spec import Checkpoint, Default, Embedded, EnvMode
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.serving.options import Serving
-from safe_pruner_jax.which import Checkpoint, Default, Embedded, EnvMode
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +184,6 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(which, "load_policy", lambda *args, **options: interrupted())
+    monkeypatch.setattr(spec, "load_policy", lambda *args, **options: interrupted())
     assert cli.main(["serve", "policy:embedded"]) == 130
     assert capsys.readouterr().err.strip().endswith("openpi serve: interrupted")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 
-from safe_pruner_jax import coldstart
+from safe_pruner_jax.engine import xla
 
 PROGRAM = """
 import json
-from safe_pruner_jax.coldstart import default_folder, keep_programs
+from safe_pruner_jax.engine.xla import default_folder, keep_programs
 keep_programs(default_folder())
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -31,29 +31,29 @@ def test_a_second_process_takes_what_the_first_has_compiled(tmp_path, monkeypatc
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout))
-    assert runs[0]["taken"] == 0 and (runs[1]["taken"] > 0) == coldstart.trusted()
+    assert runs[0]["taken"] == 0 and (runs[1]["taken"] > 0) == xla.trusted()
     assert runs[0]["result"] == runs[1]["result"]
-    assert any(folder.glob("*")) == coldstart.trusted()
+    assert any(folder.glob("*")) == xla.trusted()
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
-    coldstart.keep_programs(tmp_path / "file" / "programs")
+    xla.keep_programs(tmp_path / "file" / "programs")
     assert "give --programs another folder" in caplog.text
-    coldstart.keep_programs(None)
+    xla.keep_programs(None)
     assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_the_usual_folder_follows_the_system(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.10.2")
-    assert coldstart.default_folder() is None  # what the tests say
+    assert xla.default_folder() is None  # what the tests say
     monkeypatch.setenv("SAFE_PRUNER_PROGRAMS", "/elsewhere")
-    assert coldstart.default_folder() == Path("/elsewhere")
+    assert xla.default_folder() == Path("/elsewhere")
     monkeypatch.delenv("SAFE_PRUNER_PROGRAMS")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert coldstart.default_folder() == Path("/somewhere/safe_pruner_jax/programs")
+    assert xla.default_folder() == Path("/somewhere/safe_pruner_jax/programs")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert coldstart.default_folder().parts[-3:] == (".cache", "safe_pruner_jax", "programs")
+    assert xla.default_folder().parts[-3:] == (".cache", "safe_pruner_jax", "programs")
     monkeypatch.setattr(jax, "__version__", "0.5.3")
-    assert coldstart.default_folder() is None
+    assert xla.default_folder() is None

@@ -12,10 +12,10 @@ import tiny_engine
 from small_model import small
 from tiny_engine import FakeTransform, close, compilations, example, inputs_of, poisoned, same
 
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.params import draw_params
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.pruners.base import NO_HISTORY
 

@@ -14,8 +14,8 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
+from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
+from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.tokens import budget
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"

@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from safe_pruner_jax import demonstrations
-from safe_pruner_jax.demonstrations import (
+from safe_pruner_jax.libero import demonstrations
+from safe_pruner_jax.libero.demonstrations import (
     CAMERAS,
     Demo,
     merge_demos,

@@ -8,12 +8,13 @@ from test_demonstrations import demo
 from test_loading import load_tiny
 from test_trace import moving_scene
 
-from safe_pruner_jax import cli
-from safe_pruner_jax.analysis import command, deviation
+from safe_pruner_jax.analysis import deviation
 from safe_pruner_jax.analysis.rows import read_rows
-from safe_pruner_jax.demonstrations import write_demos
+from safe_pruner_jax.cli import analyze
+from safe_pruner_jax.cli import main as cli
+from safe_pruner_jax.libero.demonstrations import write_demos
+from safe_pruner_jax.policy.spec import Embedded
 from safe_pruner_jax.pruners import make
-from safe_pruner_jax.which import Embedded
 
 ACTIONS = cli.COMMANDS["analyze actions"].arguments
 
@@ -74,7 +75,7 @@ def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, ca
     own = {"data": (str(tmp_path / "butter_demo.hdf5"),), "out": tmp_path / "out", "policy": Embedded()}
     methods = ("fastv:cut=2", "safe:threshold=-1.0,cut=2,late_layers=(-1,)")
     args = ACTIONS(**own, methods=methods, keeps=(0.2,))
-    command.run_actions(args, lambda: policy, {"policy": "tiny"})
+    analyze.run_actions(args, lambda: policy, {"policy": "tiny"})
     assert "safe:threshold=-1.0" in capsys.readouterr().out
     file = tmp_path / "out" / "actions.jsonl"
     rows = read_rows(file)
@@ -84,7 +85,7 @@ def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, ca
     assert {(c["keep"], c["threshold"], c["cut"]) for c in choices} == {(0.2, -1.0, 2)}
     before = file.read_bytes()
     again = ACTIONS(**own, methods=methods[:1], keeps=(0.2,))
-    command.run_actions(again, lambda: pytest.fail("nothing is left to compute"), {"policy": "tiny"})
+    analyze.run_actions(again, lambda: pytest.fail("nothing is left to compute"), {"policy": "tiny"})
     assert file.read_bytes() == before and "safe" not in capsys.readouterr().out
     assert (tmp_path / "out" / "actions.png").stat().st_size > 5000
 

@@ -12,7 +12,7 @@ from test_loading import load_tiny
 from websockets.exceptions import ConnectionClosed
 
 from safe_pruner_jax.pruners import safe
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import pack, running, unpack
 
 # openpi's client connects outside a `with`, which websockets deprecates since 17.1

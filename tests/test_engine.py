@@ -13,11 +13,11 @@ import pytest
 import tiny_engine
 from tiny_engine import CUT, SLOTS, close, compilations, example, inputs_of
 
-from safe_pruner_jax.engine import BATCH_SIZES, Engine, Inputs, batch_size
+from safe_pruner_jax.engine.engine import BATCH_SIZES, Engine, Inputs, batch_size
 from safe_pruner_jax.model import gemma, pi0, siglip
 from safe_pruner_jax.model.config import pi05
 from safe_pruner_jax.model.params import param_shapes
-from safe_pruner_jax.policy import all_slots, layout_of, pack
+from safe_pruner_jax.policy.policy import all_slots, layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from test_loading import DATA, tiny_config
 from test_records import CONFIGURATION
 
-from safe_pruner_jax.configs import CONFIGS
+from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
 from safe_pruner_jax.evaluation import evaluate
 from safe_pruner_jax.evaluation.batched import Robots
 from safe_pruner_jax.evaluation.display import Display
@@ -25,10 +25,10 @@ from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, episode_seed, read_records
 from safe_pruner_jax.evaluation.sources import Cost, Source, local
 from safe_pruner_jax.evaluation.workers import Job, PolicyFailed
-from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
-from safe_pruner_jax.loading import EMBEDDED, load_policy
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
+from safe_pruner_jax.robots.configs import CONFIGS
 from safe_pruner_jax.tokens import PrefixLayout
 
 # --------------------------------------------------------------------------------------------- robots on one device

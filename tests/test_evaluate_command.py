@@ -9,15 +9,18 @@ import pytest
 from fake_robots import SUITE, FakeRobots
 from fake_robots import path as path
 
-from safe_pruner_jax import cli
-from safe_pruner_jax.configs import CONFIGS
+from safe_pruner_jax.cli import evaluate as command
+from safe_pruner_jax.cli import main as cli
 from safe_pruner_jax.evaluation import evaluate, sources
 from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, episode_seed, read_records
-from safe_pruner_jax.evaluation.simulator import LiberoUnavailable
-from safe_pruner_jax.evaluation.sources import SERVED, Source, describe, remote
-from safe_pruner_jax.loading import EMBEDDED, embedded_folder
+from safe_pruner_jax.evaluation.sources import Source, remote
+from safe_pruner_jax.libero.simulator import LiberoUnavailable
+from safe_pruner_jax.policy.identity import SERVED, describe
+from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
+from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.pruners import full, safe
+from safe_pruner_jax.robots.configs import CONFIGS
 from safe_pruner_jax.serving.server import running
 
 # ------------------------------------------------------------------------------------------------------ a server
@@ -129,9 +132,9 @@ def root_logger():
 @pytest.fixture
 def no_simulator(monkeypatch):
     """The command line with fake simulators and no model."""
-    monkeypatch.setattr(cli, "num_tasks", lambda suite: 2)
-    monkeypatch.setattr(cli, "load_task", lambda suite, task: None)
-    monkeypatch.setattr(cli.Model, "load", lambda self, environment, pruner: None)
+    monkeypatch.setattr(command, "num_tasks", lambda suite: 2)
+    monkeypatch.setattr(command, "load_task", lambda suite, task: None)
+    monkeypatch.setattr(Model, "load", lambda self, environment, pruner: None)
     monkeypatch.setattr(sources, "local", lambda *args, **options: Source(FakeRobots(), device="cpu"))
     play = evaluate.play
     fake = lambda *args, **options: play(*args, **options, make_env=fake_libero.FakeEnv)
@@ -162,7 +165,7 @@ def test_evaluate_shards_and_continues(tmp_path, no_simulator, monkeypatch):
     for i, done in ((1, 3), (2, 6)):
         assert cli.main([*common, "--shard", f"{i}/2"]) == 0
         assert len(read_records(out)) == done
-    monkeypatch.setattr(cli.Model, "load", lambda *args: pytest.fail("nothing is left to be played"))
+    monkeypatch.setattr(Model, "load", lambda *args: pytest.fail("nothing is left to be played"))
     assert cli.main(common) == 0 and len(read_records(out)) == 6
 
 
@@ -205,7 +208,7 @@ def test_a_missing_simulator_is_one_line(capsys, monkeypatch):
     def missing(suite):
         raise LiberoUnavailable("LIBERO is not installed: run scripts/setup_libero.sh")
 
-    monkeypatch.setattr(cli, "num_tasks", missing)
+    monkeypatch.setattr(command, "num_tasks", missing)
     assert cli.main(["evaluate", "--suite", SUITE, "policy:embedded"]) == 2
     assert capsys.readouterr().err.strip().endswith("LIBERO is not installed: run scripts/setup_libero.sh")
 

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from safe_pruner_jax.demonstrations import read_demos, write_demos
-from safe_pruner_jax.evaluation.expert import SUPPORTED, Expert, Pushes, Unsupported, demonstrate, led_by
-from safe_pruner_jax.evaluation.libero import SUITES, LiberoEnv, load_task
-from safe_pruner_jax.evaluation.scene import Boxes, _rotation
+from safe_pruner_jax.libero.demonstrations import read_demos, write_demos
+from safe_pruner_jax.libero.env import SUITES, LiberoEnv, load_task
+from safe_pruner_jax.libero.expert import SUPPORTED, Expert, Pushes, Unsupported, demonstrate, led_by
+from safe_pruner_jax.libero.scene import Boxes, _rotation
 
 
 def test_boxes():

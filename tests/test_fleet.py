@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_loading import tiny_config
 
-from safe_pruner_jax.fleet import Fleet
-from safe_pruner_jax.loading import load_policy
-from safe_pruner_jax.outcome import NonFinite
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.policy.fleet import Fleet
+from safe_pruner_jax.policy.loading import load_policy
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.pruners import safe
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.robots.robots import RequestError
 
 DATA = Path(__file__).parent / "data"
 
@@ -151,7 +151,7 @@ def test_a_pruned_step_that_is_not_finite_is_computed_again_on_the_full_path(tin
 
 def load_full(tiny):
     """The tiny policy without pruning."""
-    from safe_pruner_jax.engine import Engine
+    from safe_pruner_jax.engine.engine import Engine
     from safe_pruner_jax.pruners import full
 
     return Policy(Engine(tiny.engine.weights, tiny.engine.config, full()), tiny.transform, prompt_lengths=(16, 32))

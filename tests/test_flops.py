@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from safe_pruner_jax import flops
-from safe_pruner_jax.engine import Engine, Inputs
+from safe_pruner_jax.engine import flops
+from safe_pruner_jax.engine.engine import Engine, Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig, pi05
 from safe_pruner_jax.model.params import param_shapes

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny_engine import close
 
-from safe_pruner_jax import tune
+from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import gemma, kernels, pi0, precision
+from safe_pruner_jax.model import gemma, kernels, pi0, quantisation
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import init_params
 
@@ -45,7 +45,7 @@ def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
 @pytest.mark.parametrize("shape", [(1, 10, 64), (3, 11, 128), (40, 64)])
 def test_gated_mlp_is_that_of_the_model(to, shape):
     x, w = draw(0, *shape), draw(1, shape[-1], 2 * 192) * shape[-1] ** -0.5
-    w = w if to is None else precision.scaled(w, to)
+    w = w if to is None else quantisation.scaled(w, to)
     got, want = kernels.gated_mlp(x, w), gemma.gate_and_up(x, w)
     assert got.shape == want.shape == (*shape[:-1], 192)
     close(got, want, 1e-5)
@@ -110,10 +110,10 @@ def ticks(gain):
 
 def test_the_tuner_keeps_what_is_faster(model, caplog):
     config, weights = model
-    chosen, found = tune.tuned(weights, config, 41, clock=ticks(1.5))
+    chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.5))
     assert chosen.kernels == kernels.NAMES
     assert {f.verdict for f in found.values()} == {"used"} and found["attention"].gain == pytest.approx(1.5)
-    chosen, found = tune.tuned(weights, config, 41, clock=ticks(1.01))
+    chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.01))
     assert chosen.kernels == () and {f.verdict for f in found.values()} == {"slower"}
 
 
@@ -127,8 +127,8 @@ def test_the_tuner_leaves_out_what_breaks_or_lies(model, caplog, monkeypatch):
     true = kernels.gated_mlp
     monkeypatch.setattr(kernels, "gated_mlp", lambda x, w: 1.01 * true(x, w))
     with caplog.at_level(logging.WARNING):
-        chosen, found = tune.tuned(weights, config, 41, clock=ticks(2.0))
+        chosen, found = autotune.tuned(weights, config, 41, clock=ticks(2.0))
     assert chosen.kernels == ()
-    assert found["attention"] == tune.Finding("failed", why="no such target")
+    assert found["attention"] == autotune.Finding("failed", why="no such target")
     assert found["gated_mlp"].verdict == "differs" and "expected at most 1e-04" in found["gated_mlp"].why
     assert "kernel attention: failed (no such target)" in caplog.text and "long trace" not in caplog.text

@@ -7,25 +7,18 @@ PACKAGE = "safe_pruner_jax"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS = (
-    ("arrays", "clock", "coldstart", "compiling"),
-    ("tokens", "temporal", "outcome", "rtc"),
-    ("model", "pruners", "observation"),
-    ("robots", "evidence", "tune"),
-    ("control",),
-    ("programs",),
-    ("engine",),
-    ("flops",),
-    ("configs", "policy"),
-    ("loading", "parity", "fleet"),
-    ("demonstrations",),
-    ("serving", "evaluation", "plotting"),
-    ("which",),
-    ("training", "analysis"),
+    ("arrays", "timing", "client", "figures"),
+    ("tokens",),
+    ("model", "pruners"),
+    ("engine", "robots"),
+    ("policy", "libero", "testing"),
+    ("serving", "evaluation", "training"),
+    ("analysis",),
     ("bench",),
     ("cli",),
     ("__main__",),
 )
-"""From the bottom up; a name is a module or a package of this one. Parts of one floor do not import one another."""
+"""From the bottom up; a name is a room (a folder) or a single file. Rooms of one floor do not import one another."""
 
 
 def modules() -> dict[str, Path]:
@@ -49,8 +42,9 @@ def imports(name: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: imports are absolute"
-            # `from package import module` and `from package.module import name` look the same
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import module` is an import of the module; every other name comes from what is named
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {path if path.removeprefix(f"{PACKAGE}.") in MODULES else node.module for path in full.values()}
     inside = {full.removeprefix(f"{PACKAGE}.") for full in found if full.startswith(f"{PACKAGE}.")}
     return {target for target in inside if target in MODULES} - {name}
 
@@ -66,10 +60,16 @@ def floor(name: str) -> int:
 
 
 def test_the_reader_sees_what_is_there():
-    assert {"arrays", "model.pi0", "pruners.safe", "engine", "policy"} <= set(MODULES)
-    assert {"model.pi0", "model.config", "pruners.base", "tokens"} <= imports("programs")
+    assert {"arrays", "model.pi0", "pruners.safe", "engine.engine", "policy.policy"} <= set(MODULES)
+    assert {"model.pi0", "model.config", "pruners.base", "tokens"} <= imports("engine.programs")
     assert {"model.gemma", "model.siglip", "tokens"} <= imports("model.pi0")
-    assert "temporal" in imports("pruners.safe")
+    assert "pruners.forecast" in imports("pruners.safe")
+
+
+def test_there_are_at_most_ten_floors_and_every_room_is_there():
+    rooms = [room for rooms in FLOORS for room in rooms]
+    assert len(FLOORS) <= 10 and len(rooms) == len(set(rooms))
+    assert set(rooms) == {part(name) for name in MODULES}
 
 
 def test_imports_only_go_down():
@@ -95,15 +95,36 @@ def test_there_is_no_circle():
         visit(name)
 
 
-def test_the_programs_alone_join_model_and_pruners():
-    joins = {name for name in MODULES if {"model", "pruners"} <= {part(t) for t in imports(name)}}
-    assert "programs" in joins
-    assert all(floor(name) >= floor("programs") for name in joins)
+def rooms_of(name: str) -> set[str]:
+    """Rooms that a module imports from."""
+    return {part(target) for target in imports(name)}
+
+
+def test_the_engine_alone_joins_model_and_pruners():
+    joins = {name for name in MODULES if {"model", "pruners"} <= rooms_of(name)}
+    assert "engine.programs" in joins
+    assert all(floor(name) >= floor("engine") for name in joins)
     for name in MODULES:
         if part(name) == "pruners":
-            assert {part(t) for t in imports(name)} <= {"pruners", "arrays", "tokens", "temporal"}
+            assert rooms_of(name) <= {"pruners", "arrays", "tokens"}
         if part(name) == "model":
-            assert {part(t) for t in imports(name)} <= {"model", "arrays", "tokens", "rtc"}
+            assert rooms_of(name) <= {"model", "arrays", "tokens"}
+
+
+def test_robots_know_the_sizes_of_a_model_and_nothing_else_of_it():
+    for name in MODULES:
+        if part(name) == "robots":
+            assert imports(name) <= {"model.config"} | {m for m in MODULES if part(m) == "robots"}, name
+
+
+def test_serving_sees_no_simulator():
+    served, open_ = set(), ["cli.serve"] + [name for name in MODULES if part(name) == "serving"]
+    while open_:
+        name = open_.pop()
+        if name not in served:
+            served.add(name)
+            open_ += imports(name)
+    assert not {part(name) for name in served} & {"evaluation", "libero", "analysis", "training"}
 
 
 def test_sizes_and_names_are_at_the_bottom_of_the_model():
@@ -112,7 +133,7 @@ def test_sizes_and_names_are_at_the_bottom_of_the_model():
 
 
 def test_the_host_side_does_not_load_jax():
-    for name in ("observation", "robots"):
+    for name in ("robots.transforms", "robots.robots", "policy.reply", "policy.overlap"):
         tree = ast.parse(MODULES[name].read_text())
         names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

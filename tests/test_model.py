@@ -10,11 +10,11 @@ import pytest
 from flax import traverse_util
 from small_model import observation, prepare, random_tree, small
 
-from safe_pruner_jax.arrays import Upright
-from safe_pruner_jax.model import gemma, pi0, precision
+from safe_pruner_jax.model import gemma, pi0, quantisation
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
 from safe_pruner_jax.model.config import pi0 as pi0_config
 from safe_pruner_jax.model.config import pi05 as pi05_config
+from safe_pruner_jax.model.matrix import Upright
 from safe_pruner_jax.model.params import param_shapes, spec
 
 DATA = Path(__file__).parent / "data"
@@ -193,7 +193,7 @@ def test_upright_matrices_compute_the_same():
     mask = jnp.ones((2, 7), bool)
     go = lambda weights: pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(2))[0]
     np.testing.assert_allclose(go(upright), go(plain), rtol=1e-5, atol=1e-5)
-    as_int8 = [precision.reduce(weights, "int8").prefix for weights in (plain, upright)]
+    as_int8 = [quantisation.reduce(weights, "int8").prefix for weights in (plain, upright)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *as_int8)
 
 

@@ -10,7 +10,9 @@ import laws
 import pytest
 import synthetic
 
-from safe_pruner_jax import cli, pruners
+from safe_pruner_jax import pruners
+from safe_pruner_jax.cli import main as cli
+from safe_pruner_jax.cli.serve import Serve
 
 TEMPLATE = Path(__file__).parents[1] / "docs" / "new_pruner.py"
 
@@ -46,7 +48,7 @@ def test_an_installed_package_brings_a_pruner(announced):
     assert {e.name for e in metadata.entry_points(group=pruners.GROUP)} >= {"sticky", "bad"}
     assert "sticky" in pruners.names() and "outside" not in sys.modules
     assert pruners.make("sticky", keep=7).plan.cut.keep == 7
-    _, method = cli.parse(cli.Serve, ["--pruner=sticky", "--pruner.bonus", "2"], "openpi serve")
+    _, method = cli.parse(Serve, ["--pruner=sticky", "--pruner.bonus", "2"], "openpi serve")
     assert method.make().name == "sticky" and method.choices["bonus"] == 2 and method.describe
     with pytest.raises(ValueError, match="expected a factory behind the entry point 'bad', got int"):
         pruners.factory("bad")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from test_records import CONFIGURATION, record
 
-from safe_pruner_jax import loading
-from safe_pruner_jax.analysis.rows import Table
 from safe_pruner_jax.evaluation.records import RecordFile
+from safe_pruner_jax.figures.theme import Table
+from safe_pruner_jax.policy import loading
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

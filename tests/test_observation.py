@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from safe_pruner_jax.observation import (
+from safe_pruner_jax.robots.transforms import (
     NormStats,
     Tokenizer,
     discretise,

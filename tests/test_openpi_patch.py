@@ -18,7 +18,7 @@ from test_fleet import request
 import openpi_patch.serve
 from openpi_patch import PatchError, prune
 from openpi_patch.weights import parameters, shared, sizes
-from safe_pruner_jax.robots import DROID
+from safe_pruner_jax.robots.robots import DROID
 from safe_pruner_jax.serving import running
 
 # openpi's client connects outside a `with`, which websockets deprecates since 17.1

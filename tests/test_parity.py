@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from safe_pruner_jax import parity
 from safe_pruner_jax.model.params import param_shapes
+from safe_pruner_jax.testing import parity
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"

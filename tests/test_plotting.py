@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from safe_pruner_jax import plotting
-from safe_pruner_jax.plotting import (
+from safe_pruner_jax.figures import kept
+from safe_pruner_jax.figures.kept import (
     OUTLINE,
     Shown,
     heat,
@@ -150,7 +150,7 @@ def test_the_diagram_stays_inside_its_picture():
 
 
 def test_importing_chooses_no_backend_and_loads_no_pyplot():
-    code = f"import sys, {plotting.__name__}; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = f"import sys, {kept.__name__}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -9,10 +9,10 @@ import pytest
 from tiny_engine import prepared, reference
 
 from safe_pruner_jax import load_policy
-from safe_pruner_jax.arrays import Scaled, columns, dense
-from safe_pruner_jax.evaluation import sources
-from safe_pruner_jax.loading import embedded_folder
-from safe_pruner_jax.model import pi0, precision
+from safe_pruner_jax.model import pi0, quantisation
+from safe_pruner_jax.model.matrix import Scaled, columns, dense
+from safe_pruner_jax.policy.identity import describe
+from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.pruners import full, safe
 
 
@@ -26,8 +26,8 @@ def matrix(rows: int = 64, width: int = 24) -> np.ndarray:
 @pytest.mark.parametrize(("to", "steps"), [("int8", 0.5 / 127), ("fp8", 2.0**-4)])
 def test_every_column_has_a_scale_of_its_own(to, steps):
     w = matrix()
-    s = precision.scaled(jnp.asarray(w), to)
-    assert s.dtype == precision.STORED[to][0] and s.shape == w.shape and s.scale.shape == (w.shape[1],)
+    s = quantisation.scaled(jnp.asarray(w), to)
+    assert s.dtype == quantisation.STORED[to][0] and s.shape == w.shape and s.scale.shape == (w.shape[1],)
     back = np.asarray(s.values.astype(jnp.float32)) * np.asarray(s.scale)
     assert (back[:, 3] == 0).all()
     # int8 is even over a column, fp8 relative to every value: half a step of 3 mantissa bits
@@ -38,7 +38,7 @@ def test_every_column_has_a_scale_of_its_own(to, steps):
 @pytest.mark.parametrize("to", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_is_that_with_the_widened_matrix(to, dtype):
-    s = precision.scaled(jnp.asarray(matrix()), to)
+    s = quantisation.scaled(jnp.asarray(matrix()), to)
     x = jax.random.normal(jax.random.key(1), (2, 5, 64)).astype(dtype)
     y = dense(x, s)
     assert y.dtype == x.dtype and y.shape == (2, 5, 24)
@@ -60,11 +60,11 @@ def tiny():
 @pytest.mark.parametrize("to", ["int8", "fp8"])
 def test_a_model_keeps_its_actions_within_the_rounding(tiny, to):
     config, weights = tiny
-    small = precision.reduce(weights, to)
+    small = quantisation.reduce(weights, to)
     stored = {
         w.dtype for layer in small.prefix + small.expert for w in (layer.qkv, layer.out, layer.gate_up, layer.down)
     }
-    assert stored == {jnp.dtype(precision.STORED[to][0])}
+    assert stored == {jnp.dtype(quantisation.STORED[to][0])}
     assert small.vision is weights.vision and small.embedding is weights.embedding
     x = jax.random.normal(jax.random.key(2), (1, 20, config.prefix.width))
     mask = jnp.ones((1, 20), bool)
@@ -82,9 +82,9 @@ def test_a_model_keeps_its_actions_within_the_rounding(tiny, to):
 def test_wrong_choices_are_told(tiny):
     _, weights = tiny
     with pytest.raises(ValueError, match="quantise: expected one of int8, fp8, got 'int4'"):
-        precision.reduce(weights, "int4")
+        quantisation.reduce(weights, "int4")
     with pytest.raises(ValueError, match="got 8 bits; load the checkpoint again"):
-        precision.reduce(precision.reduce(weights, "int8"), "int8")
+        quantisation.reduce(quantisation.reduce(weights, "int8"), "int8")
 
 
 def test_a_device_without_fp8_takes_int8_and_says_so(monkeypatch, caplog):
@@ -93,20 +93,20 @@ def test_a_device_without_fp8_takes_int8_and_says_so(monkeypatch, caplog):
             raise RuntimeError("float8 is not supported here\nand a long trace")
         return precision_scaled(w, to)
 
-    precision_scaled, refused = precision.scaled, {"fp8"}
-    monkeypatch.setattr(precision, "scaled", refuse)
+    precision_scaled, refused = quantisation.scaled, {"fp8"}
+    monkeypatch.setattr(quantisation, "scaled", refuse)
     with caplog.at_level(logging.WARNING):
-        assert precision.usable("fp8", "float32") == "int8"
+        assert quantisation.usable("fp8", "float32") == "int8"
     assert "cannot run them (float8 is not supported here)" in caplog.text and "int8 weights are used" in caplog.text
     assert "long trace" not in caplog.text
     refused.add("int8")
     with caplog.at_level(logging.WARNING):
-        assert precision.usable("fp8", "bfloat16") is None
+        assert quantisation.usable("fp8", "bfloat16") is None
     assert "weights stay in bfloat16" in caplog.text
 
 
 def test_a_policy_loads_with_them_and_records_tell_it():
     policy = load_policy("mini_libero", pruner=safe(keep=0.2), quantise="int8")
     assert isinstance(policy.engine.weights.prefix[0].qkv, Scaled)
-    about = sources.describe("mini_libero", embedded_folder(), full(), {}, quantise="int8")
+    about = describe("mini_libero", embedded_folder(), full(), {}, quantise="int8")
     assert about.precision == "float32, int8 weights"

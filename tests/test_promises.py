@@ -19,11 +19,13 @@ from test_fleet import request
 from test_loading import tiny_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from safe_pruner_jax import cli, configs
+from safe_pruner_jax.cli import main as cli
+from safe_pruner_jax.cli.inspect import Inspect
+from safe_pruner_jax.robots import configs
 from safe_pruner_jax.serving import pack, unpack
 from safe_pruner_jax.serving.episodes import MAGIC, EpisodeRecorder, Recorded, read_episode
-from safe_pruner_jax.serving.inspect import Inspect, header, load
 from safe_pruner_jax.serving.recorder import Step
+from safe_pruner_jax.serving.replay import header, load
 
 # openpi's client connects outside a `with`, which websockets deprecates since 17.1
 pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
@@ -282,7 +284,7 @@ def test_another_process_gives_the_same_bytes_and_a_killed_one_leaves_records_th
 
 def test_an_episode_from_before_the_temperature_is_replayed_at_1(monkeypatch):
     asked = {}
-    monkeypatch.setattr("safe_pruner_jax.serving.inspect.load_policy", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr("safe_pruner_jax.serving.replay.load_policy", lambda *_, **options: asked.update(options))
     options = {"prompt_lengths": [16], "kernels": [], "num_steps": 10}
     told = header("mini_libero", None, "safe", {}, options=options)
     load(Recorded(told, (), 0), Inspect(Path("old.episode")))

@@ -11,20 +11,18 @@ import pytest
 
 from safe_pruner_jax.evaluation import records
 from safe_pruner_jax.evaluation.records import (
-    Configuration,
     Record,
     RecordFile,
     RecordsError,
-    checkpoint_fingerprint,
     describe_calls,
-    differences,
     episode_seed,
     latest,
     percentiles,
     read_records,
 )
 from safe_pruner_jax.evaluation.rollout import Call, Episode
-from safe_pruner_jax.loading import CALIBRATION
+from safe_pruner_jax.policy.identity import Configuration, checkpoint_fingerprint, differences
+from safe_pruner_jax.policy.loading import CALIBRATION
 
 CONFIGURATION = Configuration(
     pruner="safe",

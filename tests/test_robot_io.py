@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from toy_robots import DATA, fake_stats, request_of, robot_io
 
-from safe_pruner_jax.configs import CONFIGS, DEFAULT_CHECKPOINTS, UNSUPPORTED, RobotIO, get_config
 from safe_pruner_jax.model.config import CAMERAS
-from safe_pruner_jax.observation import NormStats, Tokenizer
-from safe_pruner_jax.robots import ALOHA, DROID, LIBERO, Aloha, RequestError
+from safe_pruner_jax.robots.configs import CONFIGS, DEFAULT_CHECKPOINTS, UNSUPPORTED, get_config
+from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, Aloha, RequestError
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import NormStats, Tokenizer
 
 NORM_STATS = DATA / "ckpt_tiny_pi05" / "assets" / "physical-intelligence" / "libero" / "norm_stats.json"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from toy_robots import request_of, robot_io
 
-from safe_pruner_jax.configs import CONFIGS, get_config
 from safe_pruner_jax.model.config import CAMERAS
-from safe_pruner_jax.robots import ALOHA, DROID, LIBERO, MAX_IMAGE_SIDE, MAX_PROMPT_CHARS, Aloha, RequestError
+from safe_pruner_jax.robots.configs import CONFIGS, get_config
+from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, MAX_IMAGE_SIDE, MAX_PROMPT_CHARS, Aloha, RequestError
 
 ROBOTS = pytest.mark.parametrize("robot", [LIBERO, DROID, ALOHA], ids=lambda r: r.name)
 

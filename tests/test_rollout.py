@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safe_pruner_jax.evaluation.libero import StepResult, Task
 from safe_pruner_jax.evaluation.rollout import rollout
+from safe_pruner_jax.libero.env import StepResult, Task
 
 
 class Scripted:

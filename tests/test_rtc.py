@@ -15,13 +15,15 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from test_fleet import request
 from test_loading import tiny_config
 
-from safe_pruner_jax.configs import RobotIO, get_config
-from safe_pruner_jax.fleet import Fleet
-from safe_pruner_jax.loading import load_policy
-from safe_pruner_jax.observation import NormStats
+from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide, guided, strength
+from safe_pruner_jax.policy.fleet import Fleet
+from safe_pruner_jax.policy.loading import load_policy
+from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.pruners import safe
-from safe_pruner_jax.robots import RequestError
-from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, guided, rebase, remaining, soft_mask, strength
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.robots import RequestError
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import NormStats
 from safe_pruner_jax.serving import running
 
 DATA = Path(__file__).parent / "data"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_pruner_jax.outcome import Outcome
+from safe_pruner_jax.policy.reply import Outcome
 from safe_pruner_jax.serving.scheduler import Scheduler, Served, Terms, Turned
 
 

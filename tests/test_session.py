@@ -6,10 +6,10 @@ import pytest
 import tiny_engine
 from tiny_engine import SLOTS, BadRequest, FakeTransform, close, compilations, example, poisoned
 
-from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.robots.robots import RequestError
 
 
 @pytest.fixture(scope="module")

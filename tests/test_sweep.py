@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_records import record
 
-from safe_pruner_jax.cli import Evaluate, parse
+from safe_pruner_jax.cli.evaluate import Evaluate
+from safe_pruner_jax.cli.main import parse
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
 from safe_pruner_jax.pruners import PRUNERS
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from safe_pruner_jax import temporal
+from safe_pruner_jax.pruners import forecast
 
 SIZES = (1, 7, 12)  # few, so that few programs are compiled
 
@@ -67,22 +67,22 @@ def slow_fuse(s, late, weight):
 
 masks = lambda size: st.lists(st.booleans(), min_size=size, max_size=size).map(lambda x: np.array(x, bool))
 generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
-MATCH = jax.jit(temporal.correspondence)
-FORECAST = jax.jit(temporal.forecast)
-KAPPA = jax.jit(temporal.kappa)
-FUSE = jax.jit(temporal.fuse, static_argnums=2)
+MATCH = jax.jit(forecast.correspondence)
+FORECAST = jax.jit(forecast.forecast)
+KAPPA = jax.jit(forecast.kappa)
+FUSE = jax.jit(forecast.fuse, static_argnums=2)
 
 
 @given(generators, st.sampled_from(SIZES), st.sampled_from([1e-6, 1.0, 1e6]))
 def test_unit_rows(rng, n, scale):
     z = (scale * rng.normal(size=(n, 4))).astype(np.float32)
     z[rng.uniform(size=n) < 0.2] = 0.0
-    np.testing.assert_allclose(temporal.unit(z), slow_unit(z), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(forecast.unit(z), slow_unit(z), rtol=1e-5, atol=1e-7)
 
 
 def test_unit_rows_of_bfloat16_are_float32():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)), jnp.bfloat16)
-    got = temporal.unit(z)
+    got = forecast.unit(z)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, slow_unit(np.asarray(z, np.float32)), rtol=1e-5)
 
@@ -90,7 +90,7 @@ def test_unit_rows_of_bfloat16_are_float32():
 def test_unit_shows_non_finite_rows_and_spares_the_others():
     z = np.ones((3, 4), np.float32)
     z[0, 1], z[2, 0] = np.nan, np.inf
-    finite = np.isfinite(temporal.unit(z))
+    finite = np.isfinite(forecast.unit(z))
     assert not finite[0].all() and finite[1].all() and not finite[2].all()
 
 
@@ -119,7 +119,7 @@ def test_correspondence_is_algorithm_2(rng, n, data, same_camera):
 
 def test_correspondence_multiplies_in_full_precision():
     # accelerators round matmul operands by default, which makes ties of near-equal tokens; a CPU does not
-    jaxpr = jax.make_jaxpr(temporal.correspondence)(np.eye(7), np.eye(7), np.ones(7, bool))
+    jaxpr = jax.make_jaxpr(forecast.correspondence)(np.eye(7), np.eye(7), np.ones(7, bool))
     products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     assert [e.params["precision"] for e in products] == [(jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)]
 

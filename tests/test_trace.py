@@ -11,9 +11,9 @@ from test_loading import load_tiny
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Call, episodes, play, stride
 from safe_pruner_jax.analysis.trace import Watch, replay
-from safe_pruner_jax.demonstrations import subtasks, write_demos
-from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.libero.demonstrations import subtasks, write_demos
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS, Capture
 
 SAFE = {"cut": 2, "keep": 0.2, "queries": "text"}

@@ -13,13 +13,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from test_loading import DATA
 
-from safe_pruner_jax.configs import RobotIO, get_config
+from safe_pruner_jax.cli import train
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import flow, pi0
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import draw_params, param_shapes
-from safe_pruner_jax.observation import Tokenizer
-from safe_pruner_jax.training import augment, command, data, loop
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import Tokenizer
+from safe_pruner_jax.training import augment, data, loop
 
 
 def tiny(depth: int = 1, **changes) -> sizes.Pi0Config:
@@ -323,9 +325,10 @@ def test_a_batch_that_does_not_divide_is_refused(samples, tmp_path, monkeypatch)
 
 
 def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, monkeypatch):
-    from safe_pruner_jax import configs, demonstrations
-    from safe_pruner_jax.loading import load_policy
-    from safe_pruner_jax.training.command import Train, run_train
+    from safe_pruner_jax.cli.train import Train, run_train
+    from safe_pruner_jax.libero import demonstrations
+    from safe_pruner_jax.policy.loading import load_policy
+    from safe_pruner_jax.robots import configs
 
     config = dataclasses.replace(get_config("mini_libero"), model=tiny())
     monkeypatch.setitem(configs.CONFIGS, "mini_libero", config)
@@ -346,4 +349,4 @@ def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"expected files that exist, got .*none.hdf5; make some"):
-        list(command.read(tmp_path / "none.hdf5", 28))
+        list(train.read(tmp_path / "none.hdf5", 28))

@@ -7,11 +7,11 @@ from flax.traverse_util import flatten_dict
 from test_loading import DATA
 from test_training import equal, tiny
 
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.loading import embedded_folder, embedded_params
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.params import draw_params
-from safe_pruner_jax.observation import NUMBERS, Tokenizer
+from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
 from safe_pruner_jax.training import start
 
 

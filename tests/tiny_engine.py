@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax import parity
-from safe_pruner_jax.engine import Engine
+from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model import pi0
-from safe_pruner_jax.observation import Example
-from safe_pruner_jax.policy import pack
+from safe_pruner_jax.policy.policy import pack
 from safe_pruner_jax.pruners import PRUNERS
+from safe_pruner_jax.robots.transforms import Example
+from safe_pruner_jax.testing import parity
 from safe_pruner_jax.tokens import PrefixLayout
 
 DATA = Path(__file__).parent / "data"

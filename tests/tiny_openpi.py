@@ -32,7 +32,8 @@ def start(*argv: str, cwd: Path, timeout_s: float = 900.0, **environment: str) -
 if __name__ == "__main__":
     from test_loading import tiny_config
 
-    from safe_pruner_jax import cli, configs
+    from safe_pruner_jax.cli import main as cli
+    from safe_pruner_jax.robots import configs
 
     configs.CONFIGS[CONFIG] = tiny_config(False)
     sys.exit(cli.main())

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safe_pruner_jax.configs import RobotIO
-from safe_pruner_jax.observation import NormStats, Tokenizer
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import NormStats, Tokenizer
 
 DATA = Path(__file__).parent / "data"
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis import forecast
 from safe_pruner_jax.analysis.measures import separation
 from safe_pruner_jax.analysis.recall import QUERIES, label, mean_loss
-from safe_pruner_jax.analysis.rows import Row, Table, form, markdown, panels
+from safe_pruner_jax.analysis.rows import Row
+from safe_pruner_jax.figures.theme import Table, form, markdown, panels
 
 
 def gammas(rows: Sequence[Row], share: float = 0.1) -> dict[str, dict[str, float | None]]:

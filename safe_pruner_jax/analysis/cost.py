@@ -14,15 +14,16 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels
-from safe_pruner_jax.clock import WARM_UP, Step, interleave, ratio
-from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.analysis.rows import Row
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.observation import Example
-from safe_pruner_jax.policy import layout_of, pack
+from safe_pruner_jax.policy.policy import layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS, Pruner
+from safe_pruner_jax.robots.transforms import Example
+from safe_pruner_jax.timing import WARM_UP, Step, interleave, ratio
 from safe_pruner_jax.tokens import PrefixLayout, budget
 
 
@@ -68,7 +69,7 @@ def measure(
       example: what is asked at every step.
       keeps: shares of the visual tokens kept.
       cut: ℓs.
-      rounds: counted rounds, after `clock.WARM_UP`.
+      rounds: counted rounds, after `timing.WARM_UP`.
       clock: seconds.
 
     Returns:

@@ -16,9 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.episodes import Call
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels, rounded
+from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.evaluation.rollout import ARM
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.policy.policy import Policy
 
 
 def actions_of(policy: Policy, calls: Iterable[Call], replan: int) -> tuple[np.ndarray, list[dict]]:

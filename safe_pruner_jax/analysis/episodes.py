@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
+from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 
 EXAMPLE = "example"
 """The source that needs no file: one scripted episode of LIBERO inside the package."""
@@ -100,8 +100,8 @@ def _live(source: str, replan: int, infer: Callable | None) -> Recording:
 
 
 def _played(place: tuple[str, int, int], replan: int, infer: Callable | None) -> Iterator[Call]:
-    from safe_pruner_jax.evaluation.expert import Expert
-    from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
+    from safe_pruner_jax.libero.env import LiberoEnv, load_task
+    from safe_pruner_jax.libero.expert import Expert
 
     suite, task, trial = place
     with LiberoEnv(load_task(suite, task)) as env:

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.measures import Matches, cosine, divergence
 from safe_pruner_jax.analysis.recall import QUERIES
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels, rounded
+from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
+from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.pruners import Capture
 
 LATE = "late (mean of L_d)"

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.recall import QUERIES
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels, rounded
+from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace, replay
+from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.pruners import PRUNERS
 
 DRAWN = 4

@@ -6,12 +6,12 @@ NumPy on saliencies of one robot; ties go to the lower index everywhere, as in `
 import jax
 import numpy as np
 
-from safe_pruner_jax import temporal
 from safe_pruner_jax.analysis.trace import Trace
+from safe_pruner_jax.pruners import forecast
 from safe_pruner_jax.tokens import budget
 
-_correspondence = jax.jit(temporal.correspondence)
-_unit = jax.jit(temporal.unit)
+_correspondence = jax.jit(forecast.correspondence)
+_unit = jax.jit(forecast.unit)
 
 
 class Matches:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from safe_pruner_jax import temporal
 from safe_pruner_jax.analysis.measures import Matches, loss_rate, references, top
-from safe_pruner_jax.analysis.rows import Row, form, markdown, panels, rounded
+from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
+from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.pruners import Capture
 from safe_pruner_jax.tokens import budget
 
@@ -72,7 +72,7 @@ def measure(
         alive = trace.alive[t]
         cores = top(late[t, cut:], alive, core)
         forecast = match.forecast(chosen[reference[t]], t, reference[t])
-        scores = {("fused", q, fuse): temporal.fuse(shallow[q][t], forecast, fuse) for q in QUERIES for fuse in fuses}
+        scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], forecast, fuse) for q in QUERIES for fuse in fuses}
         scores["fastv", None, None] = trace.attention[t, cut - 1]
         scores["truth", None, None] = chosen[t].mean(0)
         for keep in keeps:

@@ -11,12 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 Row = dict[str, Any]
-
-INK = {"linewidth": 0.8, "color": "#e4e7ea"}
 
 
 class RowsError(ValueError):
@@ -120,37 +115,3 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def rounded(values: Iterable[float], digits: int = 6) -> list[float | None]:
     """Numbers as they stand in a row: rounded, None where they are not finite."""
     return [round(float(v), digits) if abs(float(v)) < float("inf") else None for v in values]
-
-
-class Table(str):
-    """Markdown that notebooks show as a table; a string everywhere else."""
-
-    def _repr_markdown_(self) -> str:
-        return str(self)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table; the first column is text, the others are aligned to the right; None is a dash."""
-    cell = lambda value: "–" if value is None else str(value)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([cell(v) for v in row] for row in rows)]
-    return Table("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-
-
-def form(value: float | None, pattern: str) -> str | None:
-    """A number by a pattern, None as it is.
-
-    >>> form(0.5, "{:.1%}"), form(None, "{}")
-    ('50.0%', None)
-    """
-    return None if value is None else pattern.format(value)
-
-
-def panels(count: int, *, width: float = 4.2, height: float = 3.8, rows: int = 1, **options: Any):
-    """A figure that belongs to nobody, and its axes [rows, count]; pyplot is not touched."""
-    figure = Figure((width * count + 0.5, height * rows), dpi=120, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, count, squeeze=False, **options)
-    for ax in axes.flat:
-        ax.grid(**INK)
-        ax.set_axisbelow(True)
-    return figure, axes

@@ -18,12 +18,12 @@ import numpy as np
 
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.demonstrations import subtasks
-from safe_pruner_jax.engine import Inputs
+from safe_pruner_jax.engine.engine import Inputs
+from safe_pruner_jax.engine.programs import draw_noise
+from safe_pruner_jax.libero.demonstrations import subtasks
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.policy import Policy, layout_of, pack
-from safe_pruner_jax.programs import draw_noise
+from safe_pruner_jax.policy.policy import Policy, layout_of, pack
 from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 from safe_pruner_jax.tokens import PrefixLayout, saliency
@@ -39,7 +39,7 @@ class Trace:
     Args:
       layout: cameras and slots of the first call; prompts that hold the state may be padded otherwise later.
       images: per call, camera → uint8 [S, S, 3] as the network reads it.
-      subtask: [C] int32, see `demonstrations.subtasks`.
+      subtask: [C] int32, see `libero.demonstrations.subtasks`.
       visual: [C, n, d] float32 visual tokens Z as they enter the language model.
       alive: [C, n] bool.
       expert: [C, s, L, n] float32 saliency (Eq. 1-2) of every expert layer at every denoise step, action queries.

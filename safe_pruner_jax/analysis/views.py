@@ -1,4 +1,4 @@
-"""What of a trace is worth looking at: rows for `plotting.saliency_figure` and `plotting.kept_patches_figure`.
+"""What of a trace is worth looking at: rows for `figures.kept.saliency_figure` and `kept_patches_figure`.
 
 saliency_figure(trace.images[3], by_layer(trace, 3), trace.layout.tokens_per_camera)
 """
@@ -10,7 +10,7 @@ import numpy as np
 from safe_pruner_jax.analysis.measures import Matches, cosine
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
-from safe_pruner_jax.plotting import Shown
+from safe_pruner_jax.figures.kept import Shown
 from safe_pruner_jax.pruners import Selection
 
 Saliencies = dict[str, np.ndarray]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax.compiling import jit, options
+from safe_pruner_jax.engine.xla import jit, options
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -28,18 +28,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax import compiling
 from safe_pruner_jax.bench.machine import Limits
-from safe_pruner_jax.clock import Step
-from safe_pruner_jax.engine import Engine, Inputs
-from safe_pruner_jax.flops import exact_flops, keys_per_layer, tokens_per_layer
+from safe_pruner_jax.engine import xla
+from safe_pruner_jax.engine.engine import Engine, Inputs
+from safe_pruner_jax.engine.flops import exact_flops, keys_per_layer, tokens_per_layer
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.model.params import param_shapes
-from safe_pruner_jax.observation import Example
-from safe_pruner_jax.policy import pack
+from safe_pruner_jax.policy.policy import pack
 from safe_pruner_jax.pruners import Pruner, factory
+from safe_pruner_jax.robots.transforms import Example
+from safe_pruner_jax.timing import Step
 from safe_pruner_jax.tokens import PrefixLayout
 
 PHASES = ("vision", "shallow", "decision", "rest", "denoise", "host")
@@ -104,7 +104,7 @@ def shapes_of(config: Pi0Config, num_steps: int = 10, *, upright: bool | None = 
       num_steps: denoise steps.
       upright: see `pi0.prepare`; None: as on this machine policies are loaded.
     """
-    upright = compiling.upright(config.dtype) if upright is None else upright
+    upright = xla.upright(config.dtype) if upright is None else upright
     stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype), param_shapes(config))
     return jax.eval_shape(partial(pi0.prepare, config=config, num_steps=num_steps, upright=upright), stored)
 
@@ -233,7 +233,7 @@ def _marks(engine: Engine, control: Any, inputs: Inputs, keys: Sequence[int], pr
 
 @functools.cache
 def _vision(config: Pi0Config) -> Callable:
-    return compiling.jit(lambda weights, inputs: pi0.embed_images(weights, config, inputs.images))
+    return xla.jit(lambda weights, inputs: pi0.embed_images(weights, config, inputs.images))
 
 
 @functools.cache
@@ -245,12 +245,12 @@ def _before(config: Pi0Config, cut: int) -> Callable:
         mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
         return pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(cut))[:2]
 
-    return compiling.jit(run)
+    return xla.jit(run)
 
 
 @functools.cache
 def _denoise(config: Pi0Config) -> Callable:
-    return compiling.jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
+    return xla.jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
 
 
 def _wait(program: Callable, arguments: tuple) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.analysis.rows import form, markdown, panels
 from safe_pruner_jax.bench.modes import PHASES
+from safe_pruner_jax.figures.theme import form, markdown, panels
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9498a0", "#c9cdd2")
 

@@ -23,11 +23,11 @@ from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
-from safe_pruner_jax.evaluation.sources import local_device
-from safe_pruner_jax.loading import CALIBRATION
-from safe_pruner_jax.policy import Policy, layout_of
+from safe_pruner_jax.policy.identity import local_device
+from safe_pruner_jax.policy.loading import CALIBRATION
+from safe_pruner_jax.policy.policy import Policy, layout_of
+from safe_pruner_jax.policy.spec import Method
 from safe_pruner_jax.pruners import PRUNERS, factory
-from safe_pruner_jax.which import Method
 
 logger = logging.getLogger(__name__)
 

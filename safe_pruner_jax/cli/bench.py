@@ -19,18 +19,18 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from safe_pruner_jax import tune
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
 from safe_pruner_jax.bench.modes import Mode, example_of, make, random_weights, roofline_s, shapes_of, step_mode
 from safe_pruner_jax.bench.picture import bars, table
-from safe_pruner_jax.clock import WARM_UP, Step, interleave, ratio, spread
-from safe_pruner_jax.configs import get_config
-from safe_pruner_jax.model import pi0, precision
+from safe_pruner_jax.engine import autotune
+from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.precision import EightBit
-from safe_pruner_jax.policy import all_slots, layout_of
+from safe_pruner_jax.model.quantisation import EightBit
+from safe_pruner_jax.policy.policy import all_slots, layout_of
 from safe_pruner_jax.pruners import factory, full
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.timing import WARM_UP, Step, interleave, ratio, spread
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
     say("making weights")
     weights = jax.block_until_ready(random_weights(config, args.num_steps))
     say("trying kernels")
-    config, found = tune.on_gpu(weights, config)
+    config, found = autotune.on_gpu(weights, config)
     report["kernels"] = {name: dataclasses.asdict(finding) for name, finding in found.items()}
     example = example_of(config, args.views, args.prompt)
     alive, slots = layout_of(example, config), all_slots(config)
@@ -185,11 +185,11 @@ def measure(args: Bench, config: Pi0Config, report: dict, before: dict[str, np.n
                 add(name, alive, make(pruner, args.keeps[0]), robots=robots, keyframes=some, phases=False)
     for kind in args.quantise:
         say(f"making {kind} weights")
-        usable = precision.usable(kind, config.dtype)
+        usable = quantisation.usable(kind, config.dtype)
         report.setdefault("quantise", {})[kind] = usable or "not possible on this device"
         if usable != kind:
             continue
-        small = precision.reduce(weights, kind)
+        small = quantisation.reduce(weights, kind)
         report["weights_bytes"] += held((small.prefix, small.expert))  # the rest is shared
         add(f"{FULL}, {kind}", alive, full(), small, phases=args.phases)
         for pruner, keep in itertools.product(args.pruners, args.keeps):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from safe_pruner_jax.configs import RobotIO, get_config
-from safe_pruner_jax.demonstrations import Demo, read_demos, read_packed
-from safe_pruner_jax.loading import EMBEDDED, embedded_folder
+from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
-from safe_pruner_jax.observation import Tokenizer, save_norm_stats
+from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats
 from safe_pruner_jax.training.loop import Settings, fit
 from safe_pruner_jax.training.start import drawn, start_from

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.clock import interleave, ratio
 from safe_pruner_jax.model import kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
+from safe_pruner_jax.timing import interleave, ratio
 
 logger = logging.getLogger(__name__)
 

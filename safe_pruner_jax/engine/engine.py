@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.compiling import jit
-from safe_pruner_jax.control import ControlState, Inputs
-from safe_pruner_jax.evidence import captured_shape
+from safe_pruner_jax.engine.capture import captured_shape
+from safe_pruner_jax.engine.programs import Carry, finish, shallow
+from safe_pruner_jax.engine.state import ControlState, Inputs
+from safe_pruner_jax.engine.xla import jit
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.programs import Carry, finish, shallow
+from safe_pruner_jax.model.guidance import Guide
 from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Pruner, Selection
-from safe_pruner_jax.rtc import Guide
 
 BATCH_SIZES = (1, 2, 4, 8)
 """Row counts the second half of a step is compiled for; larger batches take the next power of two."""

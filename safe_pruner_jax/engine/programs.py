@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.control import ControlState, Inputs
-from safe_pruner_jax.evidence import everybody, patches, read
+from safe_pruner_jax.engine.capture import everybody, patches, read
+from safe_pruner_jax.engine.state import ControlState, Inputs
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
+from safe_pruner_jax.model.guidance import Guide
 from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection, State
-from safe_pruner_jax.rtc import Guide
 from safe_pruner_jax.tokens import saliency
 
 

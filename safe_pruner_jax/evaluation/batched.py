@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.engine import batch_size
+from safe_pruner_jax.engine.engine import batch_size
 from safe_pruner_jax.evaluation.workers import PolicyFailed
-from safe_pruner_jax.fleet import Fleet
-from safe_pruner_jax.outcome import Outcome
-from safe_pruner_jax.policy import Asked, Policy
+from safe_pruner_jax.policy.fleet import Fleet
+from safe_pruner_jax.policy.policy import Asked, Policy
+from safe_pruner_jax.policy.reply import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -14,65 +14,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safe_pruner_jax.evaluation.rollout import Episode
+from safe_pruner_jax.policy.identity import Configuration, differences
 
 Key = tuple[str, int, int]
 """An episode within a configuration: suite, task, trial."""
 
-METHOD = ("pruner", "choices", "plan", "rtc")
-"""Fields of a configuration in which methods differ; the others are the conditions under which they are compared."""
-
-MODEL = ("policy", "checkpoint", "precision", "num_steps", "temperature")
-"""Fields of a configuration that say what computes."""
-
 
 class RecordsError(RuntimeError):
     """A records file that cannot be read, continued or written; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Everything that must agree for episodes to be counted together.
-
-    Args:
-      pruner, choices, plan: name, factory arguments and static plan of the method.
-      policy: openpi's name of the configuration.
-      checkpoint: from `checkpoint_fingerprint`.
-      precision: dtype of the activations, and of the weights where they are in 8 bits.
-      num_steps: denoise steps.
-      prompt_lengths: static prompt lengths.
-      replan: actions executed per policy call.
-      max_steps: per episode; None is the suite's limit.
-      noise: where the policy's noise comes from.
-      simulator: versions that pictures and contacts depend on, from `simulator.provenance`.
-      delay: control steps from an observation until its actions are used.
-      rtc: whether chunks continue the last one (`rtc`).
-      temperature: standard deviation of the noise.
-    """
-
-    pruner: str
-    choices: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    policy: str
-    checkpoint: str
-    precision: str
-    num_steps: int
-    prompt_lengths: tuple[int, ...]
-    replan: int = 5
-    max_steps: int | None = None
-    noise: str = ""
-    simulator: Mapping[str, str] = field(default_factory=dict)
-    delay: int = 0
-    rtc: bool = False
-    temperature: float = 1.0
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON types, equal to what reading them back gives."""
-        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -137,49 +91,6 @@ def episode_seed(suite: str, task: int, trial: int, base: int = 0) -> int:
     """
     digest = hashlib.sha256(f"{base}/{suite}/{task}/{trial}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-def checkpoint_fingerprint(folder: str | os.PathLike, note: str = "") -> str:
-    """12 hex digits of what is below a checkpoint's folder; its own path does not matter.
-
-    Files above 64 MiB enter with their size and both ends: reading gigabytes would take longer than loading them, and
-    orbax names its data files at random at every save. A calibration does not enter: what it chooses is recorded.
-
-    Raises:
-      FileNotFoundError: no such folder, or an empty one.
-    """
-    whole, end = 64 << 20, 1 << 20
-    root, digest = Path(folder), hashlib.sha256(note.encode())
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not {"__pycache__", "calibrate.json"} & {*p.parts})
-    if not files:
-        raise FileNotFoundError(f"no checkpoint in {root}")
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"\n{path.relative_to(root).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            if size <= whole:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(end))
-                file.seek(-end, os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()[:12]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Where two configurations differ, as "field: old → new".
-
-    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-    ['b.c: 2 → 3']
-    """
-    found = []
-    for key in dict.fromkeys((*old, *new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{path}{key}.")
-        elif a != b:
-            found.append(f"{path}{key}: {a} → {b}")
-    return found
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:

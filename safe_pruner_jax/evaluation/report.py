@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, median
 from typing import Any
 
-from safe_pruner_jax.evaluation.records import METHOD, Record, latest
+from safe_pruner_jax.evaluation.records import Record, latest
+from safe_pruner_jax.policy.identity import METHOD
 from safe_pruner_jax.pruners import PRUNERS
 
 ALL = "all"

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from safe_pruner_jax.evaluation.asynchronous import Asynchronous, jumps
-from safe_pruner_jax.evaluation.libero import LiberoEnv
+from safe_pruner_jax.client.real_time import Asynchronous, jumps
+from safe_pruner_jax.libero.env import LiberoEnv
 
 logger = logging.getLogger(__name__)
 

@@ -7,29 +7,21 @@ config, source = remote("ws://gpu:8000")                        a server tells i
 
 import contextlib
 import json
-import os
-import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import jax
-
-from safe_pruner_jax.configs import CONFIGS, get_config
+from safe_pruner_jax.engine.flops import exact_flops, keys_per_layer, paper_flops, tokens_per_layer
 from safe_pruner_jax.evaluation.batched import Robots
-from safe_pruner_jax.evaluation.records import Configuration, checkpoint_fingerprint
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.workers import connect
-from safe_pruner_jax.flops import exact_flops, keys_per_layer, paper_flops, tokens_per_layer
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.policy import Policy
-from safe_pruner_jax.pruners import Plan, Pruner, make
-from safe_pruner_jax.robots import LIBERO
-from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout
-
-SERVED = "safe_pruner"
-"""Key of a server's metadata under which it tells its configuration and device."""
+from safe_pruner_jax.policy.identity import SERVED, Configuration, local_device
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.pruners import Plan, make
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.tokens import PrefixLayout
 
 
 @dataclass(frozen=True)
@@ -81,49 +73,6 @@ class Source:
     device: str = ""
 
 
-def describe(
-    policy: str,
-    folder: str | os.PathLike,
-    pruner: Pruner,
-    choices: Mapping[str, Any],
-    *,
-    dtype: str | None = None,
-    quantise: str | None = None,
-    num_steps: int = 10,
-    temperature: float | None = None,
-    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
-    note: str = "",
-) -> Configuration:
-    """The configuration of a policy that plays LIBERO, known before its weights are read.
-
-    Args:
-      policy: openpi's name of the configuration.
-      folder: of the checkpoint, on this machine.
-      pruner, choices: the method and the factory arguments that made it.
-      dtype, quantise, num_steps, temperature, prompt_lengths: as for `load_policy`.
-      note: enters the checkpoint's fingerprint.
-
-    Raises:
-      ValueError: an unknown configuration, one of another robot, or a pruner that does not fit the model.
-      FileNotFoundError: no checkpoint.
-    """
-    config = get_config(policy)
-    if config.robot != LIBERO:
-        fitting = ", ".join(name for name, c in CONFIGS.items() if c.robot == LIBERO)
-        raise ValueError(f"config: {policy} drives {config.robot.name}, which LIBERO does not have; choose {fitting}")
-    return Configuration(
-        pruner=pruner.name,
-        choices=dict(choices),
-        plan=asdict(pruner.plan.for_depth(config.model.depth)),
-        policy=policy,
-        checkpoint=checkpoint_fingerprint(folder, note),
-        precision=(dtype or config.model.dtype) + (f", {quantise} weights" if quantise else ""),
-        num_steps=num_steps,
-        temperature=config.model.temperature if temperature is None else temperature,
-        prompt_lengths=tuple(prompt_lengths),
-    )
-
-
 def local(policy: Policy, config: Configuration, *, batch: int = 8, seed: int = 0) -> Source:
     """A policy in this process as the source of replies; `config` is from `describe`."""
     engine = policy.engine
@@ -171,9 +120,3 @@ def remote(
 def noise_of(seed: int) -> str:
     """What a configuration says about noise that is drawn from `records.episode_seed`."""
     return f"per episode, seed {seed}"
-
-
-def local_device() -> str:
-    """The device in words; latencies of different ones are not compared."""
-    device = jax.devices()[0]
-    return f"{platform.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from safe_pruner_jax.evaluation.libero import LiberoEnv, load_task
 from safe_pruner_jax.evaluation.rollout import Episode, rollout
-from safe_pruner_jax.evaluation.simulator import LiberoUnavailable
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.simulator import LiberoUnavailable
 
 MakeEnv = Callable[[str, int], LiberoEnv]
 """Suite and task → environment; a module's function, since it is sent to another process by name."""

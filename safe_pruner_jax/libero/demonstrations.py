@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import imageio.v2 as imageio
 import numpy as np
 
-from safe_pruner_jax.observation import resize_with_pad
+from safe_pruner_jax.robots.transforms import resize_with_pad
 
 CAMERAS = {"observation/image": "agentview_rgb", "observation/wrist_image": "eye_in_hand_rgb"}
 """Key of a request to the policy -> dataset of LIBERO's files."""

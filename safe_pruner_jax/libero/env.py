@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.evaluation.simulator import OPENGL, LiberoUnavailable, one_line, simulator
-from safe_pruner_jax.observation import resize_with_pad
+from safe_pruner_jax.libero.simulator import OPENGL, LiberoUnavailable, one_line, simulator
+from safe_pruner_jax.robots.transforms import resize_with_pad
 
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Control steps (20 Hz) per episode of each suite: a little over its longest demonstration, from openpi's client."""

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.demonstrations import CAMERAS, EXTRA, Demo
-from safe_pruner_jax.evaluation.libero import LiberoEnv
-from safe_pruner_jax.evaluation.scene import Scene
+from safe_pruner_jax.libero.demonstrations import CAMERAS, EXTRA, Demo
+from safe_pruner_jax.libero.env import LiberoEnv
+from safe_pruner_jax.libero.scene import Scene
 
 SUPPORTED: dict[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.evaluation.libero import LiberoEnv
+from safe_pruner_jax.libero.env import LiberoEnv
 
 _SIGNS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float64)
 

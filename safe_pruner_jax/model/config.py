@@ -50,7 +50,7 @@ class Pi0Config:
       image_size: side of the square input image, pixels.
       dtype: activation dtype, "bfloat16" or "float32".
       cameras: their names, in prefix order.
-      kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `tune.tuned`.
+      kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `engine.autotune.tuned`.
       temperature: standard deviation of the noise that a chunk is made from, where the caller brings none. At 1,
         openpi's and what training assumes, chunks are samples; at 0 they are one deterministic function of what is
         seen, near the middle of the samples.

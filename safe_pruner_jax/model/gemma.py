@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, Matrix, Upright, columns, dense
+from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import GemmaConfig
+from safe_pruner_jax.model.matrix import Matrix, Upright, columns, dense
 from safe_pruner_jax.model.params import by_layer
 
 MASKED = -2.3819763e38  # what openpi writes over masked logits; a fully masked row becomes uniform

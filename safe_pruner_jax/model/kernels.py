@@ -4,8 +4,9 @@
     gated_mlp      gelu(x @ gate) · (x @ up), in one launch and without the two products in memory
 
 A configuration names the kernels its programs use (`Pi0Config.kernels`); the default is none, which is the XLA path.
-`tune.tuned` tries each on the device against the XLA path and keeps those that compile, agree and are faster: a kernel
-is never used for another reason. They are written for GPUs (Triton) and can be interpreted anywhere, for tests.
+`engine.autotune.tuned` tries each on the device against the XLA path and keeps those that compile, agree and are
+faster: a kernel is never used for another reason. They are written for GPUs (Triton) and can be interpreted anywhere,
+for tests.
 
 They give no logits and have no derivative: a layer whose logits are wanted, and a guided chunk, take the XLA path.
 """
@@ -19,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from safe_pruner_jax.arrays import Array, Matrix, Scaled
+from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import KERNELS
+from safe_pruner_jax.model.matrix import Matrix, Scaled
 
 ROWS = 16
 """Rows of a block: the least a tensor core multiplies; fewer are padded."""

@@ -21,8 +21,8 @@ from flax import struct
 from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.guidance import Guide, guided
 from safe_pruner_jax.model.params import Params, by_layer, read
-from safe_pruner_jax.rtc import Guide, guided
 from safe_pruner_jax.tokens import saliency, spread
 
 

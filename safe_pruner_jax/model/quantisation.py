@@ -14,8 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax.arrays import Array, Scaled, Upright, dense
+from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.gemma import LayerWeights
+from safe_pruner_jax.model.matrix import Scaled, Upright, dense
 from safe_pruner_jax.model.pi0 import Weights
 
 logger = logging.getLogger(__name__)

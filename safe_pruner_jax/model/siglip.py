@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, dense
+from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.matrix import dense
 from safe_pruner_jax.model.params import by_layer, read
 
 

@@ -12,10 +12,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
-from safe_pruner_jax.engine import BATCH_SIZES, batch_size
-from safe_pruner_jax.outcome import Outcome
-from safe_pruner_jax.policy import Asked, Episode, Policy
-from safe_pruner_jax.robots import RequestError
+from safe_pruner_jax.engine.engine import BATCH_SIZES, batch_size
+from safe_pruner_jax.policy.policy import Asked, Episode, Policy
+from safe_pruner_jax.policy.reply import Outcome
+from safe_pruner_jax.robots.robots import RequestError
 
 
 class Fleet:

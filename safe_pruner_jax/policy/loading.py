@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from safe_pruner_jax import tune
-from safe_pruner_jax.compiling import upright
-from safe_pruner_jax.configs import PolicyConfig, RobotIO, get_config
-from safe_pruner_jax.engine import Engine
-from safe_pruner_jax.model import pi0, precision
+from safe_pruner_jax.engine import autotune
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.xla import upright
+from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.checkpoint import fetch, open_params
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.observation import Tokenizer, load_norm_stats
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full
 from safe_pruner_jax.pruners.safe import safe
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
+from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
@@ -100,7 +101,7 @@ def load_policy(
     tokenizer: str | os.PathLike | None = None,
     dtype: str | None = None,
     param_dtype: str | None = None,
-    quantise: precision.EightBit | None = None,
+    quantise: quantisation.EightBit | None = None,
     kernels: Literal["auto"] | tuple[str, ...] = (),
     num_steps: int = 10,
     temperature: float | None = None,
@@ -111,7 +112,7 @@ def load_policy(
     """Builds a policy, ready for sessions.
 
     Args:
-      config: name of a configuration, see `configs.CONFIGS`, or one of your own.
+      config: name of a configuration, see `robots.configs.CONFIGS`, or one of your own.
       checkpoint: folder or gs:// address; None takes the one openpi publishes for the configuration, or the embedded
         parameters of `mini_libero`.
       pruner: what to prune; None keeps every alive token.
@@ -121,10 +122,11 @@ def load_policy(
       dtype: activation dtype, "bfloat16" or "float32"; None takes the configuration's.
       param_dtype: dtype the checkpoint is cast to while it is read; None takes the activation dtype. (openpi always
         reads bfloat16.)
-      quantise: 8-bit weights for the language model and the expert, see `model.precision`; a device that cannot run
+      quantise: 8-bit weights for the language model and the expert, see `model.quantisation`; a device that cannot run
         them takes the next best, and the log says so.
-      kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `tune` measures to be
-        faster on this device, none on a CPU. What is measured may change between starts, and with it the last bits.
+      kernels: names of the Pallas kernels to use (`model.kernels`), or "auto": those that `engine.autotune` measures
+        to be faster on this device, none on a CPU. What is measured may change between starts, and with it the last
+        bits.
       num_steps: denoise steps.
       temperature: of the noise, see `Pi0Config`; None takes the configuration's (1, as in openpi; 0 for `mini_libero`).
       prompt_lengths: static prompt lengths programs are compiled for.
@@ -157,10 +159,10 @@ def load_policy(
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
     prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and upright(model.dtype))
     weights = jax.tree.map(jnp.asarray, prepared)
-    if quantise is not None and (usable := precision.usable(quantise, model.dtype)):
-        weights = precision.reduce(weights, usable)
+    if quantise is not None and (usable := quantisation.usable(quantise, model.dtype)):
+        weights = quantisation.reduce(weights, usable)
     if kernels == "auto":
-        model, _ = tune.on_gpu(weights, model)
+        model, _ = autotune.on_gpu(weights, model)
     else:
         model = model.replace(kernels=tuple(kernels))
     return Policy(

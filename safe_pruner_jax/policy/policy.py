@@ -21,21 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.engine import ControlState, Engine, Inputs, batch_size
+from safe_pruner_jax.engine.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide
 from safe_pruner_jax.model.pi0 import Weights
-from safe_pruner_jax.observation import Example
-from safe_pruner_jax.outcome import NonFinite, Outcome, pruned, timing
+from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
+from safe_pruner_jax.policy.reply import NonFinite, Outcome, pruned, timing
 from safe_pruner_jax.pruners import Pruner
-from safe_pruner_jax.robots import RequestError, brief
-from safe_pruner_jax.rtc import MAX_GUIDANCE, Guide, Overlap, rebase, remaining, soft_mask
+from safe_pruner_jax.robots.robots import RequestError, brief
+from safe_pruner_jax.robots.transforms import Example
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
 logger = logging.getLogger(__name__)
 
 
 class Transform(Protocol):
-    """The border between one robot's client and the network, see `configs.RobotIO`."""
+    """The border between one robot's client and the network, see `robots.transform.RobotIO`."""
 
     config: Any  # has `robot.example(rng)`, a valid request
 

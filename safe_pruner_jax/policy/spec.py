@@ -6,13 +6,12 @@ import logging
 from typing import Any, Literal
 
 from safe_pruner_jax import pruners
-from safe_pruner_jax.configs import DEFAULT_CHECKPOINTS, get_config
-from safe_pruner_jax.evaluation import sources
-from safe_pruner_jax.evaluation.records import Configuration
-from safe_pruner_jax.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated, embedded_folder, load_policy
 from safe_pruner_jax.model.checkpoint import fetch
-from safe_pruner_jax.model.precision import EightBit
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.model.quantisation import EightBit
+from safe_pruner_jax.policy.identity import Configuration, describe
+from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated, embedded_folder, load_policy
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.robots.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 logger = logging.getLogger(__name__)
@@ -147,4 +146,4 @@ class Model:
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
         options = self.options()
         known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
-        return sources.describe(name, folder, method.make(), method.choices, note=note, **known)
+        return describe(name, folder, method.make(), method.choices, note=note, **known)

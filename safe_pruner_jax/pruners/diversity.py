@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from safe_pruner_jax import temporal
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners import forecast
 
 
 def max_min(z: Array, candidate: Array, k: int, *, neighbour: int = 1) -> Array:
@@ -24,7 +24,7 @@ def max_min(z: Array, candidate: Array, k: int, *, neighbour: int = 1) -> Array:
       the lower index.
     """
     n = candidate.shape[0]
-    u = temporal.unit(jnp.where(candidate[:, None], z, 0))
+    u = forecast.unit(jnp.where(candidate[:, None], z, 0))
     cosine = jnp.matmul(u, u.T, precision=jax.lax.Precision.HIGHEST)
     # symmetric to the last bit: of two mutual nearest neighbours the first is picked, and not the one rounding favours
     distance = 1.0 - jnp.maximum(cosine, cosine.T)

@@ -4,17 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.pruners.base import (
-    NO_HISTORY,
-    Cut,
-    Evidence,
-    Plan,
-    Pruner,
-    Selection,
-    check_layer,
-    finite,
-    whole,
-)
+from safe_pruner_jax.pruners.base import NO_HISTORY, Cut, Evidence, Plan, Pruner, Selection, check_layer, finite, whole
 from safe_pruner_jax.tokens import top_k
 
 

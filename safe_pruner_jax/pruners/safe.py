@@ -20,8 +20,8 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax import temporal
 from safe_pruner_jax.arrays import Array, Layers
+from safe_pruner_jax.pruners import forecast
 from safe_pruner_jax.pruners.base import (
     NO_HISTORY,
     Capture,
@@ -113,14 +113,14 @@ def safe(
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
         shallow, tested = e.saliency[0], e.saliency[-1]
-        z = temporal.unit(jnp.where(e.alive[:, None], e.visual, 0))
-        pi = temporal.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
-        k = temporal.kappa(tested, temporal.forecast(state.shallow, pi, e.alive))
-        late = temporal.forecast(e.late, pi, e.alive)
+        z = forecast.unit(jnp.where(e.alive[:, None], e.visual, 0))
+        pi = forecast.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
+        k = forecast.kappa(tested, forecast.forecast(state.shallow, pi, e.alive))
+        late = forecast.forecast(e.late, pi, e.alive)
         if released:
             score = shallow + weight * late.mean(0)
         else:
-            score = temporal.fuse(shallow, late, weight)
+            score = forecast.fuse(shallow, late, weight)
         steps = jnp.where(e.since_full == NO_HISTORY, 0, state.steps)
         keyframe = (steps < warm_start) | ~finite(score, tested, z, state.reference, state.shallow)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every

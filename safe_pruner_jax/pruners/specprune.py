@@ -18,17 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.pruners.base import (
-    NO_HISTORY,
-    Capture,
-    Cut,
-    Evidence,
-    Later,
-    Plan,
-    Pruner,
-    Selection,
-    finite,
-)
+from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Cut, Evidence, Later, Plan, Pruner, Selection, finite
 from safe_pruner_jax.pruners.frames import camera_count, patch_similarity, rank_in_camera
 from safe_pruner_jax.tokens import best, budget, table, top_k
 

@@ -1,6 +1,6 @@
 """What a robot's client sends and expects; a robot is a value: `LIBERO`, `DROID`, `ALOHA`, `SingleArm(...)`.
 
-    request ── Robot.input ──> cameras, masks, state, prompt        (then `configs.RobotIO.prepare`)
+    request ── Robot.input ──> cameras, masks, state, prompt        (then `transform.RobotIO.prepare`)
     actions, in the robot's units ── Robot.output ──> {"actions": [AH, robot's own width]}
 
 Keys, axes, units and dtypes are those of openpi's `policies/*_policy.py`, so its clients work unchanged. A

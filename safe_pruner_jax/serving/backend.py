@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from safe_pruner_jax.outcome import Outcome
+from safe_pruner_jax.policy.reply import Outcome
 
 
 class Job(Protocol):

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.serving.backend import Backend, Job
 from safe_pruner_jax.serving.metrics import Metrics
 from safe_pruner_jax.serving.recorder import Step

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from safe_pruner_jax.fleet import Fleet
-from safe_pruner_jax.policy import Policy
+from safe_pruner_jax.policy.fleet import Fleet
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.serving.access import Access, read_key, tls_context
 from safe_pruner_jax.serving.scheduler import Terms
 

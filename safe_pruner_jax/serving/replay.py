@@ -1,39 +1,19 @@
-"""`openpi inspect FILE`: what an episode holds, and whether the same policy gives the same actions again."""
+"""A recorded episode played again: whether the same policy gives the same actions."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tyro.conf import Positional
 
 import safe_pruner_jax
 from safe_pruner_jax import pruners
-from safe_pruner_jax.loading import load_policy
-from safe_pruner_jax.policy import Policy
-from safe_pruner_jax.serving.episodes import EpisodeError, Recorded, read_episode
+from safe_pruner_jax.policy.loading import load_policy
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.serving.episodes import EpisodeError, Recorded
 
 ROUNDING = 1e-4
 """Largest difference, relative to the range of the actions, between a step in a batch and the same step alone."""
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Replay a recorded episode step by step; exit code 0 if the actions are the same, 1 if not.
-
-    Args:
-      file: from `openpi serve --record`.
-      dir: checkpoint folder, if it has moved.
-      tokenizer: SentencePiece model file, if it has moved.
-      show: print what was recorded, without computing it again.
-    """
-
-    file: Positional[Path]
-    dir: str | None = None
-    tokenizer: str | None = None
-    show: bool = False
 
 
 def header(
@@ -63,8 +43,18 @@ def header(
     }
 
 
-def load(episode: Recorded, args: Inspect) -> Policy:
-    """The policy an episode was recorded with."""
+def load(file: Path, episode: Recorded, folder: str | None = None, tokenizer: str | None = None) -> Policy:
+    """The policy an episode was recorded with.
+
+    Args:
+      file: where the episode was read from, for messages.
+      episode: what it holds.
+      folder: of the checkpoint, if it has moved.
+      tokenizer: SentencePiece model file, if it has moved.
+
+    Raises:
+      EpisodeError: recorded by another version of this package.
+    """
     told = episode.header
     try:
         options = {"temperature": 1.0} | told["options"]  # all there was before it could be chosen
@@ -74,12 +64,12 @@ def load(episode: Recorded, args: Inspect) -> Policy:
         name, checkpoint = told["config"], told["checkpoint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise EpisodeError(
-            f"{args.file}: recorded by version {told.get('version')}, this is {safe_pruner_jax.__version__} "
+            f"{file}: recorded by version {told.get('version')}, this is {safe_pruner_jax.__version__} "
             f"({error!r}); install that version to replay it"
         ) from error
-    if args.tokenizer is not None:
-        options["tokenizer"] = args.tokenizer
-    return load_policy(name, args.dir or checkpoint, pruner=pruner, **options)
+    if tokenizer is not None:
+        options["tokenizer"] = tokenizer
+    return load_policy(name, folder or checkpoint, pruner=pruner, **options)
 
 
 def replay(episode: Recorded, policy: Policy) -> list[str]:
@@ -101,25 +91,3 @@ def replay(episode: Recorded, policy: Policy) -> list[str]:
         else:
             verdicts.append(f"differs by up to {difference:.3e}")
     return verdicts
-
-
-def run_inspect(args: Inspect) -> int:
-    """Prints the episode and the verdicts."""
-    episode = read_episode(args.file)
-    told = episode.header
-    print(f"{args.file}: {len(episode.steps)} steps of robot {told.get('robot')}")
-    print(f"{told.get('config')} from {told.get('checkpoint') or 'the package'}, pruner {told.get('pruner')}")
-    print(f"safe_pruner_jax {told.get('version')}, jax {told.get('jax')}, {told.get('device')}")
-    if episode.torn:
-        print(f"the last {episode.torn} bytes are an unfinished step, which is left out")
-    if not args.show and not told.get("from_start"):
-        raise EpisodeError(f"{args.file} does not begin at the start of its episode; replay the one that does")
-    verdicts = ["" for _ in episode.steps] if args.show else replay(episode, load(episode, args))
-    for number, (step, verdict) in enumerate(zip(episode.steps, verdicts, strict=True)):
-        pruning = step["reply"].get("pruning") or {}
-        path = {True: "keyframe", False: "pruned"}.get(pruning.get("keyframe"), "")
-        print(f"{number:5d}  {path:8}  kept {pruning.get('kept', '-'):>4}  robots {step['batch']}  {verdict}")
-    differing = sum(verdict.startswith("differs") for verdict in verdicts)
-    if differing:
-        print(f"openpi inspect: {differing} of {len(verdicts)} steps differ", file=sys.stderr)
-    return 1 if differing else 0

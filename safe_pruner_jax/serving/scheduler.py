@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from safe_pruner_jax.outcome import Outcome
+from safe_pruner_jax.policy.reply import Outcome
 from safe_pruner_jax.serving.backend import Backend
 
 

@@ -33,7 +33,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 import safe_pruner_jax
-from safe_pruner_jax.outcome import NonFinite
+from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.serving.access import Access, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker, as_backend
 from safe_pruner_jax.serving.conversation import Conversation, Desk, first

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from safe_pruner_jax import temporal
-from safe_pruner_jax.engine import Engine, Inputs
+from safe_pruner_jax.engine.engine import Engine, Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.pruners import PRUNERS, Pruner
+from safe_pruner_jax.pruners import PRUNERS, Pruner, forecast
 from safe_pruner_jax.tokens import smallest_layout
 
 NATIVE_TOLERANCE = 1e-4
@@ -295,15 +294,15 @@ def _episode_quantities(engine: Engine, reference, control, info, actions) -> di
     """What the oracle stores of one step, by its names."""
     evidence = jax.tree.map(lambda a: a[0], control.pruner[1])
     old = jax.tree.map(lambda a: a[0], reference)
-    z = temporal.unit(evidence.visual)
-    match = temporal.correspondence(z, old.reference, evidence.alive)
+    z = forecast.unit(evidence.visual)
+    match = forecast.correspondence(z, old.reference, evidence.alive)
     keyframe = bool(info.keyframe[0])
     index = np.flatnonzero(evidence.alive) if keyframe else np.asarray(info.selection.index[0])
     out = {
         "S_shallow": evidence.saliency[0],
         "kappa": info.selection.kappa[0],
         "match": match,
-        "forecast_shallow": temporal.forecast(old.shallow, match, evidence.alive),
+        "forecast_shallow": forecast.forecast(old.shallow, match, evidence.alive),
         "score": info.selection.score[0],
         "keyframe": np.asarray(keyframe),
         "keep": index,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.configs import PolicyConfig
-from safe_pruner_jax.demonstrations import subtasks
-from safe_pruner_jax.observation import NormStats, Tokenizer, normalise
+from safe_pruner_jax.libero.demonstrations import subtasks
+from safe_pruner_jax.robots.transform import PolicyConfig
+from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, normalise
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 WAYPOINT = 6
@@ -63,7 +63,7 @@ def norm_stats(demos: Sequence[Any]) -> dict[str, NormStats]:
 def make_samples(
     demos: Sequence[Any], config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Tokenizer
 ) -> Samples:
-    """Demonstrations (see `demonstrations.Demo`) as samples of one policy.
+    """Demonstrations (see `libero.demonstrations.Demo`) as samples of one policy.
 
     Args:
       demos: with `images`, `state` [T, ·], `actions` [T, ·], `prompt`; images already of the model's size.

@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from safe_pruner_jax import compiling
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.engine import xla
 from safe_pruner_jax.model import flow
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
@@ -243,7 +243,7 @@ def fit(
     if manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     state = jax.device_put(state, placed)
-    update = compiling.jit(
+    update = xla.jit(
         partial(train_step, config, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
     )
     evaluate = jax.jit(lambda p, b, k: losses_of(p, config, b, k, s.draws, False))

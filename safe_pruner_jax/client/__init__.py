@@ -1,0 +1,1 @@
+"""A robot's side: chunks used while the next one is computed."""

@@ -1,0 +1,1 @@
+"""Model and pruner together: programs, state between control steps, dispatch, cost, and how XLA compiles them."""

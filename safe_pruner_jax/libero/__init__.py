@@ -1,0 +1,1 @@
+"""LIBERO: simulator, environment, scripted expert, demonstrations."""

@@ -1,0 +1,1 @@
+"""From raw requests to replies: one robot's episode, many robots, loading, and what identifies a policy."""

@@ -1,0 +1,1 @@
+"""The border to the robots: requests in, actions out, openpi's named configurations."""
