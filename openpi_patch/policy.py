@@ -1,7 +1,7 @@
 """`prune`: openpi's `Policy` in, the same interface with this package's engine inside out."""
 
 import logging
-import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +13,22 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO
+from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, Robot
 from safe_pruner_jax.robots.transforms import Example, resize_with_pad
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 logger = logging.getLogger(__name__)
+
+MakeRequest = Callable[[np.random.Generator], dict]
+
+ROBOTS: dict[str, Robot] = {"LiberoInputs": LIBERO, "DroidInputs": DROID, "AlohaInputs": ALOHA}
+"""Name of openpi's transform that reads a robot's request → the robot."""
+
+
+def robot_of(transform: Any) -> Robot | None:
+    """The robot whose requests openpi's transforms take; None where they are of another robot."""
+    names = [type(part).__name__ for part in getattr(transform, "transforms", (transform,))]
+    return next((ROBOTS[name] for name in names if name in ROBOTS), None)
 
 
 class OpenpiTransform:
@@ -26,28 +37,26 @@ class OpenpiTransform:
     Args:
       policy: openpi's.
       config: sizes of its model.
+      example: makes a request that the transforms take; None takes that of openpi's robot (`robot_of`).
     """
 
-    def __init__(self, policy: Any, config: Pi0Config):
+    def __init__(self, policy: Any, config: Pi0Config, example: MakeRequest | None = None):
         self._input, self._output, self._model = policy._input_transform, policy._output_transform, config
+        robot = robot_of(self._input)
+        self._example = robot.example if example is None and robot is not None else example
 
-    @property
-    def config(self) -> Any:
-        """Has `robot.example(rng)`, a request that the transforms take; found when it is first needed.
+    def example(self, rng: np.random.Generator) -> dict:
+        """A request to warm up with.
 
         Raises:
-          PatchError: none of openpi's robots fits.
+          PatchError: the transforms are none of openpi's robots, and no example was given.
         """
-        for robot in (LIBERO, DROID, ALOHA):
-            try:
-                self.prepare(robot.example(np.random.default_rng(0)) | {"prompt": "warm up"})
-                return types.SimpleNamespace(robot=robot)
-            except Exception:  # another robot's transforms: they fail in their own ways
-                continue
-        raise PatchError(
-            "expected transforms of LIBERO, DROID or ALOHA, got others: there is no request to warm up with; "
-            "call infer once before robots connect"
-        )
+        if self._example is None:
+            raise PatchError(
+                f"expected transforms of openpi's {', '.join(ROBOTS)}, got others: there is no request to warm up "
+                "with; give prune(..., example=...), or call infer once before robots connect"
+            )
+        return self._example(rng)
 
     def prepare(self, request: dict) -> tuple[Example, np.ndarray]:
         """The network's input, and the transformed state that openpi's output transforms read."""
@@ -119,6 +128,7 @@ def prune(
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS,
     describe: bool = True,
     free: bool = False,
+    example: MakeRequest | None = None,
     **choices: Any,
 ) -> PrunedPolicy:
     """A pruned policy on the transforms, arguments and weights of openpi's.
@@ -133,6 +143,7 @@ def prune(
       prompt_lengths: static prompt lengths; each compiles when it is first needed.
       describe: add `pruning` to replies.
       free: free what is not shared; `policy` itself cannot infer any more.
+      example: makes a request that the transforms take, to warm up with; not needed for openpi's own robots.
       **choices: of the pruner, for example keep=0.2.
 
     Raises:
@@ -152,7 +163,7 @@ def prune(
     logger.info("%d of %d parameters share openpi's buffers", len(shared(params, engine.weights)), _count(params))
     if free:
         logger.info("freed %.1f MB of openpi's stacked layers", release(params, engine.weights) / 1e6)
-    inner = Policy(engine, OpenpiTransform(policy, config), prompt_lengths=prompt_lengths, describe=describe)
+    inner = Policy(engine, OpenpiTransform(policy, config, example), prompt_lengths=prompt_lengths, describe=describe)
     inner.metadata = dict(policy.metadata)
     return PrunedPolicy(inner, policy.metadata, _key(policy))
 

@@ -83,12 +83,12 @@ def main() -> int:
     from openpi_patch.policy import OpenpiTransform
     from openpi_patch.weights import parameters, sizes
 
-    robot = OpenpiTransform(policy, sizes(policy._model, parameters(policy._model))).config.robot
+    transform = OpenpiTransform(policy, sizes(policy._model, parameters(policy._model)))
     rng = np.random.default_rng(args.seed)
-    requests = [robot.example(rng) | {"prompt": f"do something, step {step % 2}"} for step in range(args.steps)]
+    requests = [transform.example(rng) | {"prompt": f"do something, step {step % 2}"} for step in range(args.steps)]
     rows, dtype = compare(policy, "full", requests, args.seed)
     tolerance = TOLERANCES[dtype] if args.tolerance is None else args.tolerance
-    print(f"{robot.name}, activations in {dtype}; milliseconds of first steps contain compilation")
+    print(f"activations in {dtype}; milliseconds of first steps contain compilation")
     print(table(rows))
     worst = max(difference / spread for difference, spread, *_ in rows)
     verdict = "equal" if worst <= tolerance else "NOT equal"

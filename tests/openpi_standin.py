@@ -39,6 +39,37 @@ class Embedding:
     embed_dtype = "float32"
 
 
+class LiberoInputs:
+    """By the name of openpi's transform; it does what all of openpi's do together."""
+
+    def __init__(self, io: RobotIO):
+        self._io = io
+
+    def __call__(self, request: dict) -> dict:
+        example, context = self._io.prepare(request)
+        tokens, mask = np.zeros(200, np.int32), np.zeros(200, bool)
+        tokens[: len(example.tokens)], mask[: len(example.tokens)] = example.tokens, True
+        return {
+            "image": example.images,
+            "image_mask": {name: np.bool_(alive) for name, alive in example.image_mask.items()},
+            "state": context.state,
+            "tokenized_prompt": tokens,
+            "tokenized_prompt_mask": mask,
+        }
+
+
+class Composite:
+    """Several transforms, one after the other."""
+
+    def __init__(self, transforms: list):
+        self.transforms = transforms
+
+    def __call__(self, data: dict) -> dict:
+        for transform in self.transforms:
+            data = transform(data)
+        return data
+
+
 class Policy:
     """openpi's interface. `infer` runs openpi's prefix and sampler with every slot, dead or not, and no engine."""
 
@@ -53,22 +84,11 @@ class Policy:
             load_norm_stats(DATA / "ckpt_tiny_pi05", config.asset_id),
             Tokenizer(DATA / "toy_sentencepiece.model", 200),
         )
+        self._input_transform = Composite([LiberoInputs(self._io)])
         self._sample_kwargs, self._metadata = sample_kwargs or {}, metadata or {}
         self._rng = rng if rng is not None else jax.random.key(0)
         self._is_pytorch_model = False
         self._params, self._config = params, config.model
-
-    def _input_transform(self, request: dict) -> dict:
-        example, context = self._io.prepare(request)
-        tokens, mask = np.zeros(200, np.int32), np.zeros(200, bool)
-        tokens[: len(example.tokens)], mask[: len(example.tokens)] = example.tokens, True
-        return {
-            "image": example.images,
-            "image_mask": {name: np.bool_(alive) for name, alive in example.image_mask.items()},
-            "state": context.state,
-            "tokenized_prompt": tokens,
-            "tokenized_prompt_mask": mask,
-        }
 
     def _output_transform(self, outputs: dict) -> dict:
         return self._io.finish(outputs["actions"], SimpleNamespace(state=outputs["state"]))

@@ -6,6 +6,7 @@ import socket
 import textwrap
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from test_fleet import request
 
 import openpi_patch.serve
 from openpi_patch import PatchError, prune
+from openpi_patch.policy import OpenpiTransform
 from openpi_patch.weights import parameters, shared, sizes
-from safe_pruner_jax.robots.robots import DROID
+from safe_pruner_jax.robots.robots import DROID, LIBERO
 from safe_pruner_jax.serving import running
 
 # openpi's client connects outside a `with`, which websockets deprecates since 17.1
@@ -127,6 +129,16 @@ def test_sizes_are_read_off_the_model(openpi):
 def test_a_request_of_another_robot_fails_as_in_openpi(pruned):
     with pytest.raises(Exception, match="observation/image"):
         pruned.infer(DROID.example(np.random.default_rng(0)))
+
+
+def test_a_robot_is_known_by_its_transforms_or_by_an_example(openpi):
+    known = OpenpiTransform(openpi, openpi._config)
+    assert set(known.example(np.random.default_rng(0))) == set(LIBERO.example(np.random.default_rng(0)))
+    other = SimpleNamespace(_input_transform=lambda request: request, _output_transform=None)
+    with pytest.raises(PatchError, match=r"give prune\(\.\.\., example=\.\.\.\)"):
+        OpenpiTransform(other, openpi._config).example(np.random.default_rng(0))
+    given = OpenpiTransform(other, openpi._config, lambda rng: {"prompt": "go"})
+    assert given.example(np.random.default_rng(0)) == {"prompt": "go"}
 
 
 # --- the server --------------------------------------------------------------------------------------------

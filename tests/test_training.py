@@ -343,7 +343,7 @@ def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, 
     run_train(Train(data=(file,), out=tmp_path / "large", init=str(checkpoint), image_size=56, settings=settings))
     monkeypatch.setitem(configs.CONFIGS, "mini_libero", dataclasses.replace(config, model=tiny(image_size=56)))
     policy = load_policy("mini_libero", tmp_path / "large" / "checkpoint", prompt_lengths=(16,))
-    request = policy.transform.config.robot.example(np.random.default_rng(0))
+    request = policy.transform.example(np.random.default_rng(0))
     assert np.isfinite(policy.session().infer(request)["actions"]).all()
 
 

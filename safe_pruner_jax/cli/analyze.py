@@ -270,7 +270,7 @@ def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
             if not 1 <= cut < config.depth:
                 logger.info("ℓs = %d left out: the model has %d layers", cut, config.depth)
                 continue
-            example, _ = policy.transform.prepare(policy.transform.config.robot.example(np.random.default_rng(0)))
+            example, _ = policy.transform.prepare(policy.transform.example(np.random.default_rng(0)))
             if args.rounds:
                 rows = cost.measure(weights, config, example, keeps=args.keeps, cut=cut, rounds=args.rounds)
             else:

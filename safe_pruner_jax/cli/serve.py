@@ -6,6 +6,7 @@ from typing import Literal
 from safe_pruner_jax.engine.xla import default_folder, keep_programs
 from safe_pruner_jax.policy.identity import SERVED, local_device
 from safe_pruner_jax.policy.spec import EnvMode, Method, Model
+from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Recorder, serve
 from safe_pruner_jax.serving.episodes import EpisodeRecorder
@@ -47,7 +48,7 @@ def run_serve(args: Serve, method: Method) -> None:
         keep_programs(args.programs or default_folder())
     method = args.fit(args.env.name, method)
     policy = args.load(args.env.name, method.make(), default_prompt=args.default_prompt, describe=method.describe)
-    if method.describe and policy.transform.config.robot == LIBERO:
+    if method.describe and get_config(args.named(args.env.name)[0]).robot == LIBERO:
         config = args.describe(args.env.name, method)
         config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
         policy.metadata[SERVED] = {"configuration": config.as_json(), "device": local_device()}

@@ -38,13 +38,14 @@ logger = logging.getLogger(__name__)
 class Transform(Protocol):
     """The border between one robot's client and the network, see `robots.transform.RobotIO`."""
 
-    config: Any  # has `robot.example(rng)`, a valid request
-
     def prepare(self, request: dict) -> tuple[Example, Any]:
         """Request → network input of one robot, and what `finish` needs later."""
 
     def finish(self, actions: np.ndarray, context: Any) -> dict:
         """Network actions [A, action_dim] → reply."""
+
+    def example(self, rng: np.random.Generator) -> dict:
+        """A request as this robot sends it, with invented values."""
 
 
 def layout_of(example: Example, config: Pi0Config, prompt_lengths: Sequence[int] = PROMPT_LENGTHS) -> PrefixLayout:
@@ -175,7 +176,7 @@ class Policy:
           real_time: also the programs of requests with `rtc`.
         """
         config = self.engine.config
-        request = self.transform.config.robot.example(np.random.default_rng(0))
+        request = self.transform.example(np.random.default_rng(0))
         example, _ = self.transform.prepare(request | {"prompt": "warm up"})
         cameras = layout_of(example, config).cameras
         for text in sorted({min(t, config.max_token_len) for t in self.prompt_lengths}):

@@ -153,3 +153,7 @@ class RobotIO:
             n = len(self.config.delta_mask)
             actions[:, :n] += np.where(self.config.delta_mask, state[:n], 0.0)
         return self.config.robot.output(actions)
+
+    def example(self, rng: np.random.Generator) -> dict:
+        """A request of this robot with invented values, to warm up with."""
+        return self.config.robot.example(rng)
