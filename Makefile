@@ -22,7 +22,7 @@ test: libero lint
 # openpi's pins matter for the model, the pruners and serving; the rest is tested on the newest versions
 NOT_PINNED := training evaluate evaluate_command records report demonstrations expert libero rollout demo bench \
 	analysis deviation trace notebooks sweep soak plotting promises access asynchronous flops plans peers peers_history \
-	coldstart layers cli scheduler rtc fleet new_pruner robots robot_io session control
+	coldstart layers cli scheduler rtc fleet new_pruner robots robot_io session control words
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero" -k "not a_change_of_any_parameter" \
 		$(NOT_PINNED:%=--ignore=tests/test_%.py) $(ARGS)
