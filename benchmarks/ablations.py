@@ -38,19 +38,11 @@ class Pair(NamedTuple):
     with_it: Callable[[], Any]
 
 
-class Prefix(NamedTuple):
-    """Random hidden rows of a prefix, with what its layers need."""
-
-    x: jax.Array
-    pos: jax.Array
-    mask: jax.Array
-
-
-def prefix_of(config: Pi0Config, slots: int) -> Prefix:
+def prefix_of(config: Pi0Config, slots: int) -> pi0.Rows:
     """`slots` alive rows of the language model's width."""
     x = jax.random.normal(jax.random.key(0), (1, slots, config.prefix.width)).astype(config.dtype)
     mask = jnp.ones((1, slots), bool)
-    return Prefix(x, pi0.positions(mask), mask)
+    return pi0.Rows(x, pi0.positions(mask), mask)
 
 
 def compiled(program: Callable, *arguments: Any, jit: Callable = jit) -> Callable[[], Any]:
@@ -73,9 +65,9 @@ def same(a: Any, b: Any, what: str) -> None:
 def layers_with(config: Pi0Config, layer: Callable, last_whole: bool = False) -> Callable:
     """(weights of all layers, prefix) → keys and values of all layers, through `layer`."""
 
-    def run(weights: Any, p: Prefix) -> list:
+    def run(weights: Any, p: pi0.Rows) -> list:
         c, x, out = config.prefix, p.x, []
-        rotation = gemma.rope(p.pos, c.head_dim)
+        rotation = gemma.rope(p.positions, c.head_dim)
         own = p.mask[:, :, None] & p.mask[:, None, :]
         for i, w in enumerate(weights):
             if i == config.depth - 1 and not last_whole:
@@ -124,9 +116,9 @@ def through_dot_product_attention(c: Any, w: gemma.LayerWeights, x: jax.Array, r
 def scanned(config: Pi0Config) -> Callable:
     """All layers but the last as a scan over stacked weights, as openpi runs them."""
 
-    def run(weights: tuple[Any, Any], p: Prefix) -> tuple:
+    def run(weights: tuple[Any, Any], p: pi0.Rows) -> tuple:
         c, (stack, last) = config.prefix, weights
-        rotation = gemma.rope(p.pos, c.head_dim)
+        rotation = gemma.rope(p.positions, c.head_dim)
         own = p.mask[:, :, None] & p.mask[:, None, :]
         x, kv = jax.lax.scan(lambda x, w: gemma.layer(c, w, x, rotation, own)[:2], p.x, stack)
         return kv, gemma.keys_and_values(c, last, x, rotation)
@@ -138,21 +130,21 @@ def denoise(config: Pi0Config, how: Literal["scan", "unrolled", "adaptive"]) -> 
     """(weights, raw adaptive parameters, segments, noise) → actions, the loop in one of three forms."""
 
     def run(weights: pi0.Weights, adaptive: Any, segments: tuple, noise: jax.Array) -> jax.Array:
-        count = jnp.full(noise.shape[0], segments[0].k.shape[1], jnp.int32)
+        prefix = pi0.Prefix(segments, jnp.full(noise.shape[0], segments[0].k.shape[1], jnp.int32))
         if how == "scan":
-            return pi0.sample(weights, config, segments, count, noise[:, 0], noise)[0]
+            return pi0.sample(weights, config, prefix, noise[:, 0], noise)[0]
         times = weights.schedule.times
         x = noise
         if how == "unrolled":
             for i in range(times.shape[0]):
                 at = jax.tree.map(lambda a, i=i: a[i], weights.schedule)
-                x = x - pi0.velocity(weights, config, segments, count, noise[:, 0], x, at)[0] / times.shape[0]
+                x = x - pi0.velocity(weights, config, prefix, noise[:, 0], x, at)[0] / times.shape[0]
             return x
 
         def step(x: jax.Array, cond: jax.Array) -> tuple:
             made = [gemma.Modulation(*(cond @ kernel for kernel in pair)) for pair in adaptive["layers"]]
             at = weights.schedule.replace(times=None, cond=cond, mods=tuple(made), final=cond @ adaptive["final"])
-            return x - pi0.velocity(weights, config, segments, count, noise[:, 0], x, at)[0] / times.shape[0], None
+            return x - pi0.velocity(weights, config, prefix, noise[:, 0], x, at)[0] / times.shape[0], None
 
         return jax.lax.scan(step, x, weights.schedule.cond)[0]
 

@@ -102,13 +102,12 @@ class Policy:
         noise = jnp.asarray(noise).reshape(1, c.action_horizon, c.action_dim)
         weights = pi0.prepare(self._params, c, num_steps=self._sample_kwargs.get("num_steps", 10))
         images = jnp.stack([inputs["image"][name] for name in c.cameras])[None]
-        visual = jnp.repeat(jnp.array([bool(inputs["image_mask"][name]) for name in c.cameras]), c.tokens_per_camera)
-        mask = jnp.concatenate([visual, inputs["tokenized_prompt_mask"]])[None]
-        prompt = pi0.embed_prompt(weights, c, jnp.asarray(inputs["tokenized_prompt"])[None])
-        x = jnp.concatenate([pi0.embed_images(weights, c, images), prompt], axis=1)
-        _, segments, _ = pi0.prefix_layers(weights, c, x, pi0.positions(mask), mask, range(c.depth))
+        cameras = jnp.array([[bool(inputs["image_mask"][name]) for name in c.cameras]])
+        prompt = (jnp.asarray(inputs[key])[None] for key in ("tokenized_prompt", "tokenized_prompt_mask"))
+        rows = pi0.embed_prefix(weights, c, images, cameras, *prompt)
+        _, segments, _ = pi0.prefix_layers(weights, c, rows, range(c.depth))
         state = jnp.asarray(inputs["state"])[None]
-        actions, _ = pi0.sample(weights, c, segments, mask.sum(1, dtype=jnp.int32), state, noise)
+        actions, _ = pi0.sample(weights, c, pi0.Prefix(segments, rows.count), state, noise)
         return self._output_transform({"state": inputs["state"], "actions": np.asarray(actions[0])}) | {
             "policy_timing": {"infer_ms": 0.0}
         }

@@ -218,24 +218,25 @@ def test_pruning_is_masking_after_the_cut(ref, engine, scenes):
 
     @jax.jit
     def masked(weights, carry, kept, positions, count):
-        mask = carry.mask & jnp.concatenate([kept, jnp.ones((1, SLOTS), bool)], axis=1)
+        mask = carry.rows.mask & jnp.concatenate([kept, jnp.ones((1, SLOTS), bool)], axis=1)
         after = range(CUT, config.depth)
-        _, segments, _ = pi0.prefix_layers(weights, config, carry.x, positions, mask, after)
-        return pi0.sample(weights, config, carry.segments + segments, count, carry.state, carry.noise)[0]
+        _, segments, _ = pi0.prefix_layers(weights, config, pi0.Rows(carry.rows.x, positions, mask), after)
+        prefix = pi0.Prefix(carry.segments + segments, count)
+        return pi0.sample(weights, config, prefix, carry.state, carry.noise)[0]
 
     kept = np.zeros((1, 512), bool)
     kept[0, np.asarray(carry.selection.index[0])[np.asarray(carry.selection.alive[0])]] = True
     assert kept.sum() == 102
-    alive = np.asarray(carry.mask)
+    alive = np.asarray(carry.rows.mask)
     count = alive.sum(1, dtype=np.int32)
     assert count == 512 + 37
     run = partial(masked, engine.weights, carry, kept)
-    close(run(np.asarray(carry.positions), count), got)
+    close(run(np.asarray(carry.rows.positions), count), got)
     # what renumbering would give is something else
     left = alive & np.concatenate([kept, np.ones((1, SLOTS), bool)], axis=1)
     renumbered = (np.cumsum(left, axis=1) - 1).astype(np.int32)
     assert np.abs(run(renumbered, count) - got).max() > 1e-2
-    assert np.abs(run(np.asarray(carry.positions), left.sum(1, dtype=np.int32)) - got).max() > 1e-2
+    assert np.abs(run(np.asarray(carry.rows.positions), left.sum(1, dtype=np.int32)) - got).max() > 1e-2
 
 
 # Batches

@@ -151,7 +151,7 @@ def test_every_denoise_step_costs_one_velocity(pi05):
     at = jax.eval_shape(lambda w: jax.tree.map(lambda a: a[0], w.schedule), weights)
     noise = s((1, config.action_horizon, config.action_dim), jnp.float32)
     step = lambda w, *args: pi0.velocity(w, config, *args)[0]
-    counted_by_xla = counted(step, weights, prefix, s((1,), jnp.int32), inputs.state, noise, at)
+    counted_by_xla = counted(step, weights, pi0.Prefix(prefix, s((1,), jnp.int32)), inputs.state, noise, at)
 
     cost = lambda steps: flops.exact_flops(config, plan, LAYOUT, pruned=True, num_steps=steps)
     ours = 2 * (cost(10).total - cost(1).total) / 9

@@ -75,9 +75,9 @@ def test_denoise_steps_with_kernels_are_those_without(model):
         for i in range(3)
     )
     segments = tuple(s.replace(mask=jnp.broadcast_to(s.mask, (2, 1, keys))) for s in segments)
-    alive, noise = jnp.full(2, 39), draw(20, 2, 4, 8)
+    prefix, noise = pi0.Prefix(segments, jnp.full(2, 39)), draw(20, 2, 4, 8)
     late = {"visual_alive": jnp.ones((2, 32), bool), "late_layers": (1,)}
-    run = lambda c: pi0.sample(weights, c, segments, alive, noise[:, 0], noise, **late)
+    run = lambda c: pi0.sample(weights, c, prefix, noise[:, 0], noise, **late)
     want = run(config)
     for names in (kernels.NAMES[:1], kernels.NAMES[1:], kernels.NAMES):
         actions, saliency = run(config.replace(kernels=names))
@@ -120,7 +120,7 @@ def test_the_tuner_keeps_what_is_faster(model, caplog):
 def test_the_tuner_leaves_out_what_breaks_or_lies(model, caplog, monkeypatch):
     config, weights = model
 
-    def breaks(*args):
+    def breaks(*args, **named):
         raise RuntimeError("no such target\nlong trace")
 
     monkeypatch.setattr(kernels, "attention", breaks)

@@ -23,12 +23,10 @@ DATA = Path(__file__).parent / "data"
 def run(params, config, images, camera_mask, tokens, token_mask, state, noise):
     """Velocity at t = 1 and the keys and values of every layer, from raw parameters."""
     weights = pi0.prepare(params, config, num_steps=3)
-    z = pi0.embed_images(weights, config, images)
-    x = jnp.concatenate([z, pi0.embed_prompt(weights, config, tokens)], axis=1)
-    mask = jnp.concatenate([jnp.repeat(camera_mask, config.tokens_per_camera, 1), token_mask], axis=1)
-    _, segments, _ = pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(config.depth))
+    rows = pi0.embed_prefix(weights, config, images, camera_mask, tokens, token_mask)
+    _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
     at = jax.tree.map(lambda a: a[0], weights.schedule)
-    v, _ = pi0.velocity(weights, config, segments, mask.sum(1), state, noise, at)
+    v, _ = pi0.velocity(weights, config, pi0.Prefix(segments, rows.count), state, noise, at)
     return v, segments
 
 
@@ -171,12 +169,12 @@ def test_the_last_prefix_layer_computes_keys_and_values_only():
     mask = jnp.ones((2, 7), bool)
     pos = pi0.positions(mask)
     products = lambda layers: dots(
-        jax.make_jaxpr(lambda x: pi0.prefix_layers(weights, config, x, pos, mask, layers))(x).jaxpr
+        jax.make_jaxpr(lambda x: pi0.prefix_layers(weights, config, pi0.Rows(x, pos, mask), layers))(x).jaxpr
     )
     assert products(range(1, 2)) == 6  # qkv, q·k, p·v, out, gate_up, down
     assert products(range(2, 3)) == 1
     assert products(range(3)) == 13
-    after, (segment,), logits = pi0.prefix_layers(weights, config, x, pos, mask, range(2, 3), (2,))
+    after, (segment,), logits = pi0.prefix_layers(weights, config, pi0.Rows(x, pos, mask), range(2, 3), (2,))
     assert after is x and logits == {}
     own = mask[:, :, None] & mask[:, None, :]
     _, (k, v), _ = gemma.layer(config.prefix, weights.prefix[2], x, gemma.rope(pos, 6), own)
@@ -191,7 +189,7 @@ def test_upright_matrices_compute_the_same():
     assert isinstance(upright.prefix[0].gate_up, Upright) and upright.prefix[0].gate_up.values.shape == (40, 12)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 12)), jnp.float32)
     mask = jnp.ones((2, 7), bool)
-    go = lambda weights: pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(2))[0]
+    go = lambda weights: pi0.prefix_layers(weights, config, pi0.Rows(x, pi0.positions(mask), mask), range(2))[0]
     np.testing.assert_allclose(go(upright), go(plain), rtol=1e-5, atol=1e-5)
     as_int8 = [quantisation.reduce(weights, "int8").prefix for weights in (plain, upright)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *as_int8)
@@ -204,7 +202,7 @@ def test_layer_ranges_compose():
     mask = jnp.array([[True, True, False, True, True]])
     pos = pi0.positions(mask)
     assert pos.tolist() == [[0, 1, 1, 2, 3]]
-    go = lambda x, layers: pi0.prefix_layers(weights, config, x, pos, mask, layers, (0, 1))
+    go = lambda x, layers: pi0.prefix_layers(weights, config, pi0.Rows(x, pos, mask), layers, (0, 1))
     whole, segments, logits = go(x, range(3))
     half, first, one = go(x, range(1))
     rest, second, two = go(half, range(1, 3))

@@ -111,9 +111,8 @@ def close(got, want, atol=1e-4):
 def masked_step(engine, weights, before, x, carry):
     """A pruned step on all slots: actions, late saliency, keys and values, and who ran after each cut."""
     plan, c = engine.plan, CONFIG.prefix
-    mask, B = carry.mask, carry.mask.shape[0]
-    z = pi0.embed_images(weights, CONFIG, x.images)
-    h = jnp.concatenate([z, pi0.embed_prompt(weights, CONFIG, x.tokens)], axis=1)
+    mask, B = carry.rows.mask, carry.rows.mask.shape[0]
+    h = pi0.embed_prefix(weights, CONFIG, x.images, x.camera_mask, x.tokens, x.token_mask).x
     rotation = gemma.rope(pi0.positions(mask), c.head_dim)
     running, text = mask[:, :N], mask[:, N:]
     state, selection = carry.control.pruner, carry.selection
@@ -148,8 +147,7 @@ def masked_step(engine, weights, before, x, carry):
     actions, late = pi0.sample(
         weights,
         CONFIG,
-        tuple(segments),
-        mask.sum(1, dtype=jnp.int32),
+        pi0.Prefix(tuple(segments), mask.sum(1, dtype=jnp.int32)),
         carry.state,
         carry.noise,
         visual_alive=mask[:, :N],
@@ -230,7 +228,7 @@ def test_merged_tokens_are_means_of_what_was_dropped(engines):
     for t, before, _, _, _ in play(engine, (0,)):
         carry = engine.shallow(engine.weights, before, inputs((0,), t), None)
         index = np.asarray(carry.selection.index[0])
-        rows, held = np.asarray(carry.selection.rows[0]), np.asarray(carry.x[0, :N])
+        rows, held = np.asarray(carry.selection.rows[0]), np.asarray(carry.rows.x[0, :N])
         changed = np.abs(rows - held[index]).max(1) > 1e-6
         assert 0 < changed.sum() < len(index) / 2
         dropped = np.setdiff1d(np.arange(N), index[~changed])
@@ -329,15 +327,10 @@ def test_saliency_of_rows_is_saliency_of_slots(engines):
     control = engine.init((2,), 2)
     x = inputs((2,), 0)
     _, after, _ = engine.step(control, x)
-    carry = engine.shallow(engine.weights, control, x, None)
-    h = jnp.concatenate(
-        [pi0.embed_images(engine.weights, CONFIG, x.images), pi0.embed_prompt(engine.weights, CONFIG, x.tokens)], axis=1
-    )
+    rows = pi0.embed_prefix(engine.weights, CONFIG, x.images, x.camera_mask, x.tokens, x.token_mask)
     layers = [c.layer for c in engine.plan.remember]
-    run = jax.jit(
-        lambda h: pi0.prefix_layers(engine.weights, CONFIG, h, carry.positions, carry.mask, range(4), (2,))[2]
-    )
-    logits = run(h)
+    run = jax.jit(lambda rows: pi0.prefix_layers(engine.weights, CONFIG, rows, range(4), (2,))[2])
+    logits = run(rows)
     assert layers == [2, CONFIG.depth - 2]
     for layer, got in zip(layers, after.past, strict=True):
         p = np.asarray(jax.nn.softmax(logits[layer][0], axis=-1)).mean(0)

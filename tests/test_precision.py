@@ -70,9 +70,12 @@ def test_a_model_keeps_its_actions_within_the_rounding(tiny, to):
     mask = jnp.ones((1, 20), bool)
 
     def actions(w):
-        _, segments, _ = pi0.prefix_layers(w, config, x, pi0.positions(mask), mask, range(config.depth))
+        rows = pi0.Rows(x, pi0.positions(mask), mask)
+        _, segments, _ = pi0.prefix_layers(w, config, rows, range(config.depth))
         noise = jax.random.normal(jax.random.key(3), (1, config.action_horizon, config.action_dim))
-        return np.asarray(pi0.sample(w, config, segments, mask.sum(1), jnp.zeros((1, config.action_dim)), noise)[0])
+        return np.asarray(
+            pi0.sample(w, config, pi0.Prefix(segments, rows.count), jnp.zeros((1, config.action_dim)), noise)[0]
+        )
 
     exact, got = actions(weights), actions(small)
     error = np.abs(got - exact).max() / np.abs(exact).max()

@@ -79,13 +79,13 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
     weights = pi0.prepare(params, config)
     for b in range(B):
         row = [a[b : b + 1] for a in observed]
-        x = jnp.concatenate([pi0.embed_images(weights, config, row[0]), pi0.embed_prompt(weights, config, row[2])], 1)
-        alive = np.concatenate([np.repeat(row[1], 4, 1), row[3]], 1)
-        _, segments, _ = pi0.prefix_layers(weights, config, x, pi0.positions(alive), alive, range(config.depth))
+        rows = pi0.embed_prefix(weights, config, *row[:4])
+        _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
+        prefix = pi0.Prefix(segments, rows.count)
         for d in range(draws):
             at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [times[b, d]]))
             x_t = times[b, d] * noise[b, d] + (1 - times[b, d]) * actions[b]
-            v, _ = pi0.velocity(weights, config, segments, alive.sum(1), row[4], x_t[None].astype(np.float32), at)
+            v, _ = pi0.velocity(weights, config, prefix, row[4], x_t[None].astype(np.float32), at)
             want = np.square(v[0] - (noise[b, d] - actions[b])).mean(-1)
             np.testing.assert_allclose(loss[b, d], want, rtol=2e-3)
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.engine.engine import Inputs
-from safe_pruner_jax.engine.programs import draw_noise
+from safe_pruner_jax.engine.programs import draw_noise, embed
+from safe_pruner_jax.engine.state import Inputs, visual_slots
 from safe_pruner_jax.libero.demonstrations import subtasks
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
@@ -110,27 +110,26 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
     """
     following, own = jax.random.split(key)
     noise = draw_noise(config, own)[None]
-    z = pi0.embed_images(weights, config, inputs.images)
-    x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
-    alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
-    n, queried = alive.shape[1], range(config.depth - 1)
-    mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
-    position = pi0.positions(mask)
-    _, segments, logits = pi0.prefix_layers(weights, config, x, position, mask, range(config.depth), tuple(queried))
-    count = mask.sum(1, dtype=jnp.int32)
+    embedded = embed(weights, config, inputs)
+    n, queried = visual_slots(config, inputs), range(config.depth - 1)
+    alive = embedded.mask[:, :n]
+    _, segments, logits = pi0.prefix_layers(weights, config, embedded, range(config.depth), tuple(queried))
+    prefix = pi0.Prefix(segments, embedded.count)
     rows = inputs.token_mask[0]
     final = jnp.arange(rows.shape[0]) == rows.sum() - 1
-    reduce = lambda rows, over: jnp.stack([saliency(logits[l][0, :, n:], rows, alive[0], over=over) for l in queried])
     layers: Layers = tuple(range(config.depth))
 
+    def reduce(rows: Array, over: str) -> Array:
+        return jnp.stack([saliency(logits[l][0, :, n:], rows, alive[0], over=over) for l in queried])
+
     def denoise(x_t: Array, at: pi0.Schedule) -> tuple[Array, Array]:
-        v, seen = pi0.velocity(weights, config, segments, count, inputs.state, x_t, at, layers)
+        v, seen = pi0.velocity(weights, config, prefix, inputs.state, x_t, at, logits_of=layers)
         now = jnp.stack([pi0.action_saliency(config, seen[l], alive)[0] for l in layers])
         return x_t - v / weights.schedule.times.shape[0], now
 
     actions, expert = jax.lax.scan(denoise, noise, weights.schedule)
     seen = {
-        "visual": z[0].astype(jnp.float32),
+        "visual": embedded.x[0, :n].astype(jnp.float32),
         "alive": alive[0],
         "expert": expert,
         "text": reduce(rows, "visual"),

@@ -30,8 +30,10 @@ import numpy as np
 
 from safe_pruner_jax.bench.machine import Limits
 from safe_pruner_jax.engine import xla
-from safe_pruner_jax.engine.engine import Engine, Inputs
+from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.engine.flops import exact_flops, keys_per_layer, tokens_per_layer
+from safe_pruner_jax.engine.programs import embed
+from safe_pruner_jax.engine.state import Inputs
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
@@ -214,13 +216,14 @@ def _marks(engine: Engine, control: Any, inputs: Inputs, keys: Sequence[int], pr
     B, c = inputs.tokens.shape[0], config.prefix
     ones = lambda n: jnp.ones((B, n, c.num_kv_heads, c.head_dim), config.dtype)
     segments = tuple(Segment(ones(n), ones(n), jnp.ones((B, 1, n), bool)) for n in keys)
-    noise, count = jnp.ones((B, config.action_horizon, config.action_dim)), jnp.full(B, max(keys), jnp.int32)
+    prefix = pi0.Prefix(segments, jnp.full(B, max(keys), jnp.int32))
+    noise = jnp.ones((B, config.action_horizon, config.action_dim))
     programs: dict[str, tuple[Any, tuple]] = {
         "vision": (_vision(config), (weights, inputs)),
         "before": (_before(config, engine.plan.cut.layer if engine.plan.cut else 0), (weights, inputs)),
         "decided": (engine.shallow, (weights, control, inputs, None)),
         "second": (engine.second[pruned], (weights, carry)),
-        "denoise": (_denoise(config), (weights, segments, count, inputs.state, noise)),
+        "denoise": (_denoise(config), (weights, prefix, inputs.state, noise)),
     }
     facts["xla_flops"], facts["xla_bytes"], marks = {}, {}, {}
     for name, (program, arguments) in programs.items():
@@ -239,18 +242,14 @@ def _vision(config: Pi0Config) -> Callable:
 @functools.cache
 def _before(config: Pi0Config, cut: int) -> Callable:
     def run(weights: pi0.Weights, inputs: Inputs) -> Any:
-        z = pi0.embed_images(weights, config, inputs.images)
-        x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
-        alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
-        mask = jnp.concatenate([alive, inputs.token_mask], axis=1)
-        return pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(cut))[:2]
+        return pi0.prefix_layers(weights, config, embed(weights, config, inputs), range(cut))[:2]
 
     return xla.jit(run)
 
 
 @functools.cache
 def _denoise(config: Pi0Config) -> Callable:
-    return xla.jit(lambda weights, segments, count, *rest: pi0.sample(weights, config, segments, count, *rest)[0])
+    return xla.jit(lambda weights, *rest: pi0.sample(weights, config, *rest)[0])
 
 
 def _wait(program: Callable, arguments: tuple) -> None:

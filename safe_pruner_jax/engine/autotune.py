@@ -94,7 +94,8 @@ def _example(config: Pi0Config, keys: int, robots: int) -> tuple:
     kv = draw(0, robots, keys, c.num_kv_heads, c.head_dim).astype(config.dtype)
     segment = Segment(kv, kv, jnp.ones((robots, 1, keys), bool))
     noise = draw(1, robots, config.action_horizon, config.action_dim)
-    return (segment,) * config.depth, jnp.full(robots, keys, jnp.int32), jnp.zeros_like(noise[:, 0]), noise
+    prefix = pi0.Prefix((segment,) * config.depth, jnp.full(robots, keys, jnp.int32))
+    return prefix, jnp.zeros_like(noise[:, 0]), noise
 
 
 def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, arguments: tuple, clock) -> Finding:

@@ -11,24 +11,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.model import pi0
 from safe_pruner_jax.pruners.base import Capture
 from safe_pruner_jax.tokens import gather, saliency, spread, visual_attention
 
 
 @struct.dataclass
-class Rows:
-    """Prefix rows that run: k visual rows, then the prompt.
+class Rows(pi0.Rows):
+    """Prefix rows that run, k visual rows and then the prompt, and where they come from.
 
     Args:
-      x: [B, k+T, d] hidden rows.
-      positions: [B, k+T] int32 RoPE positions.
-      mask: [B, k+T] bool.
       slots: [B, k] int32, the visual slot of each of the first k rows.
     """
 
-    x: Array
-    positions: Array
-    mask: Array
     slots: Array
 
     @property
@@ -76,10 +71,12 @@ def read(c: Capture, logits: Array, rows: Rows, n: int, keys: Array) -> Array:
         p = jax.nn.softmax(logits, axis=-1).mean(1)
         entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
         return (rows.mask * entropy).sum(1) / jnp.maximum(rows.mask.sum(1), 1)
-    if c.rows == "to_text":
-        p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:].mean(1)
-        p = (p * text[:, None, :]).sum(-1) / jnp.maximum(text.sum(1), 1)[:, None]
-        return rows.in_slots(jnp.where(rows.alive, p, 0.0), n)
+    if c.rows in ("to_text", "heads_to_text"):
+        p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:]
+        p = (p.mean(1) if c.rows == "to_text" else jnp.moveaxis(p, 1, -2)) * _beside(text, c.rows)
+        p = p.sum(-1) / _beside(jnp.maximum(text.sum(1), 1), c.rows)
+        s = rows.in_slots(jnp.where(rows.alive.reshape(*rows.alive.shape, *[1] * (p.ndim - 2)), p, 0.0), n)
+        return s if c.rows == "to_text" else s.swapaxes(1, 2)
     source, weight = logits[:, :, k:], text
     if c.rows == "last":
         weight = jnp.arange(T) == text.sum(1, keepdims=True) - 1
@@ -94,9 +91,10 @@ def read(c: Capture, logits: Array, rows: Rows, n: int, keys: Array) -> Array:
     return s.swapaxes(1, 2) if c.rows == "each" else s
 
 
-def everybody(x: Array, pos: Array, mask: Array, n: int) -> Rows:
+def everybody(rows: pi0.Rows, n: int) -> Rows:
     """All n visual slots and the prompt."""
-    return Rows(x, pos, mask, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (x.shape[0], n)))
+    slots = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (rows.x.shape[0], n))
+    return Rows(rows.x, rows.positions, rows.mask, slots)
 
 
 def patches(images: Array, patch: int) -> Array:

@@ -6,6 +6,7 @@
 `engine` compiles them. No method is known by name: a plan says what is captured, cut, reused and remembered.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from flax import struct
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine.capture import everybody, patches, read
-from safe_pruner_jax.engine.state import ControlState, Inputs
+from safe_pruner_jax.engine.state import ControlState, Inputs, visual_slots
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
@@ -28,14 +29,12 @@ from safe_pruner_jax.tokens import saliency
 class Carry:
     """Everything `shallow` hands to the second half of the step.
 
-    `past` are the remembered captures of layers before the cut, {place in the plan: array}; `evidence` is there for
-    later cuts only.
+    `rows` and `segments` are of the layers before the cut; `past` are the remembered captures of these layers, {place
+    in the plan: array}; `evidence` is there for later cuts only.
     """
 
-    x: Array
+    rows: pi0.Rows
     segments: tuple[Segment, ...]
-    mask: Array
-    positions: Array
     noise: Array
     state: Array
     selection: Selection
@@ -43,6 +42,12 @@ class Carry:
     past: dict[int, Array]
     evidence: Evidence | None
     guide: Guide | None = None
+
+
+def embed(weights: pi0.Weights, config: Pi0Config, inputs: Inputs) -> pi0.Rows:
+    """`pi0.embed_prefix` of inputs."""
+    seen = (inputs.images, inputs.camera_mask, inputs.tokens, inputs.token_mask)
+    return pi0.embed_prefix(weights, config, *seen)
 
 
 def shallow(
@@ -65,51 +70,68 @@ def shallow(
     Returns:
       The carry; its `control.since_full` counts the steps as evidence does (`NO_HISTORY` or ≥ 1).
     """
-    plan = pruner.plan
-    z = pi0.embed_images(weights, config, inputs.images)
-    prompt = pi0.embed_prompt(weights, config, inputs.tokens)
-    visual_alive = jnp.repeat(inputs.camera_mask, config.tokens_per_camera, axis=1)
-    mask = jnp.concatenate([visual_alive, inputs.token_mask], axis=1)
-    pos = pi0.positions(mask)
+    plan, n = pruner.plan, visual_slots(config, inputs)
+    embedded = embed(weights, config, inputs)
     before = range(plan.cut.layer if plan.cut else 0)
     wanted = _layers(plan.capture + plan.remember, before)
-    x = jnp.concatenate([z, prompt], axis=1)
-    x, segments, logits = pi0.prefix_layers(weights, config, x, pos, mask, before, wanted)
-    rows = everybody(x, pos, mask, visual_alive.shape[1])
-    see = lambda c: read(c, logits[c.layer], rows, visual_alive.shape[1], visual_alive)
+    x, segments, logits = pi0.prefix_layers(weights, config, embedded, before, wanted)
+    rows = everybody(embedded.replace(x=x), n)
+    see = lambda c: read(c, logits[c.layer], rows, n, rows.alive)
 
     keys = jax.vmap(jax.random.split)(control.key)
     if noise is None:
         noise = jax.vmap(partial(draw_noise, config))(keys[:, 1])
-    count = mask.sum(1, dtype=jnp.int32)
-    action = _action_saliency(config, plan, weights, segments, count, inputs.state, noise, visual_alive)
+    prefix = pi0.Prefix(segments, rows.count)
+    action = _action_saliency(config, plan, weights, prefix, inputs.state, noise=noise, alive=rows.alive)
     captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
 
-    kept_history = (control.since_full != NO_HISTORY) & (control.alive == visual_alive).all(1)
-    since = jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32)
+    evidence = _evidence(config, control, inputs, embedded, x[:, :n], key=keys[:, 1]).replace(saliency=captured)
+    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
+    control = control.replace(pruner=state, since_full=evidence.since_full, alive=rows.alive, key=keys[:, 0])
+    return Carry(
+        rows=embedded.replace(x=x),
+        segments=segments,
+        noise=noise,
+        state=inputs.state,
+        selection=selection,
+        control=control,
+        past={i: see(c) for i, c in enumerate(plan.remember) if c.layer in before},
+        evidence=evidence if plan.later else None,
+    )
+
+
+def _evidence(
+    config: Pi0Config, control: ControlState, inputs: Inputs, embedded: pi0.Rows, hidden: Array, *, key: Array
+) -> Evidence:
+    """What a pruner may look at but for the saliency, leading axis B; the history is void where other tokens live.
+
+    Args:
+      config, control, inputs: of the step.
+      embedded: rows before the first layer.
+      hidden: [B, n, d] visual rows before the cut.
+      key: [B] PRNG keys of this step.
+    """
+    n = hidden.shape[1]
+    alive = embedded.mask[:, :n]
+    kept_history = (control.since_full != NO_HISTORY) & (control.alive == alive).all(1)
     known = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
     camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
-    evidence = Evidence(
-        since_full=since,
-        visual=z,
-        alive=visual_alive,
-        running=visual_alive,
-        camera=jnp.broadcast_to(camera, visual_alive.shape),
-        saliency=captured,
+    return Evidence(
+        since_full=jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32),
+        visual=embedded.x[:, :n],
+        alive=alive,
+        running=alive,
+        camera=jnp.broadcast_to(camera, alive.shape),
+        saliency=(),
         late=known(control.late),
-        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys[:, 1]),
-        text=prompt,
+        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(key),
+        text=embedded.x[:, n:],
         text_alive=inputs.token_mask,
-        hidden=x[:, : visual_alive.shape[1]],
+        hidden=hidden,
         patches=patches(inputs.images, config.vision.patch),
         past=jax.tree.map(known, control.past),
         actions=known(control.actions),
     )
-    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
-    control = control.replace(pruner=state, since_full=since, alive=visual_alive, key=keys[:, 0])
-    past = {i: see(c) for i, c in enumerate(plan.remember) if c.layer in before}
-    kept = evidence if plan.later else None
-    return Carry(x, segments, mask, pos, noise, inputs.state, selection, control, past, kept)
 
 
 def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
@@ -123,20 +145,22 @@ def draw_noise(config: Pi0Config, key: Array) -> Array:
     return config.temperature * jax.random.normal(key, shape)[0]
 
 
-def _action_saliency(config, plan: Plan, weights, segments, count, state, noise, visual_alive) -> dict:
+def _action_saliency(
+    config: Pi0Config, plan: Plan, weights: pi0.Weights, prefix: pi0.Prefix, state: Array, *, noise: Array, alive: Array
+) -> dict[int, Callable[[str], Array]]:
     """{layer: over → [B, n] saliency of the action tokens at flow time 1} for the captures that ask for it."""
     actions = tuple(c.layer for c in plan.capture if c.rows == "action")
     if not actions:
         return {}
     first = jax.tree.map(lambda a: a[0], weights.schedule)
     tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
-    upto = segments[: max(actions) + 1]
-    _, expert = pi0.expert_layers(weights, config, tokens, upto, count, first.mods, actions)
+    upto = prefix.replace(segments=prefix.segments[: max(actions) + 1])
+    _, expert = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions)
     rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
 
     def of(layer: int, over: str) -> Array:
         source = expert[layer][:, :, -config.action_horizon :]
-        return jax.vmap(partial(saliency, over=over))(source, rows, visual_alive)
+        return jax.vmap(partial(saliency, over=over))(source, rows, alive)
 
     return {layer: partial(of, layer) for layer in actions}
 
@@ -161,14 +185,14 @@ def finish(
     actions, late = pi0.sample(
         weights,
         config,
-        carry.segments + deep.segments,
-        carry.mask.sum(1, dtype=jnp.int32),
+        pi0.Prefix(carry.segments + deep.segments, carry.rows.count),
         carry.state,
         carry.noise,
         visual_alive=control.alive,
         columns=deep.columns,
         late_layers=plan.late_layers if asked else (),
         late_steps=plan.late_steps,
+        late_over=plan.late_over,
         guide=carry.guide,
     )
     control = control.replace(
@@ -204,7 +228,7 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights,
     """The prefix layers from the first cut on, cut by cut."""
     plan, control = pruner.plan, carry.control
     n, state, past, columns = control.alive.shape[1], control.pruner, dict(carry.past), {}
-    rows = everybody(carry.x, carry.positions, carry.mask, n)
+    rows = everybody(carry.rows, n)
     reused = pruned and plan.dropped == "reuse"
     cuts = plan.cuts if pruned else plan.cuts[:1]
     starts = [c.layer for c in cuts] or [0]
@@ -217,9 +241,9 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights,
         reuse = None
         if reused:
             kv = {l: control.kv[l - plan.cut.layer] for l in layers}
-            reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.mask)
+            reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.rows.mask)
         wanted = _layers(captures + plan.remember, layers)
-        x, more, logits = pi0.prefix_layers(weights, config, rows.x, rows.positions, rows.mask, layers, wanted, reuse)
+        x, more, logits = pi0.prefix_layers(weights, config, rows, layers, wanted, reuse)
         rows, segments = rows.replace(x=x), segments + more
         keys = control.alive if reused else rows.alive
         see = lambda c, logits=logits, rows=rows, keys=keys: read(c, logits[c.layer], rows, n, keys)

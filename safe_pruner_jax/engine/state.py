@@ -3,6 +3,7 @@
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.pruners.base import State
 
 
@@ -23,6 +24,11 @@ class Inputs:
     tokens: Array
     token_mask: Array
     state: Array
+
+
+def visual_slots(config: Pi0Config, inputs: Inputs) -> int:
+    """n, the visual token slots of these inputs."""
+    return inputs.images.shape[1] * config.tokens_per_camera
 
 
 @struct.dataclass

@@ -8,24 +8,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.model import gemma, pi0
+from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
 
 
 @struct.dataclass
-class Prefix:
-    """What the expert reads of an observation.
+class Prefix(pi0.Prefix):
+    """What the expert reads of an observation, and the weights it reads it with.
 
     Args:
       weights: the model, prepared.
-      segments: keys and values of every layer.
-      alive: [B] int32, alive slots.
     """
 
     weights: pi0.Weights
-    segments: tuple[gemma.Segment, ...]
-    alive: Array
 
 
 def prefix(
@@ -37,13 +33,12 @@ def prefix(
       params: openpi's parameter tree.
       config: sizes.
       images: [B, C, S, S, 3] uint8, or float32 in [-1, 1] after augmentation.
-      camera_mask, tokens, token_mask: as in `engine.Inputs`.
+      camera_mask, tokens, token_mask: as in `pi0.embed_prefix`.
     """
     weights = pi0.prepare(params, config)
-    x = jnp.concatenate([pi0.embed_images(weights, config, images), pi0.embed_prompt(weights, config, tokens)], axis=1)
-    mask = jnp.concatenate([jnp.repeat(camera_mask, config.tokens_per_camera, axis=1), token_mask], axis=1)
-    _, segments, _ = pi0.prefix_layers(weights, config, x, pi0.positions(mask), mask, range(config.depth))
-    return Prefix(weights, segments, mask.sum(1, dtype=jnp.int32))
+    rows = pi0.embed_prefix(weights, config, images, camera_mask, tokens, token_mask)
+    _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
+    return Prefix(segments, rows.count, weights)
 
 
 def flow_loss(
@@ -69,7 +64,7 @@ def flow_loss(
         at = jax.tree.map(lambda a: a[:, None], pi0.schedule(params, config, t))
         mix = t[:, None, None]
         x_t = mix * noise + (1 - mix) * actions
-        v, _ = pi0.velocity(prefix.weights, config, prefix.segments, prefix.alive, state, x_t, at)
+        v, _ = pi0.velocity(prefix.weights, config, prefix, state, x_t, at)
         return jnp.square(v.astype(jnp.float32) - (noise - actions)).mean(-1)
 
     return jax.vmap(draw, in_axes=1, out_axes=1)(times, noise)

@@ -1,9 +1,9 @@
 """π0 and π0.5: prefix (images and prompt), action expert, flow-matching sampler.
 
     weights = prepare(params, config)                     once per checkpoint: split, fuse, precompute
-    z = embed_images(...), e = embed_prompt(...)          prefix tokens
-    x, kv, logits = prefix_layers(..., range(0, 18))      keys and values of every layer
-    actions, late = sample(...)                           10 Euler steps of the expert over those keys
+    rows = embed_prefix(weights, config, ...)             visual tokens and prompt, masks and positions
+    x, segments, logits = prefix_layers(..., rows, ...)   keys and values of every layer
+    actions, late = sample(..., Prefix(segments, alive))  10 Euler steps of the expert over those keys
 
 The expert reads the prefix's keys and values layer by layer, so the prefix may have another length in every
 layer: that is all pruning needs. Time enters through a `Schedule` that depends on the flow times and the
@@ -154,6 +154,56 @@ def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndar
 # --- prefix -------------------------------------------------------------------------------------------------
 
 
+@struct.dataclass
+class Rows:
+    """Rows of the prefix that run through its layers: visual tokens, then the prompt.
+
+    Args:
+      x: [B, P, d] hidden rows, activation dtype.
+      positions: [B, P] int32 RoPE positions; they need not be contiguous.
+      mask: [B, P] bool, alive rows.
+    """
+
+    x: Array
+    positions: Array
+    mask: Array
+
+    @property
+    def count(self) -> Array:
+        """[B] int32 alive rows."""
+        return self.mask.sum(1, dtype=jnp.int32)
+
+
+@struct.dataclass
+class Prefix:
+    """What the expert reads of an observation.
+
+    Args:
+      segments: keys and values of layers 0, 1, …; they may have another length in every layer.
+      alive: [B] int32, alive slots of the *unpruned* prefix: the position of the first suffix row.
+    """
+
+    segments: tuple[gemma.Segment, ...]
+    alive: Array
+
+
+def embed_prefix(
+    weights: Weights, config: Pi0Config, images: Array, camera_mask: Array, tokens: Array, token_mask: Array
+) -> Rows:
+    """The rows that enter the first layer: visual tokens camera by camera, then the prompt.
+
+    Args:
+      weights, config: the model.
+      images: [B, C, S, S, 3] uint8, or float32 in [-1, 1] after augmentation.
+      camera_mask: [B, C] bool; a camera's tokens are alive together.
+      tokens: [B, T] int32.
+      token_mask: [B, T] bool.
+    """
+    x = jnp.concatenate([embed_images(weights, config, images), embed_prompt(weights, config, tokens)], axis=1)
+    mask = jnp.concatenate([jnp.repeat(camera_mask, config.tokens_per_camera, axis=1), token_mask], axis=1)
+    return Rows(x, positions(mask), mask)
+
+
 def embed_images(weights: Weights, config: Pi0Config, images: Array) -> Array:
     """Visual tokens Z [B, n, d] of images [B, C, S, S, 3] uint8, camera by camera, activation dtype."""
     B, C = images.shape[:2]
@@ -199,9 +249,7 @@ def _among(reuse: Reuse, kept: tuple[Array, Array], k: Array, v: Array) -> tuple
 def prefix_layers(
     weights: Weights,
     config: Pi0Config,
-    x: Array,
-    pos: Array,
-    mask: Array,
+    rows: Rows,
     layers: range,
     logits_of: Layers = (),
     reuse: Reuse | None = None,
@@ -210,9 +258,7 @@ def prefix_layers(
 
     Args:
       weights, config: the model.
-      x: [B, P, d] hidden rows entering the first layer of the range.
-      pos: [B, P] int32 RoPE positions; they need not be contiguous.
-      mask: [B, P] bool, alive slots.
+      rows: entering the first layer of the range.
       layers: contiguous layer indices.
       logits_of: layers whose attention logits are returned.
       reuse: keys and values for the slots that are not among these rows; None: the rows are all there is.
@@ -221,8 +267,8 @@ def prefix_layers(
       x after the range, one `Segment` per layer with mask [B, 1, keys], and {layer: logits [B, N, P, keys]}; keys are
       the P rows, or with `reuse` all slots.
     """
-    c = config.prefix
-    rotation = gemma.rope(pos, c.head_dim)
+    c, x, mask = config.prefix, rows.x, rows.mask
+    rotation = gemma.rope(rows.positions, c.head_dim)
     keys = mask if reuse is None else reuse.mask
     own = mask[:, :, None] & keys[:, None, :]
     segments, kept = [], {}
@@ -266,8 +312,7 @@ def expert_layers(
     weights: Weights,
     config: Pi0Config,
     tokens: Array,
-    prefix: tuple[gemma.Segment, ...],
-    alive: Array,
+    prefix: Prefix,
     mods: tuple[gemma.Modulation, ...] | None,
     logits_of: Layers = (),
     use: tuple[str, ...] = (),
@@ -278,7 +323,6 @@ def expert_layers(
       weights, config: the model.
       tokens: [B, R, W] from `suffix_tokens`.
       prefix: keys and values of layers 0, 1, ….
-      alive: [B] int32, alive slots of the *unpruned* prefix: the position of the first suffix row.
       mods: adaptive norms per layer for this flow time; None for π0.
       logits_of: layers whose attention logits are returned.
       use: kernels; with the one for attention, `prefix` is padded (`_padded`).
@@ -288,16 +332,16 @@ def expert_layers(
     """
     c = config.expert
     h = tokens.astype(config.dtype)
-    rotation = gemma.rope(alive[:, None] + jnp.arange(h.shape[1]), c.head_dim)
+    rotation = gemma.rope(prefix.alive[:, None] + jnp.arange(h.shape[1]), c.head_dim)
     mask = jnp.asarray(suffix_mask(config))
     kept = {}
-    for i, segment in enumerate(prefix):
+    for i, segment in enumerate(prefix.segments):
         mod, how = None if mods is None else mods[i], {}
         if kernels.ATTENTION in use and i not in logits_of:
             how["attend"] = _fused_attention
         if kernels.GATED_MLP in use:
             how["gate_and_up"] = kernels.gated_mlp
-        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, (segment,), mod, **how)
+        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, cache=(segment,), mod=mod, **how)
         if i in logits_of:
             kept[i] = logits
     return h, kept
@@ -305,7 +349,9 @@ def expert_layers(
 
 def _fused_attention(q: Array, segments: tuple[gemma.Segment, ...]) -> tuple[Array, None]:
     prefix, own = segments
-    return kernels.attention(q, prefix.k, prefix.v, prefix.mask[:, 0], own.k, own.v, own.mask), None
+    return kernels.attention(
+        q, prefix.k, prefix.v, prefix.mask[:, 0], own_k=own.k, own_v=own.v, own_seen=own.mask
+    ), None
 
 
 def _padded(s: gemma.Segment) -> gemma.Segment:
@@ -317,8 +363,7 @@ def _padded(s: gemma.Segment) -> gemma.Segment:
 def velocity(
     weights: Weights,
     config: Pi0Config,
-    prefix: tuple[gemma.Segment, ...],
-    alive: Array,
+    prefix: Prefix,
     state: Array,
     x_t: Array,
     at: Schedule,
@@ -327,31 +372,33 @@ def velocity(
 ) -> tuple[Array, dict[int, Array]]:
     """v(x_t, t) [B, A, action_dim], and the attention logits of some layers; `at` is one time of a schedule."""
     tokens = suffix_tokens(weights, config, state, x_t, at.mix)
-    h, logits = expert_layers(weights, config, tokens, prefix, alive, at.mods, logits_of, use)
+    h, logits = expert_layers(weights, config, tokens, prefix, at.mods, logits_of=logits_of, use=use)
     h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
     h = h[:, -config.action_horizon :]
     return h @ weights.action_out.w + weights.action_out.b, logits
 
 
-def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array) -> Array:
+def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array, over: str = "visual") -> Array:
     """S^ℓ [B, n] float32 with action tokens as queries (Eq. 1): logits [B, N, R, P+R], visual_alive [B, n]."""
     rows = jnp.ones(config.action_horizon, bool)
-    return jax.vmap(lambda x, a: saliency(x[..., -config.action_horizon :, :], rows, a))(logits, visual_alive)
+    mean = lambda x, a: saliency(x[..., -config.action_horizon :, :], rows, a, over=over)
+    return jax.vmap(mean)(logits, visual_alive)
 
 
-def _late(config: Pi0Config, logits: Array, visual_alive: Array, columns: tuple[Array, Array] | None) -> Array:
+def _late(
+    config: Pi0Config, logits: Array, visual_alive: Array, columns: tuple[Array, Array] | None, over: str
+) -> Array:
     """`action_saliency` in slots, [B, n]."""
     if columns is None:
-        return action_saliency(config, logits, visual_alive)
-    s = action_saliency(config, logits, columns[1])
+        return action_saliency(config, logits, visual_alive, over)
+    s = action_saliency(config, logits, columns[1], over)
     return jax.vmap(partial(spread, n=visual_alive.shape[1]))(s, *columns)
 
 
 def sample(
     weights: Weights,
     config: Pi0Config,
-    prefix: tuple[gemma.Segment, ...],
-    alive: Array,
+    prefix: Prefix,
     state: Array,
     noise: Array,
     *,
@@ -359,6 +406,7 @@ def sample(
     columns: Mapping[int, tuple[Array, Array]] | None = None,
     late_layers: Layers = (),
     late_steps: str = "half",
+    late_over: str = "visual",
     guide: Guide | None = None,
 ) -> tuple[Array, Array | None]:
     """Euler integration of the flow from noise (t=1) to actions (t=0).
@@ -366,13 +414,13 @@ def sample(
     Args:
       weights, config: the model; the schedule in `weights` fixes the number of steps.
       prefix: one segment per layer.
-      alive: [B] int32 alive slots of the unpruned prefix.
       state: [B, action_dim] float32 (only π0 reads it).
       noise: [B, A, action_dim] float32.
       visual_alive: [B, n] bool, needed with `late_layers`.
       columns: {late layer: (slots, alive) [B, k] of its first k keys}, for layers that have dropped tokens.
       late_layers: layers L_d whose saliency is wanted, action tokens as queries.
       late_steps: which denoise steps are averaged: "half" (the second half), "all", "last".
+      late_over: keys that it is normalised over, as in `tokens.saliency`.
       guide: chunks that the new ones shall agree with (`rtc`).
 
     Returns:
@@ -383,15 +431,16 @@ def sample(
     share = jnp.asarray(np.where(np.arange(s) >= first, 1.0 / (s - first), 0.0), jnp.float32)
     late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
     use = config.kernels if guide is None else ()  # a guided step is differentiated
-    prefix = tuple(map(_padded, prefix)) if kernels.ATTENTION in use else prefix
+    if kernels.ATTENTION in use:
+        prefix = prefix.replace(segments=tuple(map(_padded, prefix.segments)))
 
     def step(carry, inputs):
         x, late = carry
         at, share = inputs
-        flow = lambda x: velocity(weights, config, prefix, alive, state, x, at, late_layers, use)
+        flow = lambda x: velocity(weights, config, prefix, state, x, at, logits_of=late_layers, use=use)
         v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
-            now = [_late(config, logits[i], visual_alive, (columns or {}).get(i)) for i in late_layers]
+            now = [_late(config, logits[i], visual_alive, (columns or {}).get(i), late_over) for i in late_layers]
             # a step without weight may not bring in its NaN either
             late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
         return (x + (-1.0 / s) * v, late), None

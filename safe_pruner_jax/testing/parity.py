@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from safe_pruner_jax.engine.engine import Engine, Inputs
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.programs import embed
+from safe_pruner_jax.engine.state import Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import Params
@@ -127,48 +129,49 @@ def quantities(
 ) -> dict[str, jax.Array]:
     """Every quantity a model file stores, by its name there; one jit-able function."""
     weights = pi0.prepare(params, config, num_steps=num_steps)
-    z = pi0.embed_images(weights, config, inputs.images)
-    x = jnp.concatenate([z, pi0.embed_prompt(weights, config, inputs.tokens)], axis=1)
-    mask = jnp.concatenate([jnp.repeat(inputs.camera_mask, config.tokens_per_camera, 1), inputs.token_mask], axis=1)
-    pos, count = pi0.positions(mask), mask.sum(1, dtype=jnp.int32)
-    rows = config.action_horizon + (not config.pi05)
-    out = {
-        f"image_tokens/{c}": z[:, i * config.tokens_per_camera : (i + 1) * config.tokens_per_camera]
-        for i, c in enumerate(config.cameras)
-    }
-    out |= {"prefix_tokens": x, "prefix_pos": pos, "prefix_mask": mask}
-    out["prefix_ar_mask"] = jnp.zeros(mask.shape[1], bool)  # one bidirectional block
-    out["suffix_pos"] = count[:, None] + jnp.arange(rows)
-
-    hidden, segments, _ = pi0.prefix_layers(weights, config, x, pos, mask, range(config.depth))
-    out["kv_k"] = jnp.stack([s.k for s in segments])
-    out["kv_v"] = jnp.stack([s.v for s in segments])
-    own = mask[:, :, None] & mask[:, None, :]
-    # inference never needs the last layer's output; the reference stores one row of it
-    rotation = gemma.rope(pos, config.prefix.head_dim)
-    last, _, _ = gemma.layer(config.prefix, weights.prefix[-1], hidden, rotation, own)
-    last, _ = gemma.rms_norm(last, weights.prefix_gain)
-    final = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    out["prefix_out_last_valid"] = jnp.take_along_axis(last, final[:, None, None], axis=1)[:, 0]
-
+    rows = embed(weights, config, inputs)
+    hidden, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
+    prefix = pi0.Prefix(segments, rows.count)
+    out = _prefix_quantities(config, weights, rows, hidden, segments)
     for name, t, x_t in (("t1", 1.0, noise), ("t05", 0.5, x_half)):
         at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [t]))
         tokens = pi0.suffix_tokens(weights, config, inputs.state, x_t, at.mix)
-        h, _ = pi0.expert_layers(weights, config, tokens, segments, count, at.mods)
+        h, _ = pi0.expert_layers(weights, config, tokens, prefix, at.mods)
         out[f"suffix_tokens_{name}"] = tokens
         out[f"suffix_out_{name}"] = gemma.rms_norm(h, weights.final_gain, at.final)[0]
-        out[f"v_{name}"] = pi0.velocity(weights, config, segments, count, inputs.state, x_t, at)[0]
+        out[f"v_{name}"] = pi0.velocity(weights, config, prefix, inputs.state, x_t, at)[0]
         if config.pi05:
             out[f"adarms_cond_{name}"] = jnp.broadcast_to(at.cond, (x_t.shape[0], at.cond.shape[-1]))
-    out["actions"], _ = pi0.sample(weights, config, segments, count, inputs.state, noise)
+    out["actions"], _ = pi0.sample(weights, config, prefix, inputs.state, noise)
 
     def euler(x, at):
-        v, _ = pi0.velocity(weights, config, segments, count, inputs.state, x, at)
+        v, _ = pi0.velocity(weights, config, prefix, inputs.state, x, at)
         x = x + (-1.0 / num_steps) * v
         return x, x
 
     _, out["traj_x"] = jax.lax.scan(euler, noise, weights.schedule)
     out["traj_t"] = weights.schedule.times
+    return out
+
+
+def _prefix_quantities(
+    config: Pi0Config, weights: pi0.Weights, rows: pi0.Rows, hidden: jax.Array, segments: tuple[gemma.Segment, ...]
+) -> dict[str, jax.Array]:
+    """Those of them that the prefix alone decides; `hidden` are its rows before the last layer."""
+    count, size = config.action_horizon + (not config.pi05), config.tokens_per_camera
+    out = {f"image_tokens/{c}": rows.x[:, i * size : (i + 1) * size] for i, c in enumerate(config.cameras)}
+    out |= {"prefix_tokens": rows.x, "prefix_pos": rows.positions, "prefix_mask": rows.mask}
+    out["prefix_ar_mask"] = jnp.zeros(rows.mask.shape[1], bool)  # one bidirectional block
+    out["suffix_pos"] = rows.count[:, None] + jnp.arange(count)
+    out["kv_k"] = jnp.stack([s.k for s in segments])
+    out["kv_v"] = jnp.stack([s.v for s in segments])
+    # inference never needs the last layer's output; the reference stores one row of it
+    rotation = gemma.rope(rows.positions, config.prefix.head_dim)
+    seen = rows.mask[:, :, None] & rows.mask[:, None, :]
+    last, _, _ = gemma.layer(config.prefix, weights.prefix[-1], hidden, rotation, seen)
+    last, _ = gemma.rms_norm(last, weights.prefix_gain)
+    final = rows.mask.shape[1] - 1 - jnp.argmax(rows.mask[:, ::-1], axis=1)
+    out["prefix_out_last_valid"] = jnp.take_along_axis(last, final[:, None, None], axis=1)[:, 0]
     return out
 
 
