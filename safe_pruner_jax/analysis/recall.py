@@ -71,8 +71,8 @@ def measure(
     for t in pruned:
         alive = trace.alive[t]
         cores = top(late[t, cut:], alive, core)
-        forecast = match.forecast(chosen[reference[t]], t, reference[t])
-        scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], forecast, fuse) for q in QUERIES for fuse in fuses}
+        late_now = match.forecast(chosen[reference[t]], t, reference[t])
+        scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], late_now, fuse) for q in QUERIES for fuse in fuses}
         scores["fastv", None, None] = trace.attention[t, cut - 1]
         scores["truth", None, None] = chosen[t].mean(0)
         for keep in keeps:
