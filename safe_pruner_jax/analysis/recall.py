@@ -20,7 +20,7 @@ from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
 from safe_pruner_jax.figures.theme import form, markdown, panels
-from safe_pruner_jax.pruners import Capture
+from safe_pruner_jax.pruners import Capture, forecast
 from safe_pruner_jax.tokens import budget
 
 QUERIES = ("action", "text", "last")
