@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_pruner_jax.policy.reply import Outcome
-from safe_pruner_jax.serving.scheduler import Scheduler, Served, Terms, Turned
+from safe_pruner_jax.policy.reply import Result
+from safe_pruner_jax.serving.backend import Served
+from safe_pruner_jax.serving.scheduler import Scheduler, Terms, Turned
 
 
 @dataclass(frozen=True)
@@ -17,32 +18,30 @@ class Job:
     number: int = 0
 
 
-class Backend:
+class FakeDevice:
     """Answers with the job; `gate` holds its steps back."""
 
-    limit, evicted, metadata = 2, 0, {}
+    robots = 1
 
     def __init__(self, limit=2):
         self.limit, self.steps, self.gate, self.fail = limit, [], None, None
 
-    async def on_device(self, step, jobs):
-        self.steps.append([(robot, job.number) for robot, job in jobs])
+    async def step(self, prepared):
+        self.steps.append([(robot, job.number) for robot, job in prepared])
         if self.gate is not None:
             await self.gate.wait()
         if self.fail is not None:
-            raise self.fail
-        return step(jobs)
-
-    def step(self, jobs):
-        return [Outcome({"number": job.number}) for _, job in jobs]
+            return [Result(None, self.fail) for _ in prepared], 0.0
+        return [Result({"number": job.number}) for _, job in prepared], 0.0
 
 
 def play(scenario, *, backend=None, robots=1, **terms):
     """Runs `scenario(scheduler, backend)` in a loop with the queue running, and drains it."""
-    backend = backend or Backend()
+    backend = backend or FakeDevice()
 
     async def main():
-        scheduler = Scheduler(backend, Terms(**terms), backend.on_device, lambda: robots, lambda *_: None)
+        backend.robots = robots
+        scheduler = Scheduler(backend, Terms(**terms))
         queue = asyncio.ensure_future(scheduler.run())
         result = await scenario(scheduler, backend)
         scheduler.close()
@@ -55,7 +54,7 @@ def play(scenario, *, backend=None, robots=1, **terms):
 async def outcome(answer):
     """Number of the job that was run, or the kind of refusal."""
     try:
-        return (await asyncio.wait_for(answer, 5)).outcome.reply["number"]
+        return (await asyncio.wait_for(answer, 5)).result.reply["number"]
     except Turned as turned:
         return turned.kind
 
@@ -97,7 +96,7 @@ def test_the_newest_observation_wins_and_keeps_its_place():
         backend.gate.set()
         return [await outcome(a) for a in answers], backend.steps
 
-    outcomes, steps = play(scenario, backend=Backend(limit=1))
+    outcomes, steps = play(scenario, backend=FakeDevice(limit=1))
     assert outcomes == [0, "superseded", "superseded", 10, 3]
     assert steps == [[("r", 0)], [("r", 3)], [("s", 10)]]
 
@@ -112,7 +111,7 @@ def test_who_has_left_takes_no_place_in_a_step():
         backend.gate.set()
         return [await outcome(a) for a in (running, *answers)], backend.steps
 
-    outcomes, steps = play(scenario, backend=Backend(limit=2))
+    outcomes, steps = play(scenario, backend=FakeDevice(limit=2))
     assert outcomes == [0, 0, "rejected", 2] and steps[1:] == [[("r0", 0), ("r2", 2)]]
 
 
@@ -162,7 +161,7 @@ def test_a_step_that_fails_is_told_to_everybody_in_it_and_the_next_one_runs():
     async def scenario(scheduler, backend):
         backend.fail = RuntimeError("RESOURCE_EXHAUSTED")
         failed = [scheduler.submit(robot, Job()) for robot in ("r", "s")]
-        errors = [(await a).outcome.error for a in failed]
+        errors = [(await a).result.error for a in failed]
         backend.fail = None
         return errors, await outcome(scheduler.submit("r", Job(number=7)))
 
@@ -218,7 +217,7 @@ def test_every_request_gets_exactly_one_answer_and_steps_keep_the_rules(requests
         scheduler.close()
         return [await outcome(a) for a in answers], backend.steps
 
-    outcomes, steps = play(scenario, backend=Backend(limit), robots=2, max_queue=queue, max_delay_s=0.0)
+    outcomes, steps = play(scenario, backend=FakeDevice(limit), robots=2, max_queue=queue, max_delay_s=0.0)
     run = [number for step in steps for _, number in step]
     assert sorted(run) == [n for n, o in enumerate(outcomes) if o == n] and len(set(run)) == len(run)
     for step in steps:

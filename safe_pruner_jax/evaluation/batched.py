@@ -13,13 +13,14 @@ import numpy as np
 
 from safe_pruner_jax.engine.engine import batch_size
 from safe_pruner_jax.evaluation.workers import PolicyFailed
+from safe_pruner_jax.policy.episode import Prepared
 from safe_pruner_jax.policy.fleet import Fleet
-from safe_pruner_jax.policy.policy import Asked, Policy
-from safe_pruner_jax.policy.reply import Outcome
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.policy.reply import Result
 
 logger = logging.getLogger(__name__)
 
-Part = Sequence[tuple[Hashable, Asked]]
+Part = Sequence[tuple[Hashable, Prepared]]
 """Robots that share a device step, and what they ask."""
 
 Replies = dict[Hashable, dict[str, Any] | PolicyFailed]
@@ -44,7 +45,7 @@ class Robots:
         self._fleet.start(name, seed)
 
     def step(self, requests: Mapping[Hashable, dict[str, Any]]) -> Replies:
-        """One control step of the robots that ask; those of one `Asked.group` share device steps.
+        """One control step of the robots that ask; those of one `Prepared.group` share device steps.
 
         Args:
           requests: robot → request.
@@ -55,14 +56,14 @@ class Robots:
           but the layout: `views` and `text` slots.
         """
         replies: Replies = {}
-        groups: dict[Hashable, list[tuple[Hashable, Asked]]] = {}
+        groups: dict[Hashable, list[tuple[Hashable, Prepared]]] = {}
         for name, request in requests.items():
             try:
-                asked = self._fleet.prepare(name, request)
+                prepared = self._fleet.prepare(name, request)
             except Exception as error:  # this robot's episode, and no other's
                 replies[name] = _failed(error)
                 continue
-            groups.setdefault(asked.group, []).append((name, asked))
+            groups.setdefault(prepared.group, []).append((name, prepared))
         for group in groups.values():
             for first in range(0, len(group), self.limit):
                 part = group[first : first + self.limit]
@@ -74,21 +75,21 @@ class Robots:
 
     def _together(self, part: Part) -> Replies:
         """One device step of robots of one group."""
-        outcomes = self._fleet.step(part)
-        compiled = self._compiles(part[0][1].group, outcomes)
+        results = self._fleet.step(part)
+        compiled = self._compiles(part[0][1].group, results)
         replies: Replies = {}
-        for (name, _), outcome in zip(part, outcomes, strict=True):
-            if outcome.error is not None:
-                replies[name] = _failed(outcome.error)
+        for (name, _), result in zip(part, results, strict=True):
+            if result.error is not None:
+                replies[name] = _failed(result.error)
                 continue
-            timing = {"infer_ms": outcome.reply["policy_timing"]["infer_ms"], "batch": len(part), "compiled": compiled}
-            pruning = {k: v for k, v in outcome.pruning.items() if k != "index"}
-            replies[name] = outcome.reply | {"policy_timing": timing, "pruning": pruning}
+            timing = {"infer_ms": result.reply["policy_timing"]["infer_ms"], "batch": len(part), "compiled": compiled}
+            pruning = {k: v for k, v in result.pruning.items() if k != "index"}
+            replies[name] = result.reply | {"policy_timing": timing, "pruning": pruning}
         return replies
 
-    def _compiles(self, group: Hashable, outcomes: Sequence[Outcome]) -> bool:
+    def _compiles(self, group: Hashable, results: Sequence[Result]) -> bool:
         """Whether this step was the first of its shapes."""
-        rows = np.resize([outcome.pruning["keyframe"] for outcome in outcomes], batch_size(len(outcomes)))
+        rows = np.resize([result.pruning["keyframe"] for result in results], batch_size(len(results)))
         full = int(rows.sum())
         programs = (group, len(rows), *(batch_size(n) if n else 0 for n in (full, len(rows) - full)))
         first = programs not in self._compiled

@@ -1,8 +1,8 @@
 """Many robots on one device: whoever asks together is served in one device step, each with its own memory.
 
     fleet = Fleet(policy, limit=8)
-    job = fleet.prepare("left", request)                    on the host, in any thread
-    outcomes = fleet.step([("left", job), ("right", other)])  one device step; jobs of one `group`
+    prepared = fleet.prepare("left", request)               on the host, in any thread
+    results = fleet.step([("left", prepared), ("right", other)])   one device step; requests of one `group`
 
 The policy server and the evaluation both stand on it; neither keeps control states of its own.
 """
@@ -13,8 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 from safe_pruner_jax.engine.engine import BATCH_SIZES, batch_size
-from safe_pruner_jax.policy.policy import Asked, Episode, Policy
-from safe_pruner_jax.policy.reply import Outcome
+from safe_pruner_jax.policy.episode import Episode, Prepared
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.policy.reply import Result
 from safe_pruner_jax.robots.robots import RequestError
 
 
@@ -83,36 +84,36 @@ class Fleet:
         self._episodes.pop(robot, None)
         self._used.pop(robot, None)
 
-    def prepare(self, robot: Hashable, request: dict) -> Asked:
+    def prepare(self, robot: Hashable, request: dict) -> Prepared:
         """The host's half of a robot's step. Raises RequestError."""
-        asked = self.policy.read(request)
-        if asked.overlap is not None and not self.real_time:
+        prepared = self.policy.prepare(request)
+        if prepared.overlap is not None and not self.real_time:
             raise RequestError(
                 "rtc", "a request without it", "one", "start the server with --serving.real-time to use it"
             )
-        return asked
+        return prepared
 
-    def step(self, jobs: Sequence[tuple[Hashable, Asked]]) -> list[Outcome]:
+    def step(self, prepared: Sequence[tuple[Hashable, Prepared]]) -> list[Result]:
         """One device step.
 
         Args:
-          jobs: robot and its request, at most `limit`, of one group, no robot twice.
+          prepared: robot and its request, at most `limit`, of one group, no robot twice.
 
         Returns:
-          One outcome per job, in order.
+          One result per request, in order.
         """
-        if not 1 <= len(jobs) <= self.limit or len({asked.group for _, asked in jobs}) != 1:
-            raise ValueError(f"step: expected 1 to {self.limit} requests of one group, got {len(jobs)}; split them")
+        if not 1 <= len(prepared) <= self.limit or len({p.group for _, p in prepared}) != 1:
+            raise ValueError(f"step: expected 1 to {self.limit} requests of one group, got {len(prepared)}; split them")
         now = self._clock()
         self._evict(now - self._max_age_s)
-        for robot, _ in jobs:
+        for robot, _ in prepared:
             if robot not in self._episodes:
                 self._episodes[robot] = Episode(self.policy.seed)
             self._episodes.move_to_end(robot)
             self._used[robot] = now
         while self._max_robots is not None and len(self._episodes) > self._max_robots:
             self._drop(next(iter(self._episodes)))
-        return self.policy.advance([self._episodes[robot] for robot, _ in jobs], [asked for _, asked in jobs])
+        return self.policy.advance([self._episodes[robot] for robot, _ in prepared], [p for _, p in prepared])
 
     def _evict(self, before: float) -> None:
         while self._episodes and self._used[oldest := next(iter(self._episodes))] < before:

@@ -4,31 +4,30 @@
     session = policy.session()
     reply = session.infer(request)        # openpi's request and reply, plus reply["pruning"]
 
-A control step has two halves: `Policy.read` turns a request into the network's input on the host, `Policy.advance` runs
-one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts afresh on
-`"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet` has many.
+A control step has two halves: `Policy.prepare` turns a request into the network's input on the host, `Policy.advance`
+runs one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts afresh
+on `"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet` has many.
 """
 
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.engine.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide
 from safe_pruner_jax.model.pi0 import Weights
+from safe_pruner_jax.policy.episode import Episode, Prepared, read_overlap, read_seed, row_of, stack, starts_afresh
 from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
-from safe_pruner_jax.policy.reply import NonFinite, Outcome, pruned, timing
+from safe_pruner_jax.policy.reply import NonFinite, Result, pruned, timing
 from safe_pruner_jax.pruners import Pruner
-from safe_pruner_jax.robots.robots import RequestError, brief
 from safe_pruner_jax.robots.transforms import Example
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
@@ -81,54 +80,36 @@ def pack(examples: Sequence[Example], layout: PrefixLayout) -> Inputs:
     )
 
 
-@dataclass
-class Episode:
-    """What one robot remembers between its control steps.
-
-    Args:
-      seed: of the noise.
-      control: state on the device, leading axis 1; None before the first step.
-      prompt, cameras: of the last step; others start afresh.
-      chunk: [A, action_dim] float32, the network's actions of the last step.
-      sent: [A, robot's width], the same as the robot was told them.
-    """
-
-    seed: int
-    control: ControlState | None = None
-    prompt: Any = None
-    cameras: tuple[str, ...] = ()
-    chunk: np.ndarray | None = None
-    sent: np.ndarray | None = None
-
-
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A request, ready for the network.
+class _Batch:
+    """Robots of one group, assembled for a device step.
 
     Args:
-      example: the network's input.
-      context: what `Transform.finish` needs.
-      layout: static shape it runs in.
-      prompt: as it came.
-      reset: a new episode is asked for.
-      noise: [A, action_dim] float32 to start the flow from; None draws it.
-      overlap: how the new chunk lies on the last one, which it shall continue; None: it need not.
-      seed: of the noise of the episode that begins here; None: the policy's.
+      fresh: per robot, whether an episode begins.
+      controls: per robot, the state before the step.
+      rows: robot of every row; the last ones repeat to fill a compiled size.
+      inputs: of every row, on the host.
+      targets: per robot, what its chunk continues; None: nothing.
+      guide: the targets of every row on the device; None without real-time chunking.
     """
 
-    example: Example
-    context: Any
-    layout: PrefixLayout
-    prompt: Any
-    reset: bool
-    noise: np.ndarray | None
-    overlap: Overlap | None = None
-    seed: int | None = None
+    fresh: Sequence[bool]
+    controls: Sequence[ControlState]
+    rows: np.ndarray
+    inputs: Inputs
+    targets: Sequence[tuple[np.ndarray, np.ndarray] | None]
+    guide: Guide | None
 
-    @property
-    def group(self) -> Hashable:
-        """Requests of one group can share a device step."""
-        return self.layout, self.noise is None, self.overlap is None
+
+class _Finished(NamedTuple):
+    """One robot's part of a device step, on the host but for `control`; `fallback`: something was not finite."""
+
+    keyframe: bool
+    actions: np.ndarray
+    kappa: float
+    running: np.ndarray
+    control: ControlState
+    fallback: bool
 
 
 class Policy:
@@ -185,34 +166,40 @@ class Policy:
             short = dataclasses.replace(example, tokens=example.tokens[:text])
             for rows in sizes:
                 alone = self.engine.init((self.seed,), len(cameras))
-                control = alone if rows == 1 else _stack((alone,) * rows)
+                control = alone if rows == 1 else stack((alone,) * rows)
                 inputs = jax.device_put(pack([short] * rows, layout))
                 self.engine.warmup(control, inputs)
                 if real_time:
                     self.engine.warmup(control, inputs, jax.device_put(self._guide([None] * rows)))
-                jax.block_until_ready(_row(control, jax.device_put(np.int32(0))))
+                jax.block_until_ready(row_of(control, jax.device_put(np.int32(0))))
             seconds = time.perf_counter() - start
             logger.info("compiled for %d cameras, prompt length %d in %.1f s", len(cameras), text, seconds)
 
-    def read(self, request: dict, noise: np.ndarray | None = None) -> Asked:
+    def prepare(self, request: dict, noise: np.ndarray | None = None) -> Prepared:
         """The host's half of a control step: pure, and safe to call from several threads.
 
         Args:
           request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"seed": n` is where
-            its noise comes from, `"rtc": {"executed": n, "delay": d}` makes its actions continue the last ones (`rtc`).
+            its noise comes from, `"rtc": {"executed": n, "delay": d}` makes its actions continue the last ones
+            (`policy.overlap`).
           noise: [A, action_dim] float32 to start the flow from; None draws it.
 
         Raises:
           RequestError: a bad request.
         """
         example, context = self.transform.prepare(request)
-        layout = layout_of(example, self.engine.config, self.prompt_lengths)
-        noise = None if noise is None else np.asarray(noise, np.float32)
-        reset, overlap = bool(request.get("reset", False)), _overlap(request.get("rtc"))
-        seed = _seed(request.get("seed"))
-        return Asked(example, context, layout, request.get("prompt"), reset, noise, overlap, seed)
+        return Prepared(
+            example=example,
+            context=context,
+            layout=layout_of(example, self.engine.config, self.prompt_lengths),
+            prompt=request.get("prompt"),
+            reset=bool(request.get("reset", False)),
+            noise=None if noise is None else np.asarray(noise, np.float32),
+            overlap=read_overlap(request.get("rtc")),
+            seed=read_seed(request.get("seed")),
+        )
 
-    def advance(self, episodes: Sequence[Episode], asked: Sequence[Asked]) -> list[Outcome]:
+    def advance(self, episodes: Sequence[Episode], prepared: Sequence[Prepared]) -> list[Result]:
         """One device step of robots whose requests are of one group, padded to a compiled size by repeating them.
 
         A pruned row whose score, κ or actions are not finite is computed again on the full path, from an empty memory
@@ -220,72 +207,100 @@ class Policy:
 
         Args:
           episodes: one per robot, changed in place.
-          asked: their requests, from `read`.
+          prepared: their requests, from `prepare`.
 
         Returns:
-          One outcome per robot. Where also the full path gives actions that are not finite, its error is `NonFinite`
+          One result per robot. Where also the full path gives actions that are not finite, its error is `NonFinite`
           and the episode starts afresh.
         """
-        engine, layout = self.engine, asked[0].layout
-        afresh = [_afresh(episode, a) for episode, a in zip(episodes, asked, strict=True)]
-        for episode, new, a in zip(episodes, afresh, asked, strict=True):
-            if new and a.seed is not None:
-                episode.seed = a.seed
-        controls = [
-            engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
-            for episode, new in zip(episodes, afresh, strict=True)
-        ]
-        rows = np.resize(np.arange(len(asked)), batch_size(len(asked)))
-        before = controls[0] if len(rows) == 1 else _stack(tuple(controls[row] for row in rows))
-        inputs = pack([asked[row].example for row in rows], layout)
-        guide, targets = None, [None] * len(asked)
-        if asked[0].overlap is not None:
-            targets = [None if new else self._target(*one) for new, *one in zip(afresh, episodes, asked, strict=True)]
-            guide = jax.device_put(self._guide([targets[row] for row in rows]))
+        batch = self._assemble(episodes, prepared)
+        before = batch.controls[0] if len(batch.rows) == 1 else stack(tuple(batch.controls[r] for r in batch.rows))
 
         start = time.perf_counter()
-        noise = None if asked[0].noise is None else jax.device_put(np.stack([asked[row].noise for row in rows]))
-        actions, control, info = engine.step(before, jax.device_put(inputs), noise, guide=guide)
-        wanted = (actions, info.selection.score, info.selection.kappa, control.running)
-        actions, scores, kappas, running = jax.device_get(wanted)
+        noise = None
+        if prepared[0].noise is not None:
+            noise = jax.device_put(np.stack([prepared[row].noise for row in batch.rows]))
+        actions, control, info = self.engine.step(before, jax.device_put(batch.inputs), noise, guide=batch.guide)
+        step = jax.device_get((actions, info.selection.score, info.selection.kappa, control.running))
         end = time.perf_counter()
 
-        outcomes = []
-        for row, (episode, a) in enumerate(zip(episodes, asked, strict=True)):
-            own = control if len(rows) == 1 else _row(control, jax.device_put(np.int32(row)))
-            keyframe, acts, kappa, left = bool(info.keyframe[row]), actions[row], float(kappas[row]), running[row]
-            alive = np.repeat(inputs.camera_mask[row], engine.config.tokens_per_camera)
-            sound = np.isfinite(scores[row][alive]).all() and not math.isinf(kappa)
-            fallback = not sound
-            if not keyframe and not (sound and np.isfinite(acts).all()):
-                logger.warning("a pruned step was not finite: computed again on the full path")
-                acts, own = self._again(controls[row], episode.seed, a, targets[row])
-                keyframe = fallback = True
-                left = alive
+        results = []
+        for row, (episode, request) in enumerate(zip(episodes, prepared, strict=True)):
+            state = control if len(batch.rows) == 1 else row_of(control, jax.device_put(np.int32(row)))
+            finished, sound = self._read(step, row, batch, keyframe=bool(info.keyframe[row]), control=state)
+            if not sound:
+                finished = self._again(finished, batch, row, episode.seed, request)
                 end = time.perf_counter()
-            pruning = pruned(keyframe, kappa, left, alive) | {"views": list(layout.cameras), "text": layout.text}
-            if fallback:
-                pruning |= {"kappa": None, "fallback": True}
-            if not np.isfinite(acts).all():
-                episode.control = None
-                outcomes.append(Outcome(None, NonFinite(), pruning, afresh[row]))
-                continue
-            episode.control, episode.prompt, episode.cameras = own, a.prompt, layout.cameras
-            reply = self.transform.finish(acts, a.context)
-            episode.chunk, episode.sent = acts, np.asarray(reply["actions"])
-            reply["policy_timing"] = timing(start, info.decided_at, end)
-            if a.overlap is not None:
-                reply["rtc"] = _describe_overlap(a.overlap, 0 if targets[row] is None else len(acts))
-            if self.describe:
-                reply["pruning"] = pruning
-            outcomes.append(Outcome(reply, None, pruning, afresh[row]))
-        return outcomes
+            times = timing(start, info.decided_at, end)
+            results.append(self._conclude(episode, request, finished, batch, row, times=times))
+        return results
 
-    def _target(self, episode: Episode, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+    def _assemble(self, episodes: Sequence[Episode], prepared: Sequence[Prepared]) -> _Batch:
+        """The batch of a device step; an episode that begins takes the seed of its request."""
+        layout = prepared[0].layout
+        fresh = [starts_afresh(episode, p) for episode, p in zip(episodes, prepared, strict=True)]
+        for episode, new, p in zip(episodes, fresh, prepared, strict=True):
+            if new and p.seed is not None:
+                episode.seed = p.seed
+        controls = [
+            self.engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
+            for episode, new in zip(episodes, fresh, strict=True)
+        ]
+        rows = np.resize(np.arange(len(prepared)), batch_size(len(prepared)))
+        inputs = pack([prepared[row].example for row in rows], layout)
+        guide, targets = None, [None] * len(prepared)
+        if prepared[0].overlap is not None:
+            targets = [None if new else self._target(*one) for new, *one in zip(fresh, episodes, prepared, strict=True)]
+            guide = jax.device_put(self._guide([targets[row] for row in rows]))
+        return _Batch(fresh, controls, rows, inputs, targets, guide)
+
+    def _alive(self, batch: _Batch, row: int) -> np.ndarray:
+        """[n] bool, one robot's visual tokens before any cut."""
+        return np.repeat(batch.inputs.camera_mask[row], self.engine.config.tokens_per_camera)
+
+    def _read(
+        self, step: tuple[np.ndarray, ...], row: int, batch: _Batch, *, keyframe: bool, control: ControlState
+    ) -> tuple[_Finished, bool]:
+        """One robot's row of a step (actions, scores, κ, running), and whether it may be used as it is."""
+        actions, score, kappa, running = (array[row] for array in step)
+        decided = np.isfinite(score[self._alive(batch, row)]).all() and not math.isinf(float(kappa))
+        sound = keyframe or bool(decided and np.isfinite(actions).all())
+        return _Finished(keyframe, actions, float(kappa), running, control, fallback=not decided), sound
+
+    def _conclude(
+        self, episode: Episode, request: Prepared, finished: _Finished, batch: _Batch, row: int, *, times: dict
+    ) -> Result:
+        """The reply to one robot; its episode remembers what the next step needs."""
+        pruning = self._pruning(finished, batch, row, request.layout)
+        if not np.isfinite(finished.actions).all():
+            episode.control = None
+            return Result(None, NonFinite(), pruning, batch.fresh[row])
+        reply = self.transform.finish(finished.actions, request.context)
+        episode.control, episode.prompt, episode.cameras = finished.control, request.prompt, request.layout.cameras
+        episode.chunk, episode.sent = finished.actions, np.asarray(reply["actions"])
+        reply["policy_timing"] = times
+        if request.overlap is not None:
+            reply["rtc"] = _describe_overlap(
+                request.overlap, 0 if batch.targets[row] is None else len(finished.actions)
+            )
+        if self.describe:
+            reply["pruning"] = pruning
+        return Result(reply, None, pruning, batch.fresh[row])
+
+    def _pruning(self, finished: _Finished, batch: _Batch, row: int, layout: PrefixLayout) -> dict:
+        """`pruning` of a reply."""
+        kept = pruned(finished.keyframe, finished.kappa, finished.running, self._alive(batch, row))
+        kept |= {"views": list(layout.cameras), "text": layout.text}
+        return kept | ({"kappa": None, "fallback": True} if finished.fallback else {})
+
+    def _target(self, episode: Episode, request: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """What a chunk shall agree with, [A, action_dim], and how much, [A]."""
-        finish = lambda actions: np.asarray(self.transform.finish(actions, asked.context)["actions"])
+
+        def finish(actions: np.ndarray) -> np.ndarray:
+            return np.asarray(self.transform.finish(actions, request.context)["actions"])
+
         chunk = rebase(episode.chunk, episode.sent, finish)
-        return remaining(chunk, asked.overlap), soft_mask(len(chunk), asked.overlap)
+        return remaining(chunk, request.overlap), soft_mask(len(chunk), request.overlap)
 
     def _guide(self, targets: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> Guide:
         """Targets of a batch, None where there is none, as NumPy arrays with leading axis B."""
@@ -299,16 +314,16 @@ class Policy:
         limit = min(MAX_GUIDANCE, self.engine.weights.schedule.times.shape[0])
         return Guide(target, weight, np.full(B, limit, np.float32))
 
-    def _again(
-        self, control: ControlState, seed: int, asked: Asked, target: tuple[np.ndarray, np.ndarray] | None
-    ) -> tuple[np.ndarray, ControlState]:
-        """One robot's step on the full path, from an empty memory: actions on the host, the state after it."""
-        empty = self.engine.init((seed,), len(asked.layout.cameras)).replace(key=control.key)
-        noise = None if asked.noise is None else jax.device_put(asked.noise[None])
-        inputs = jax.device_put(pack([asked.example], asked.layout))
-        guide = None if asked.overlap is None else jax.device_put(self._guide([target]))
+    def _again(self, finished: _Finished, batch: _Batch, row: int, seed: int, request: Prepared) -> _Finished:
+        """One robot's step on the full path, from an empty memory and with the same noise."""
+        logger.warning("a pruned step was not finite: computed again on the full path")
+        empty = self.engine.init((seed,), len(request.layout.cameras)).replace(key=batch.controls[row].key)
+        noise = None if request.noise is None else jax.device_put(request.noise[None])
+        inputs = jax.device_put(pack([request.example], request.layout))
+        guide = None if request.overlap is None else jax.device_put(self._guide([batch.targets[row]]))
         actions, control, _ = self.engine.step(empty, inputs, noise, full=True, guide=guide)
-        return jax.device_get(actions)[0], control
+        alive = self._alive(batch, row)
+        return _Finished(True, jax.device_get(actions)[0], finished.kappa, alive, control, fallback=True)
 
 
 class Session:
@@ -346,56 +361,11 @@ class Session:
           RequestError: a bad request; the session is as it was before.
           NonFinite: the model returned non-finite actions also on the full path; the session is reset.
         """
-        (outcome,) = self.policy.advance([self._episode], [self.policy.read(request, noise)])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.reply
-
-
-def _overlap(asked: Any) -> Overlap | None:
-    """The request's `rtc`."""
-    if asked is None:
-        return None
-    advice = 'send {"executed": steps since the last observation, "delay": steps until the reply}'
-    expected = "a map with two whole numbers of control steps, executed and delay"
-    if not isinstance(asked, dict) or not {"executed", "delay"} <= set(asked):
-        raise RequestError("rtc", expected, brief(asked), advice)
-    try:
-        return Overlap(asked["executed"], asked["delay"])
-    except ValueError as error:
-        raise RequestError("rtc", expected, str(error), advice) from error
-
-
-def _seed(asked: Any) -> int | None:
-    """The request's `seed`."""
-    if asked is None:
-        return None
-    if isinstance(asked, int | np.integer) and not isinstance(asked, bool) and 0 <= asked < 2**31:
-        return int(asked)
-    advice = "leave it away for the server's own"
-    raise RequestError("seed", "a whole number from 0 to 2³¹ - 1", repr(asked)[:40], advice)
+        (result,) = self.policy.advance([self._episode], [self.policy.prepare(request, noise)])
+        if result.error is not None:
+            raise result.error
+        return result.reply
 
 
 def _describe_overlap(overlap: Overlap, horizon: int) -> dict:
     return {"frozen": overlap.frozen(horizon), "overlap": overlap.left(horizon)}
-
-
-def _afresh(episode: Episode, asked: Asked) -> bool:
-    return (
-        episode.control is None
-        or asked.reset
-        or asked.prompt != episode.prompt
-        or asked.layout.cameras != episode.cameras
-    )
-
-
-@jax.jit
-def _stack(controls: tuple[ControlState, ...]) -> ControlState:
-    """Control states of single robots → of a batch."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *controls)
-
-
-@jax.jit
-def _row(control: ControlState, row: jax.Array) -> ControlState:
-    """One robot's control state out of a batch, still with its batch axis."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), control)

@@ -18,8 +18,8 @@ class NonFinite(FloatingPointError):
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """Of one robot's control step.
+class Result:
+    """What became of one robot's control step.
 
     Args:
       reply: openpi's reply; None after an error.
@@ -36,16 +36,16 @@ class Outcome:
 
 
 def timing(start: float, decided: float | None, end: float) -> dict[str, float]:
-    """What a reply tells of time, in milliseconds, from times in seconds; `decided` where there is a decision."""
-    told = {"infer_ms": (end - start) * 1000}
+    """A reply's times in milliseconds, from times in seconds; `decided` where there is a decision."""
+    milliseconds = {"infer_ms": (end - start) * 1000}
     if decided is not None:
-        told |= {"shallow_ms": (decided - start) * 1000, "rest_ms": (end - decided) * 1000}
-    return told
+        milliseconds |= {"shallow_ms": (decided - start) * 1000, "rest_ms": (end - decided) * 1000}
+    return milliseconds
 
 
-def pruned(keyframe: bool, kappa: float, left: np.ndarray, alive: np.ndarray) -> dict:
-    """What a reply tells of the pruning; left and alive: [n] bool, visual tokens after the last cut and before any."""
-    index = np.flatnonzero(left).astype(np.int32)
+def pruned(keyframe: bool, kappa: float, running: np.ndarray, alive: np.ndarray) -> dict:
+    """A reply's `pruning`; running and alive: [n] bool, visual tokens after the last cut and before any."""
+    index = np.flatnonzero(running).astype(np.int32)
     return {
         "kept": len(index),
         "alive": int(alive.sum()),

@@ -6,13 +6,23 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from safe_pruner_jax.policy.reply import Outcome
+from safe_pruner_jax.policy.reply import Result
 
 
-class Job(Protocol):
-    """A request, read and checked."""
+class Prepared(Protocol):
+    """A request, checked and ready for the accelerator."""
 
-    group: Hashable  # jobs of one group can share a step
+    group: Hashable  # requests of one group can share a step
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A request that was run: its result, seconds it waited, seconds its step took, and robots in the step."""
+
+    result: Result
+    queue_s: float
+    device_s: float
+    batch: int
 
 
 class Backend(Protocol):
@@ -33,11 +43,11 @@ class Backend(Protocol):
     def warmup(self) -> None:
         """Compiles every program; blocks, and is called once before the server is ready."""
 
-    def prepare(self, robot: Hashable, request: dict) -> Job:
+    def prepare(self, robot: Hashable, request: dict) -> Prepared:
         """The part of a step that needs no accelerator; raises what is wrong with the request."""
 
-    def step(self, jobs: Sequence[tuple[Hashable, Any]]) -> Sequence[Outcome]:
-        """One step of 1 to `limit` robots with jobs of one group; one outcome each, complete on the host."""
+    def step(self, prepared: Sequence[tuple[Hashable, Any]]) -> Sequence[Result]:
+        """One step of 1 to `limit` robots with requests of one group; one result each, complete on the host."""
 
     def forget(self, robot: Hashable) -> None:
         """Drops the memory of a robot that will not come back."""
@@ -86,17 +96,17 @@ class Sessions:
         """Sessions check their requests themselves."""
         return _Single(request, next(self._numbers))
 
-    def step(self, jobs: Sequence[tuple[Hashable, _Single]]) -> list[Outcome]:
+    def step(self, prepared: Sequence[tuple[Hashable, _Single]]) -> list[Result]:
         """One session's inference."""
-        ((robot, job),) = jobs
+        ((robot, single),) = prepared
         fresh = robot not in self._sessions
         try:
             if fresh:
                 self._sessions[robot] = self._maker.session()
-            reply = self._sessions[robot].infer(job.request)
-            return [Outcome(reply, None, reply.get("pruning") or {}, fresh)]
+            reply = self._sessions[robot].infer(single.request)
+            return [Result(reply, None, reply.get("pruning") or {}, fresh)]
         except Exception as error:
-            return [Outcome(None, error, fresh=fresh)]
+            return [Result(None, error, fresh=fresh)]
 
     def forget(self, robot: Hashable) -> None:
         """Drops the session."""

@@ -19,10 +19,10 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 
 from safe_pruner_jax.policy.reply import NonFinite
-from safe_pruner_jax.serving.backend import Backend, Job
+from safe_pruner_jax.serving.backend import Backend, Prepared, Served
 from safe_pruner_jax.serving.metrics import Metrics
 from safe_pruner_jax.serving.recorder import Step
-from safe_pruner_jax.serving.scheduler import Scheduler, Served, Turned
+from safe_pruner_jax.serving.scheduler import Scheduler, Turned
 from safe_pruner_jax.serving.wire import Limits, WireError, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class Desk:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Addressed:
-    """A request that has been read: whose it is, what it asks, how long it may wait (seconds, None: the server's)."""
+    """A request, whose it is, what the backend made of it, how long it may wait (seconds, None: the server's)."""
 
     robot: Hashable
     request: dict
-    job: Job
+    prepared: Prepared
     deadline_s: float | None
 
 
@@ -63,7 +63,7 @@ class Addressed:
 class _Due:
     """A reply that is owed. Times are `time.monotonic()`, durations seconds."""
 
-    asked: Addressed | None  # None: it could not be read, and the answer says why
+    addressed: Addressed | None  # None: it could not be read, and the answer says why
     since: float  # the server began to wait for the request
     received: float
     prepared_s: float
@@ -110,7 +110,7 @@ class Conversation:
                 due = await self._submit(receive.result(), since)
                 self._unanswered.add(due)
                 await self._due.put(due)
-                if due.asked is None:
+                if due.addressed is None:
                     return  # the writer tells the mistake and closes
         except ConnectionClosed as closed:
             logger.info("%s left: %s", self._socket.remote_address, closed)
@@ -123,15 +123,15 @@ class Conversation:
         received = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            asked = await loop.run_in_executor(self._desk.host_threads, self._prepare, message)
+            addressed = await loop.run_in_executor(self._desk.host_threads, self._prepare, message)
         except Exception as error:
             failed = loop.create_future()
             failed.set_exception(error)
             return _Due(None, since, received, 0.0, failed)
         prepared_s = time.monotonic() - received
         there = lambda: self._socket.state is State.OPEN
-        answer = self._desk.scheduler.submit(asked.robot, asked.job, asked.deadline_s, there)
-        return _Due(asked, since, received, prepared_s, answer)
+        answer = self._desk.scheduler.submit(addressed.robot, addressed.prepared, addressed.deadline_s, there)
+        return _Due(addressed, since, received, prepared_s, answer)
 
     def _prepare(self, message: bytes | str) -> Addressed:
         """Reads and checks a message, in a host thread."""
@@ -148,10 +148,10 @@ class Conversation:
                 raise WireError(f"deadline_ms: expected milliseconds above 0, got {deadline_s!r:.50}")
             deadline_s = deadline_s / 1e3
         try:
-            job = self._desk.backend.prepare(robot, request)
+            prepared = self._desk.backend.prepare(robot, request)
         except StopIteration as error:  # a future refuses it and never ends
             raise RuntimeError("the backend raised StopIteration") from error
-        return Addressed(robot, request, job, deadline_s)
+        return Addressed(robot, request, prepared, deadline_s)
 
     def _abandon(self) -> None:
         """Takes requests out of the queue whose client has left."""
@@ -165,8 +165,8 @@ class Conversation:
             try:
                 served: Served = await asyncio.shield(due.answer)
                 self._desk.metrics.served(served)
-                if served.outcome.error is not None:
-                    raise served.outcome.error
+                if served.result.error is not None:
+                    raise served.result.error
                 payload = self._pack(due, served)
             except Turned as turned:
                 self._desk.metrics.requests.labels(turned.kind).inc()
@@ -187,7 +187,7 @@ class Conversation:
             self._desk.metrics.latency.observe(time.monotonic() - due.received)
             # As openpi counts it: from waiting for the request to the reply being sent.
             self._previous_total_s = time.monotonic() - due.since
-            await self._record(due.asked, served)
+            await self._record(due.addressed, served)
 
     def _pack(self, due: _Due, served: Served) -> bytes:
         timing = {"infer_ms": (due.prepared_s + served.device_s) * 1e3}
@@ -195,7 +195,7 @@ class Conversation:
             timing["prev_total_ms"] = self._previous_total_s * 1e3
         timing |= {"queue_ms": served.queue_s * 1e3, "batch": served.batch}
         try:
-            return pack({**served.outcome.reply, "server_timing": timing})
+            return pack({**served.result.reply, "server_timing": timing})
         except (WireError, TypeError) as error:  # our fault, not the client's
             raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
 
@@ -208,11 +208,11 @@ class Conversation:
             logger.warning("%s cut off: it takes no replies", self._socket.remote_address)
             self._socket.transport.abort()
 
-    async def _record(self, asked: Addressed, served: Served) -> None:
+    async def _record(self, addressed: Addressed, served: Served) -> None:
         if self._desk.recorder is None:
             return
-        outcome = served.outcome
-        step = Step(asked.robot, asked.request, outcome.reply, outcome.fresh, served.batch)
+        result = served.result
+        step = Step(addressed.robot, addressed.request, result.reply, result.fresh, served.batch)
         try:
             await asyncio.to_thread(self._desk.recorder, step)
         except Exception:  # a full disk must not stop a robot

@@ -2,7 +2,7 @@
 
 import prometheus_client as prometheus
 
-from safe_pruner_jax.serving.scheduler import Served
+from safe_pruner_jax.serving.backend import Served
 
 TYPE = prometheus.CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -54,7 +54,7 @@ class Metrics:
     def served(self, served: Served) -> None:
         """Counts one robot's control step."""
         self.queue.observe(served.queue_s)
-        pruning = served.outcome.pruning
+        pruning = served.result.pruning
         if not pruning:
             return
         path = "full" if pruning["keyframe"] else "pruned"

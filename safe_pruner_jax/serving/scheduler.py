@@ -10,12 +10,12 @@ Everything here runs in the event loop; the backend's steps run in the device th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from safe_pruner_jax.policy.reply import Outcome
-from safe_pruner_jax.serving.backend import Backend
+from safe_pruner_jax.policy.reply import Result
+from safe_pruner_jax.serving.backend import Prepared, Served
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,21 @@ class Terms:
             raise ValueError(f"deadline_s: expected seconds above 0, got {self.deadline_s}")
 
 
+class Device(Protocol):
+    """What the scheduler knows of the accelerator; `device.Device` is one.
+
+    Attributes:
+      limit: robots per step.
+      robots: how many are connected; with one of them nobody is waited for.
+    """
+
+    limit: int
+    robots: int
+
+    async def step(self, prepared: Sequence[tuple[Hashable, Prepared]]) -> tuple[Sequence[Result], float]:
+        """One step of robots of one group: a result each, an error too, and the seconds it took."""
+
+
 class Turned(Exception):
     """A request that was answered without being run; `kind` is "rejected", "expired" or "superseded"."""
 
@@ -55,20 +70,10 @@ class Turned(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """A request that was run: its outcome, seconds it waited, seconds its step took, and robots in the step."""
-
-    outcome: Outcome
-    queue_s: float
-    device_s: float
-    batch: int
-
-
 @dataclass(eq=False)
 class _Ticket:
     robot: Hashable
-    job: Any
+    prepared: Prepared
     since: float
     answer: asyncio.Future
     timer: asyncio.TimerHandle
@@ -79,23 +84,12 @@ class Scheduler:
     """The queue in front of the accelerator.
 
     Args:
-      backend: what steps.
+      device: what steps.
       terms: what a request may expect.
-      on_device: runs a function in the device thread.
-      robots: how many are connected; with one of them nobody is waited for.
-      on_step: called with (robots, device seconds) after each step.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        terms: Terms,
-        on_device: Callable[..., Awaitable[Any]],
-        robots: Callable[[], int],
-        on_step: Callable[[int, float], None],
-    ):
-        self._backend, self._terms, self._on_device = backend, terms, on_device
-        self._robots, self._on_step = robots, on_step
+    def __init__(self, device: Device, terms: Terms):
+        self._device, self._terms = device, terms
         self._waiting: dict[Hashable, _Ticket] = {}  # in order of arrival
         self._changed = asyncio.Event()
         self._closing = False
@@ -108,7 +102,7 @@ class Scheduler:
     def submit(
         self,
         robot: Hashable,
-        job: Any,
+        prepared: Prepared,
         deadline_s: float | None = None,
         wanted: Callable[[], bool] = lambda: True,
     ) -> asyncio.Future:
@@ -116,7 +110,7 @@ class Scheduler:
 
         Args:
           robot: whose it is; an older request of the same robot that still waits is superseded.
-          job: from `Backend.prepare`.
+          prepared: from `Backend.prepare`.
           deadline_s: seconds it may wait, at most the server's.
           wanted: asked before it is run; False if its client has left.
 
@@ -132,7 +126,7 @@ class Scheduler:
             return answer
         limit = self._terms.deadline_s if deadline_s is None else min(deadline_s, self._terms.deadline_s)
         timer = loop.call_later(limit, self._expire, robot, answer, limit)
-        ticket = _Ticket(robot, job, time.monotonic(), answer, timer, wanted)
+        ticket = _Ticket(robot, prepared, time.monotonic(), answer, timer, wanted)
         if older is not None:  # the newer observation takes its place in the queue
             self._turn(older, "superseded", "a newer request of this robot came before this one was run")
         self._waiting[robot] = ticket
@@ -168,10 +162,10 @@ class Scheduler:
         """Waits for others to join the first request, as long as it may."""
         first = next(iter(self._waiting.values()))
         until = first.since + self._terms.max_delay_s
-        while not self._closing and self._robots() > 1:
-            together = sum(ticket.job.group == first.job.group for ticket in self._waiting.values())
+        while not self._closing and self._device.robots > 1:
+            together = sum(ticket.prepared.group == first.prepared.group for ticket in self._waiting.values())
             left = until - time.monotonic()
-            if left <= 0 or together >= min(self._backend.limit, self._robots()):
+            if left <= 0 or together >= min(self._device.limit, self._device.robots):
                 return
             self._changed.clear()
             try:
@@ -184,7 +178,8 @@ class Scheduler:
         for ticket in [ticket for ticket in self._waiting.values() if not ticket.wanted()]:
             self.cancel(ticket.answer)
         tickets = list(self._waiting.values())
-        tickets = [ticket for ticket in tickets if ticket.job.group == tickets[0].job.group][: self._backend.limit]
+        group = tickets[0].prepared.group if tickets else None
+        tickets = [ticket for ticket in tickets if ticket.prepared.group == group][: self._device.limit]
         for ticket in tickets:
             ticket.timer.cancel()
             del self._waiting[ticket.robot]
@@ -192,15 +187,10 @@ class Scheduler:
 
     async def _step(self, tickets: list[_Ticket]) -> None:
         started = time.monotonic()
-        try:
-            outcomes = await self._on_device(self._backend.step, [(ticket.robot, ticket.job) for ticket in tickets])
-        except Exception as error:  # the device refuses: everybody in this step is told
-            outcomes = [Outcome(None, error)] * len(tickets)
-        device_s = time.monotonic() - started
-        self._on_step(len(tickets), device_s)
-        for ticket, outcome in zip(tickets, outcomes, strict=True):
+        results, device_s = await self._device.step([(ticket.robot, ticket.prepared) for ticket in tickets])
+        for ticket, result in zip(tickets, results, strict=True):
             if not ticket.answer.done():
-                ticket.answer.set_result(Served(outcome, started - ticket.since, device_s, len(tickets)))
+                ticket.answer.set_result(Served(result, started - ticket.since, device_s, len(tickets)))
 
     def _expire(self, robot: Hashable, answer: asyncio.Future, limit_s: float) -> None:
         ticket = self._waiting.get(robot)

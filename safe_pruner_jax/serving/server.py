@@ -37,6 +37,7 @@ from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.serving.access import Access, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker, as_backend
 from safe_pruner_jax.serving.conversation import Conversation, Desk, first
+from safe_pruner_jax.serving.device import Device
 from safe_pruner_jax.serving.metrics import TYPE as METRICS_TYPE
 from safe_pruner_jax.serving.metrics import Metrics
 from safe_pruner_jax.serving.recorder import Step
@@ -91,19 +92,13 @@ class Server:
         self._backend = as_backend(backend)
         self._limits = dataclasses.replace(LIMITS, message_bytes=max_message_bytes)
         self._metadata = pack(self._backend.metadata)
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._device = Device(self._backend, self.metrics)
         self._host_threads = ThreadPoolExecutor(2, thread_name_prefix="host")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop, self._warm = asyncio.Event(), asyncio.Event()
         self._numbers = itertools.count(1)
         self._open: collections.Counter[str] = collections.Counter()  # websocket connections by address
-        self._scheduler = Scheduler(
-            self._backend,
-            self._terms,
-            self._on_device,
-            self._open.total,
-            lambda robots, seconds: self.metrics.stepped(robots, seconds, self._backend.evicted),
-        )
+        self._scheduler = Scheduler(self._device, self._terms)
         self._desk = Desk(
             backend=self._backend,
             scheduler=self._scheduler,
@@ -170,7 +165,7 @@ class Server:
     async def _warm_up(self) -> None:
         logger.info("warming up: compiling every program; clients are answered afterwards")
         started = time.monotonic()
-        warm_up = asyncio.ensure_future(self._on_device(self._backend.warmup))
+        warm_up = asyncio.ensure_future(self._device.warmup())
         while not (await asyncio.wait({warm_up}, timeout=30))[0]:
             logger.info("still warming up after %.0f s", time.monotonic() - started)
         warm_up.result()
@@ -179,20 +174,6 @@ class Server:
             gc.freeze()
             gc.collect()  # the next comes when a quarter of what this one left is new, and that is little now
         logger.info("warm after %.1f s", time.monotonic() - started)
-
-    async def _on_device(self, function: Callable, *args: Any) -> Any:
-        """`function(*args)`, run in the device thread when its turn comes."""
-
-        def call() -> tuple[Any, Exception | None]:
-            try:
-                return function(*args), None
-            except Exception as error:  # carried over by hand: a future refuses StopIteration and never ends
-                return None, error
-
-        result, error = await asyncio.get_running_loop().run_in_executor(self._device, call)
-        if error is not None:
-            raise error
-        return result
 
     # --- HTTP ----------------------------------------------------------------------------------------------
 
@@ -257,6 +238,7 @@ class Server:
             return
         where, robot = _address(socket), ("connection", next(self._numbers))
         self._open[where] += 1
+        self._device.robots = self._open.total()
         logger.info("%s connected", socket.remote_address)
         try:
             if await first(self._warm.wait(), socket.wait_closed(), self._stop.wait()):
@@ -268,8 +250,8 @@ class Server:
             logger.info("%s left: %s", socket.remote_address, closed)
         finally:
             self._open -= collections.Counter({where: 1})
-            with contextlib.suppress(RuntimeError):  # the device thread has ended
-                self._device.submit(self._backend.forget, robot)
+            self._device.robots = self._open.total()
+            self._device.forget(robot)
 
 
 def _address(connection: websockets.ServerConnection) -> str:
