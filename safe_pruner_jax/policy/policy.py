@@ -5,8 +5,9 @@
     reply = session.infer(request)        # openpi's request and reply, plus reply["pruning"]
 
 A control step has two halves: `Policy.prepare` turns a request into the network's input on the host, `Policy.advance`
-runs one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts afresh
-on `"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet` has many.
+runs one device step for robots of one layout. What a robot remembers between its steps is an `Episode`; it starts
+afresh on `"reset": True`, on a changed prompt and on a changed set of cameras. `Session` is one robot alone; `fleet`
+has many.
 """
 
 import dataclasses
