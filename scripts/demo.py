@@ -118,14 +118,11 @@ class Server:
             free.bind((HOST, 0))
             self.port = free.getsockname()[1]
         self.pruner, self.log = pruner, log
-        program = Path(sys.executable).with_name("openpi")
-        if not program.exists():
-            raise DemoError(f"there is no {program}; run {sys.executable} -m pip install -e .")
         self.arguments = ["serve", "policy:embedded", f"--pruner={pruner}", *options]
         self.arguments += ["--port", str(self.port), "--prompt-lengths", str(PROMPT_LENGTH)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [str(program), *self.arguments],
+                [sys.executable, "-m", "safe_pruner_jax", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

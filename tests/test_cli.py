@@ -1,5 +1,6 @@
 """The command line: arguments, and one clear line with exit code 2 for what cannot be served."""
 
+import dataclasses
 import inspect
 import logging
 import socket
@@ -125,9 +126,7 @@ def test_without_a_command_it_says_which_there_are(argv, code, capsys):
 
 
 def test_help_shows_the_pruners_own_choices(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["serve", "--pruner=safe", "--help"])
-    assert stop.value.code == 0
+    assert cli.main(["serve", "--pruner=safe", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--pruner.threshold" in text and "γ" in text and "policy:embedded" in text
 
@@ -173,11 +172,30 @@ def test_a_command_without_a_pruner_does_not_know_one(capsys):
     assert stop.value.code == 2 and "pruner" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pruner", ["none", *PRUNERS])
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_every_command_has_help(command, capsys):
+def test_every_command_has_help_on_one_screen(command, pruner, capsys):
+    assert cli.main([command, "--help", f"--pruner={pruner}"]) == 0
+    text = capsys.readouterr().out
+    assert f"openpi {command}" in text and len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 110
+    for field in dataclasses.fields(cli.COMMANDS[command].arguments):
+        assert f"--{field.name.replace('_', '-')}" in text, "a command hides an option"
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [(["serve"], "--serving.tls-key"), (["train"], "--settings.steps"), (["analyze recall"], "--cut")],
+)
+def test_the_whole_help_has_everything(argv, option, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0 and f"openpi {command}" in capsys.readouterr().out
+        cli.main([*argv, "--help-all"])
+    assert stop.value.code == 0 and option in capsys.readouterr().out
+
+
+def test_help_for_a_pruner_that_is_not_there_is_an_error(capsys):
+    assert cli.main(["serve", "--pruner=sfe", "--help"]) == 2
+    assert "did you mean 'safe'" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):

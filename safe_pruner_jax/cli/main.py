@@ -1,4 +1,4 @@
-"""`openpi serve`: openpi's own arguments, plus `--pruner=NAME` and the factory arguments of that pruner.
+"""`openpi`: openpi's own arguments, plus `--pruner=NAME` and the factory arguments of that pruner.
 
 openpi serve --env LIBERO --pruner=safe --pruner.keep 0.2
 openpi serve policy:checkpoint --policy.config=pi05_libero --policy.dir=/path/to/checkpoint --pruner=safe
@@ -25,6 +25,7 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import analyze as analysis
 from safe_pruner_jax.cli.bench import Bench, run_bench
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
+from safe_pruner_jax.cli.help import summary
 from safe_pruner_jax.cli.inspect import Inspect, run_inspect
 from safe_pruner_jax.cli.report import Report, run_report
 from safe_pruner_jax.cli.serve import Serve, run_serve
@@ -110,8 +111,8 @@ def _analyze(name: str) -> Command:
     def run_analysis(args: Any) -> None:
         keep_all = pruners.make("full")
         about = args.describe("LIBERO", Method("full", {})).as_json()
-        told = {key: about[key] for key in MODEL} | {"seed": args.seed}
-        run(args, lambda: args.load("LIBERO", keep_all), told)
+        conditions = {key: about[key] for key in MODEL} | {"seed": args.seed}
+        run(args, lambda: args.load("LIBERO", keep_all), conditions)
 
     return Command(arguments, run_analysis, pruner=False)
 
@@ -121,22 +122,33 @@ ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, Reco
 """What is a person's to mend: told in one line."""
 
 
+def _help(command: Command, argv: Sequence[str], prog: str) -> str:
+    """One screen; of the named pruner, too. Raises ValueError for an unknown one."""
+    name, _ = split_pruner(argv)
+    factory = pruners.factory("full" if name == "none" else name)
+    return summary(prog, command.arguments, (name, factory) if command.pruner else None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `openpi`; the exit code: 0 done, 2 told in one line what is wrong, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["analyze"]:
         argv[:2] = [" ".join(argv[:2])]
     if not argv or argv[0] not in COMMANDS:
-        asked = not argv or argv[0] in ("-h", "--help")
+        help_wanted = not argv or argv[0] in ("-h", "--help", "--help-all")
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; pruners: none, {', '.join(pruners.names())}")
-        if not asked:
+        if not help_wanted:
             print(f"openpi: expected a command, one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
-        return 0 if asked and argv else 2
+        return 0 if help_wanted and argv else 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     for library in ("absl", "jax", "orbax", "websockets"):
         logging.getLogger(library).setLevel(logging.WARNING)
     command, prog = COMMANDS[argv[0]], f"openpi {argv[0]}"
     try:
+        if {"-h", "--help"} & set(argv):
+            print(_help(command, argv[1:], prog))
+            return 0
+        argv = ["--help" if item == "--help-all" else item for item in argv]
         if command.pruner:
             return command.run(*parse(command.arguments, argv[1:], prog)) or 0
         args = tyro.cli(command.arguments, args=argv[1:], prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
