@@ -8,9 +8,9 @@ is measured by itself, the same requests to servers that compute nothing: one th
 more, and this package's.
 """
 
-import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -23,10 +23,11 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
+import tyro
 import websockets.asyncio.server
 import websockets.sync.client
 
@@ -200,17 +201,32 @@ class Server:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What is driven.
+
+    Args:
+      pruner: of the server.
+      requests: altogether, for each number of robots.
+      robots: how many at once; none: the bare step alone.
+      max_batch: robots per device step.
+      note: about the machine, for the result file.
+      out: result file, JSON.
+      answer_nothing: be the server that the wire is measured with.
+    """
+
+    pruner: str = "safe"
+    requests: int = 200
+    robots: tuple[int, ...] = (1, 4, 16)
+    max_batch: int = 1
+    note: str = ""
+    out: Path | None = None
+    answer_nothing: tyro.conf.Suppress[Literal["websockets", "server"] | None] = None
+
+
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pruner", default="safe")
-    parser.add_argument("--requests", type=int, default=200, help="altogether, for each number of robots")
-    parser.add_argument("--robots", type=int, nargs="*", default=[1, 4, 16], help="none: the bare step alone")
-    parser.add_argument("--max-batch", type=int, default=1)
-    parser.add_argument("--note", default="", help="about the machine, for the result file")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--answer-nothing", choices=("websockets", "server"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = tyro.cli(Arguments, description=__doc__)
     if args.answer_nothing:
         answer_nothing(args.answer_nothing)
         return

@@ -7,13 +7,14 @@ Both get the same requests and the same noise, step by step. Exit code 0 if ever
 1 if not, 2 if nothing could be compared.
 """
 
-import argparse
+import dataclasses
 import importlib
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from openpi_patch import prune
 
@@ -63,15 +64,29 @@ def table(rows: list[tuple[float, float, float, float]]) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What is compared.
+
+    Args:
+      config: openpi's name of the training configuration.
+      dir: checkpoint folder or gs:// address.
+      policy: module:function that makes a policy, in place of config and dir.
+      steps: requests.
+      seed: of requests and noise.
+      tolerance: relative to the range of the actions; default by dtype.
+    """
+
+    config: str | None = None
+    dir: str | None = None
+    policy: str | None = None
+    steps: int = 4
+    seed: int = 0
+    tolerance: float | None = None
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="openpi's name of the training configuration")
-    parser.add_argument("--dir", help="checkpoint folder or gs:// address")
-    parser.add_argument("--policy", help="module:function that makes a policy, in place of --config and --dir")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tolerance", type=float, help="relative to the range of the actions; default by dtype")
-    args = parser.parse_args()
+    args = tyro.cli(Arguments, description=__doc__)
     if args.policy:
         sys.path.insert(0, str(Path.cwd()))
         module, _, function = args.policy.partition(":")
@@ -79,7 +94,8 @@ def main() -> int:
     elif args.config and args.dir:
         policy = openpi_policy(args.config, args.dir)
     else:
-        parser.error("expected --config and --dir, or --policy")
+        print("check_patch: expected --config and --dir, or --policy", file=sys.stderr)
+        return 2
     from openpi_patch.policy import OpenpiTransform
     from openpi_patch.weights import parameters, sizes
 

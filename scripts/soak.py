@@ -10,8 +10,8 @@ bursts; others send malformed and oversized messages or take no replies; the ser
 stayed flat and the server came back.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -28,6 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import tyro
 from soak_faults import episode, mutate
 from soak_server import MESSAGE_MIB, WAIT_S, Server
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -164,10 +165,35 @@ class Robot(threading.Thread):
         self.connection = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What is soaked, and for how long.
+
+    Args:
+      tiny: the tests' tiny model instead of the embedded policy.
+      minutes: of play.
+      robots: that play at once.
+      frames: malformed frames to send.
+      seed: of observations and faults.
+      restarts: signals in between.
+      note: about the machine, for the result file.
+      out: result file, JSON.
+    """
+
+    tiny: bool = False
+    minutes: float = 10.0
+    robots: int = 6
+    frames: int = 10_000
+    seed: int = 0
+    restarts: bool = True
+    note: str = ""
+    out: Path | None = None
+
+
 class Soak:
     """The whole of it."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, args: Arguments, folder: Path):
         self.args, self.seed, self.tally, self.over = args, args.seed, Tally(), threading.Event()
         self.server = Server(args.tiny, folder)
         self.episodes = {robot: episode(robot, args.seed) for robot in range(args.robots)}
@@ -318,16 +344,7 @@ class Soak:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="the tests' tiny model instead of the embedded policy")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--robots", type=int, default=6)
-    parser.add_argument("--frames", type=int, default=10_000, help="malformed frames to send")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--restarts", action=argparse.BooleanOptionalAction, default=True, help="signals in between")
-    parser.add_argument("--note", default="", help="about the machine, for the result file")
-    parser.add_argument("--out", type=Path, help="result file, JSON")
-    args = parser.parse_args()
+    args = tyro.cli(Arguments, description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(args, Path(folder))
         try:
