@@ -1,18 +1,26 @@
-"""Hypothesis profiles, assert rewriting, and what makes compiling cheap; shared by all tests."""
+"""Hypothesis profiles, what makes compiling cheap, who shares a worker, and the fixtures that several modules share."""
 
+import ctypes
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from safe_pruner_jax.engine import xla
 
-pytest.register_assert_rewrite("fake_server", "laws", "live_server", "synthetic", "tiny_checkpoint", "tiny_engine")
+pytest.register_assert_rewrite(
+    "fake_libero", "fake_server", "laws", "live_server", "oracles", "synthetic", "tiny_checkpoint", "tiny_engine"
+)
 
-# the models are tiny, so compiling is most of the time: a quarter less with code that is not optimised
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# the models are tiny, so compiling is most of the time: code that is not optimised, by the simpler of two emitters
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if xla.trusted():  # an older jax does not know it
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # servers leave nothing behind
 
 # one program is compiled once for all workers, servers and notebooks of a run; the folder goes with the run
@@ -20,7 +28,7 @@ PROGRAMS = None
 if "PYTEST_XDIST_WORKER" not in os.environ and xla.trusted():
     PROGRAMS = tempfile.mkdtemp(prefix="programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
     xla.keep_programs(PROGRAMS)  # for this process, which has imported jax; the variables are for its children
 
@@ -34,3 +42,193 @@ QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # t
 settings.register_profile("local", max_examples=50, **QUIET)
 settings.register_profile("ci", max_examples=50, derandomize=True, **QUIET)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# --- who shares a worker -----------------------------------------------------------------------------------
+
+TOGETHER = {
+    **dict.fromkeys(("test_engine", "test_control", "test_session"), "the tiny engine"),
+    **dict.fromkeys(("test_analysis", "test_deviation", "test_trace", "test_end_to_end"), "the plain policy"),
+    **dict.fromkeys(("test_fleet", "test_evaluate"), "the policy of two steps"),
+}
+"""Modules that share compiled programs run in one worker; every other module is a group by itself."""
+
+APART = ("test_parity", "test_flops", "test_demo", "test_notebooks")
+"""Modules whose tests share nothing that is dear: each test may run anywhere."""
+
+LONGEST = (
+    *("test_demo", "test_engine", "test_control", "test_session", "test_peers_engine", "test_bench", "test_expert"),
+    *("test_promises", "test_notebooks", "test_training", "test_parity", "test_analysis", "test_deviation"),
+    *("test_trace", "test_end_to_end", "test_rtc", "test_fleet", "test_evaluate", "test_pruners", "test_libero"),
+)
+"""Modules that begin first, so that no worker is left alone with one of them at the end."""
+
+
+def group(item: pytest.Item) -> str:
+    """The name of what runs in one worker: a module, several, one test, or the laws of one pruner."""
+    module = item.path.stem
+    if module in APART:
+        return item.nodeid
+    if getattr(item, "originalname", None) == "test_law":
+        return f"laws of {item.callspec.params['case']}"
+    return TOGETHER.get(module, module)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item).replace("@", " ")))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))  # stable: the order within a module stays
+
+
+LARGE = 1_200_000_000
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def large_workers_forget_their_programs():
+    """Programs of earlier modules are most of a worker's memory; who needs one again reads it from the disk."""
+    yield
+    if resident_bytes() > LARGE:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+# --- openpi's small π0.5 in an engine ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ref():
+    import tiny_engine
+
+    return tiny_engine.reference()
+
+
+@pytest.fixture(scope="session")
+def weights():
+    import tiny_engine
+
+    return tiny_engine.prepared()
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """SAFE on openpi's small π0.5; a module may have an engine of its own."""
+    import tiny_engine
+
+    return tiny_engine.safe_engine()
+
+
+@pytest.fixture(scope="session")
+def full_engine(ref, weights):
+    from safe_pruner_jax.engine.engine import Engine
+    from safe_pruner_jax.pruners import full
+
+    return Engine(weights, ref.config, full())
+
+
+@pytest.fixture(scope="session")
+def scenes():
+    import tiny_engine
+
+    return tiny_engine.two_scenes()
+
+
+@pytest.fixture(scope="session")
+def alone():
+    import tiny_engine
+
+    return tiny_engine.lone_robot()
+
+
+@pytest.fixture(scope="session")
+def golden_examples():
+    import tiny_engine
+
+    return tiny_engine.golden_examples()
+
+
+# --- the tiny policy ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def plain_policy():
+    """Without a pruner, with all denoise steps; tests make policies of their own around its weights and engine."""
+    from tiny_policy import load_tiny
+
+    return load_tiny(discrete=False)
+
+
+@pytest.fixture(scope="session")
+def two_step_policy():
+    """SAFE with two denoise steps; its first step is a keyframe and no other."""
+    from tiny_policy import pruned_after_the_first
+
+    return pruned_after_the_first(num_steps=2, prompt_lengths=(16, 32))
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    """The parameters of openpi's tiny checkpoint."""
+    from tiny_checkpoint import GOLDEN, TINY
+
+    from safe_pruner_jax.model.checkpoint import load_params
+
+    return load_params(GOLDEN["pure"], TINY)
+
+
+# --- servers and records -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend():
+    """A backend of plain numpy."""
+    from fake_server import FakeBackend
+
+    return FakeBackend()
+
+
+@pytest.fixture
+def server(backend):
+    """A live server of `backend`."""
+    from fake_server import Mistake
+
+    from safe_pruner_jax.serving import running
+
+    with running(backend, client_errors=(Mistake,), max_message_bytes=2**20) as server:
+        yield server
+        backend.release.set()
+
+
+@pytest.fixture
+def connect(server):
+    """A function that connects another of openpi's clients."""
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    clients = []
+
+    def new():
+        clients.append(WebsocketClientPolicy("127.0.0.1", server.port))
+        return clients[-1]
+
+    yield new
+    for client in clients:
+        client._ws.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where an evaluation's records go."""
+    return tmp_path / "records.jsonl"

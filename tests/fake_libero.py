@@ -85,3 +85,32 @@ class Slow(FakeEnv):
 
 def missing(suite, task):
     raise LiberoUnavailable("LIBERO is not installed: run this")
+
+
+class Scripted:
+    """The part of LiberoEnv that a rollout uses; solved after `solved_after` steps."""
+
+    task = Task("libero_goal", 3, "name", "push the plate", Path("scene.bddl"))
+    max_steps = 23
+
+    def __init__(self, solved_after=None):
+        self.solved_after, self.actions, self.observed = solved_after, [], 0
+
+    def reset(self, init_state):
+        self.actions, self.init_state = [], init_state
+        return self.observe()
+
+    def observe(self):
+        self.observed += 1
+        return {"prompt": "push the plate", "step": len(self.actions)}
+
+    def step(self, action):
+        assert len(self.actions) < self.max_steps
+        self.actions.append(action)
+        success = len(self.actions) == self.solved_after
+        return StepResult(success, success or len(self.actions) == self.max_steps)
+
+
+def chunk(request):
+    """Actions that carry the step at which they are meant to be executed."""
+    return {"actions": np.tile(request["step"] + np.arange(10)[:, None], (1, 7))}

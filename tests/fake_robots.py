@@ -1,7 +1,6 @@
 """Robots without a model, for simulators without a simulator, and the file of their records."""
 
 import numpy as np
-import pytest
 
 from safe_pruner_jax.evaluation.workers import PolicyFailed
 
@@ -27,8 +26,3 @@ class FakeRobots:
             reply = {"actions": np.zeros((10, 7)), "pruning": pruning, "policy_timing": timing}
             replies[name] = PolicyFailed("OSError: no") if self.calls in self.failing else reply
         return replies
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "records.jsonl"

@@ -10,7 +10,7 @@ import tiny_openpi
 import websockets.sync.client
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 KEY = "a-key-for-tests-only"
 SAFE = ["--pruner=safe", "--pruner.threshold=-1"]
 
@@ -19,7 +19,7 @@ class Live:
     """`openpi serve` of the tiny model in a process of its own."""
 
     def __init__(self, folder: Path, *argv: str, **environment: str):
-        self.folder = folder
+        self.folder, self.answers = folder, 0
         self.process = tiny_openpi.start(*SAFE, *argv, cwd=folder, **environment)
         self.port = int(self.wait_for(r"listening on 127\.0\.0\.1:(\d+)"))
 

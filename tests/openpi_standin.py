@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_loading import tiny_config
+from tiny_policy import tiny_config
 
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.checkpoint import load_params

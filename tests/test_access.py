@@ -104,7 +104,7 @@ def test_tls_with_openpis_client(tmp_path, monkeypatch):
         assert client.infer({"i": 1})["echo"] == {"i": 1}
         client._ws.close()
         with pytest.raises((OSError, InvalidMessage)):
-            websockets.sync.client.connect(f"ws://localhost:{server.port}", open_timeout=2)
+            websockets.sync.client.connect(f"ws://localhost:{server.port}", open_timeout=60)
         checking = ssl.create_default_context()
         checking.load_verify_locations(DATA / "tls_cert.pem")
         plain = socket.create_connection(("127.0.0.1", server.port))

@@ -6,9 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_demonstrations import demo
-from test_loading import load_tiny
-from test_trace import moving_scene
+from demonstrations import demo
+from tiny_policy import moving_scene
 
 from safe_pruner_jax.analysis import calibrate, cost, forecast, kappa, measures, recall
 from safe_pruner_jax.analysis.rows import Rows, RowsError, read_rows
@@ -22,10 +21,12 @@ from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.tokens import PrefixLayout
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_tiny(discrete=False)
+def policy(plain_policy):
+    return plain_policy
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import threading
 import fake_libero
 import numpy as np
 import pytest
+from fake_libero import Scripted, chunk
 from fake_robots import FakeRobots
-from test_records import CONFIGURATION, record
-from test_report import FULL, group
-from test_rollout import Scripted, chunk
+from toy_records import CONFIGURATION, FULL, group, record
 
 from safe_pruner_jax.client.real_time import Asynchronous, jumps
 from safe_pruner_jax.evaluation.evaluate import episodes, play
@@ -19,7 +18,9 @@ from safe_pruner_jax.evaluation.report import markdown, summarise
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.evaluation.sources import Source
 
-WAIT_S = 10.0
+pytestmark = pytest.mark.newest
+
+WAIT_S = 100.0
 
 
 class Policy:

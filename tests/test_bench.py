@@ -26,6 +26,8 @@ from safe_pruner_jax.pruners import full, safe
 from safe_pruner_jax.robots import configs
 from safe_pruner_jax.timing import interleave, ratio, spread
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def tiny():

@@ -16,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees, flat, unflat
-from tiny_checkpoint import tiny as tiny
 
 from safe_pruner_jax.model import checkpoint, pi0
 from safe_pruner_jax.model.checkpoint import CheckpointError, Stored, load_params, open_params, save_params
@@ -60,8 +59,8 @@ def test_tree_is_that_of_the_configuration(keys):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.float16])
-def test_cast_while_loading_is_a_plain_cast(tiny, dtype):
-    want = unflat({k: v.astype(jnp.dtype(dtype)) for k, v in flat(tiny).items()})
+def test_cast_while_loading_is_a_plain_cast(tiny_params, dtype):
+    want = unflat({k: v.astype(jnp.dtype(dtype)) for k, v in flat(tiny_params).items()})
     assert_equal_trees(load_params(GOLDEN["value"], TINY, dtype=dtype), want)
 
 
@@ -70,11 +69,11 @@ def test_dtype_must_be_floating():
         load_params(GOLDEN["pure"], TINY, dtype="int8")
 
 
-def test_leaves_are_on_disk_until_they_are_read(tmp_path, tiny):
+def test_leaves_are_on_disk_until_they_are_read(tmp_path, tiny_params):
     shutil.copytree(GOLDEN["pure"], tmp_path / "ckpt")
     found = flat(open_params(tmp_path / "ckpt", TINY, dtype="float32"))
     assert all(isinstance(leaf, Stored) for leaf in found.values())
-    assert sum(leaf.nbytes for leaf in found.values()) == sum(v.nbytes for v in flat(tiny).values())
+    assert sum(leaf.nbytes for leaf in found.values()) == sum(v.nbytes for v in flat(tiny_params).values())
     once = []
     note = lambda k, leaf: once.append(k) or leaf.read()
     counted = {k: types.SimpleNamespace(read=partial(note, k, leaf)) for k, leaf in found.items()}
@@ -133,43 +132,43 @@ def test_round_trip(tmp_path, value_keys, dtype):
     assert_equal_trees(load_params(tmp_path / "new" / "ckpt", TINY), params)
 
 
-def test_saves_jax_arrays(tmp_path, tiny):
-    save_params(tmp_path, unflat({k: jnp.asarray(v) for k, v in flat(tiny).items()}))
-    assert_equal_trees(load_params(tmp_path, TINY), tiny)
+def test_saves_jax_arrays(tmp_path, tiny_params):
+    save_params(tmp_path, unflat({k: jnp.asarray(v) for k, v in flat(tiny_params).items()}))
+    assert_equal_trees(load_params(tmp_path, TINY), tiny_params)
 
 
 @pytest.mark.parametrize("keys", GOLDEN)
-def test_layout_is_openpis(tmp_path, tiny, keys):
+def test_layout_is_openpis(tmp_path, tiny_params, keys):
     """Orbax itself reads it as openpi does, and lists the same leaves as in openpi's own file."""
-    save_params(tmp_path, tiny, value_keys=keys == "value")
+    save_params(tmp_path, tiny_params, value_keys=keys == "value")
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = flat(checkpointer.restore(tmp_path / "params"))
     tail = "/value" if keys == "value" else ""
-    assert_equal_trees(unflat(restored), unflat({f"params/{k}{tail}": v for k, v in flat(tiny).items()}))
+    assert_equal_trees(unflat(restored), unflat({f"params/{k}{tail}": v for k, v in flat(tiny_params).items()}))
 
     ours, theirs = (json.loads((d / "params/_METADATA").read_text()) for d in (tmp_path, GOLDEN[keys]))
     assert ours["tree_metadata"].keys() == theirs["tree_metadata"].keys()
     assert ours["use_zarr3"] is theirs["use_zarr3"] is False
 
 
-def test_overwrite_is_asked_for_and_leaves_the_rest(tmp_path, tiny):
+def test_overwrite_is_asked_for_and_leaves_the_rest(tmp_path, tiny_params):
     (tmp_path / "assets").mkdir()
-    save_params(tmp_path, tiny)
+    save_params(tmp_path, tiny_params)
     with pytest.raises(CheckpointError, match="overwrite=True"):
-        save_params(tmp_path, tiny)
-    twice = unflat({k: 2 * v for k, v in flat(tiny).items()})
+        save_params(tmp_path, tiny_params)
+    twice = unflat({k: 2 * v for k, v in flat(tiny_params).items()})
     save_params(tmp_path, twice, overwrite=True)
     assert_equal_trees(load_params(tmp_path, TINY), twice)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["assets", "params"]
 
 
 @pytest.mark.parametrize("before, moves", [("nothing", 0), ("tiny", 0), ("tiny", 1)])
-def test_a_save_that_dies_loads_as_before_or_not_at_all(tmp_path, tiny, monkeypatch, before, moves):
+def test_a_save_that_dies_loads_as_before_or_not_at_all(tmp_path, tiny_params, monkeypatch, before, moves):
     """Dies late: all data is written, and `moves` of the renames in or out of the final place are done."""
     final, rename, left = tmp_path / "params", checkpoint.os.rename, [moves]
     overwrite = before == "tiny"
     if overwrite:
-        save_params(tmp_path, tiny)
+        save_params(tmp_path, tiny_params)
 
     def die(source, target):
         if final in (source, target):
@@ -178,12 +177,12 @@ def test_a_save_that_dies_loads_as_before_or_not_at_all(tmp_path, tiny, monkeypa
             left[0] -= 1
         rename(source, target)
 
-    twice = unflat({k: 2 * v for k, v in flat(tiny).items()})
+    twice = unflat({k: 2 * v for k, v in flat(tiny_params).items()})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint.os, "rename", die)
         save_params(tmp_path, twice, overwrite=overwrite)
     if overwrite and not moves:
-        assert_equal_trees(load_params(tmp_path, TINY), tiny)
+        assert_equal_trees(load_params(tmp_path, TINY), tiny_params)
     else:
         assert "got no _METADATA" in error(tmp_path, TINY)
     save_params(tmp_path, twice, overwrite=overwrite)  # what was left behind is no obstacle
@@ -199,44 +198,44 @@ def test_orbax_own_unfinished_save_does_not_load(golden_copy):
 # what is refused
 
 
-def saved_with(path, tiny, **changes):
+def saved_with(path, tiny_params, **changes):
     """`tiny` with leaves replaced, or removed where None; `__` stands for `/`."""
-    leaves = flat(tiny) | {k.replace("__", "/"): v for k, v in changes.items()}
+    leaves = flat(tiny_params) | {k.replace("__", "/"): v for k, v in changes.items()}
     save_params(path, unflat({k: v for k, v in leaves.items() if v is not None}))
     return path
 
 
-def test_missing_leaf(tmp_path, tiny):
-    message = error(saved_with(tmp_path, tiny, time_mlp_in__bias=None), TINY)
+def test_missing_leaf(tmp_path, tiny_params):
+    message = error(saved_with(tmp_path, tiny_params, time_mlp_in__bias=None), TINY)
     assert "time_mlp_in/bias: expected (64,), got no such leaf" in message
     assert "save or download it again" in message
 
 
-def test_misshapen_leaf(tmp_path, tiny):
-    message = error(saved_with(tmp_path, tiny, time_mlp_in__bias=np.zeros((3, 64), np.float32)), TINY)
+def test_misshapen_leaf(tmp_path, tiny_params):
+    message = error(saved_with(tmp_path, tiny_params, time_mlp_in__bias=np.zeros((3, 64), np.float32)), TINY)
     assert "time_mlp_in/bias: expected (64,), got (3, 64)" in message
 
 
-def test_integer_leaf(tmp_path, tiny):
-    message = error(saved_with(tmp_path, tiny, time_mlp_in__bias=np.zeros(64, np.int8)), TINY)
+def test_integer_leaf(tmp_path, tiny_params):
+    message = error(saved_with(tmp_path, tiny_params, time_mlp_in__bias=np.zeros(64, np.int8)), TINY)
     assert "time_mlp_in/bias: expected floating values, got int8" in message
 
 
-def test_extra_leaf_is_refused_unless_allowed(tmp_path, tiny):
+def test_extra_leaf_is_refused_unless_allowed(tmp_path, tiny_params):
     name = "PaliGemma__llm__layers__attn__q_einsum__lora_a"
-    path = saved_with(tmp_path, tiny, **{name: np.ones((4, 8, 64, 2), np.float32)})
+    path = saved_with(tmp_path, tiny_params, **{name: np.ones((4, 8, 64, 2), np.float32)})
     message = error(path, TINY)
     assert "attn/q_einsum/lora_a: expected no such leaf, got one" in message
     assert "allow_extra=True" in message and "LoRA" in message
-    assert_equal_trees(load_params(path, TINY, allow_extra=True), tiny)
+    assert_equal_trees(load_params(path, TINY, allow_extra=True), tiny_params)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_non_finite_leaf(tmp_path, tiny, monkeypatch, bad, dtype):
-    leaf = flat(tiny)["time_mlp_in/kernel"].copy()
+def test_non_finite_leaf(tmp_path, tiny_params, monkeypatch, bad, dtype):
+    leaf = flat(tiny_params)["time_mlp_in/kernel"].copy()
     leaf[[0, 5], [1, 63]] = bad
-    params = unflat(flat(tiny) | {"time_mlp_in/kernel": leaf})
+    params = unflat(flat(tiny_params) | {"time_mlp_in/kernel": leaf})
     with pytest.raises(CheckpointError, match=r"leaf time_mlp_in/kernel: .*got 2 of 4096 NaN or infinite"):
         save_params(tmp_path, params)
     assert not (tmp_path / "params").exists()
@@ -299,9 +298,9 @@ def test_absent_file_is_named(golden_copy, name):
     assert f"got no {name}" in error(golden_copy, TINY)
 
 
-def test_another_item_is_not_taken_for_parameters(tmp_path, tiny):
+def test_another_item_is_not_taken_for_parameters(tmp_path, tiny_params):
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", {"opt_state": tiny, "step": np.zeros(())})
+        checkpointer.save(tmp_path / "state", {"opt_state": tiny_params, "step": np.zeros(())})
     message = error(tmp_path / "state", TINY)
     assert "got top-level names ['opt_state', 'step']" in message and "train_state/" in message
 

@@ -8,7 +8,6 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees
-from tiny_checkpoint import tiny as tiny
 
 from safe_pruner_jax.model.checkpoint import CheckpointError, fetch, load_params
 
@@ -56,10 +55,10 @@ def test_fetch_passes_a_local_path_through(tmp_path, monkeypatch):
         fetch("absent")
 
 
-def test_fetch_downloads_once_to_where_openpi_looks(bucket, tmp_path, tiny):
+def test_fetch_downloads_once_to_where_openpi_looks(bucket, tmp_path, tiny_params):
     local = fetch(URI)
     assert local == tmp_path / "cache/bucket/checkpoints/pi05"
-    assert_equal_trees(load_params(local, TINY), tiny)
+    assert_equal_trees(load_params(local, TINY), tiny_params)
     assert sorted(p.name for p in local.parent.iterdir()) == ["pi05", "pi05.lock"]
     count = len(bucket.downloaded)
     assert fetch(f"{URI}/") == local and len(bucket.downloaded) == count
@@ -81,13 +80,13 @@ def test_fetch_of_one_file(bucket):
 
 
 @pytest.mark.parametrize("fails_at", [1, 4])
-def test_an_interrupted_download_is_not_a_checkpoint_and_resumes(bucket, tmp_path, tiny, fails_at):
+def test_an_interrupted_download_is_not_a_checkpoint_and_resumes(bucket, tmp_path, tiny_params, fails_at):
     bucket.fails_at = fails_at
     with pytest.raises(CheckpointError, match=r"download stopped at gs://bucket/.*connection lost; run it again"):
         fetch(URI)
     assert not (tmp_path / "cache/bucket/checkpoints/pi05").exists()
     bucket.fails_at = None
-    assert_equal_trees(load_params(fetch(URI), TINY), tiny)
+    assert_equal_trees(load_params(fetch(URI), TINY), tiny_params)
     files = bucket.find("bucket/checkpoints/pi05")
     assert len(bucket.downloaded) == len(files) + 1  # only the file that broke came twice
     assert set(bucket.downloaded) == set(files)

@@ -18,6 +18,8 @@ from safe_pruner_jax.policy.spec import Checkpoint, Default, Embedded, EnvMode
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.serving.options import Serving
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(autouse=True)
 def root_logger():

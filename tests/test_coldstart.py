@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 from safe_pruner_jax.engine import xla
+
+pytestmark = pytest.mark.newest
 
 PROGRAM = """
 import json

@@ -2,13 +2,11 @@
 
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_engine
 from small_model import small
 from tiny_engine import FakeTransform, close, compilations, example, inputs_of, poisoned, same
 
@@ -18,31 +16,6 @@ from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.pruners.base import NO_HISTORY
-
-
-@pytest.fixture(scope="module")
-def ref():
-    return tiny_engine.reference()
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_engine.prepared()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine.safe_engine()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return tiny_engine.two_scenes()
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return tiny_engine.lone_robot()
 
 
 def test_steps_since_the_last_full_pass_are_counted(engine, alone):
@@ -151,7 +124,7 @@ def test_pi0_runs_with_its_state_token(queries):
     rng = np.random.default_rng(0)
     one = example(config, rng.integers(0, 256, (2, 28, 28, 3), np.uint8), length=4)
     transform = FakeTransform(config)
-    transform.config = SimpleNamespace(robot=SimpleNamespace(example=lambda _: transform.request(one)))
+    transform.example = lambda _: transform.request(one)
     policy = Policy(engine, transform)
     policy.warmup()
     control, inputs = engine.init((0,), 2), inputs_of(config, one, slots=6)

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from test_demonstrations import demo
-from test_loading import load_tiny
-from test_trace import moving_scene
+from demonstrations import demo
+from tiny_policy import moving_scene
 
 from safe_pruner_jax.analysis import deviation
 from safe_pruner_jax.analysis.rows import read_rows
@@ -16,12 +15,14 @@ from safe_pruner_jax.libero.demonstrations import write_demos
 from safe_pruner_jax.policy.spec import Embedded
 from safe_pruner_jax.pruners import make
 
+pytestmark = pytest.mark.newest
+
 ACTIONS = cli.COMMANDS["analyze actions"].arguments
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_tiny(discrete=False)
+def policy(plain_policy):
+    return plain_policy
 
 
 def test_errors_are_in_standard_deviations_of_the_commands(policy):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_engine
 from tiny_engine import CUT, SLOTS, close, compilations, example, inputs_of
 
 from safe_pruner_jax.engine.engine import BATCH_SIZES, Engine, Inputs, batch_size
@@ -19,31 +18,6 @@ from safe_pruner_jax.model.config import pi05
 from safe_pruner_jax.model.params import param_shapes
 from safe_pruner_jax.policy.policy import all_slots, layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS
-
-
-@pytest.fixture(scope="module")
-def ref():
-    return tiny_engine.reference()
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_engine.prepared()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine.safe_engine()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return tiny_engine.two_scenes()
-
-
-@pytest.fixture(scope="module")
-def full_engine(ref, weights):
-    return Engine(weights, ref.config, PRUNERS["full"]())
 
 
 def test_a_new_episode_starts_from_one_blank_state(ref, weights):
@@ -60,11 +34,6 @@ def test_a_new_episode_starts_from_one_blank_state(ref, weights):
 
 
 # Dead tokens
-
-
-@pytest.fixture(scope="module")
-def golden_examples():
-    return tiny_engine.golden_examples()
 
 
 def test_leaving_dead_tokens_out_gives_openpis_actions(ref, full_engine, golden_examples):

@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fake_libero
 import numpy as np
 import pytest
 from fake_libero import LIMIT, SOLVED_AFTER
 from fake_robots import SUITE, FakeRobots
-from fake_robots import path as path
 from rich.console import Console
-from test_loading import DATA, tiny_config
-from test_records import CONFIGURATION
+from toy_records import CONFIGURATION
 
 from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
 from safe_pruner_jax.evaluation import evaluate
@@ -25,20 +24,21 @@ from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, episode_seed, read_records
 from safe_pruner_jax.evaluation.sources import Cost, Source, local
 from safe_pruner_jax.evaluation.workers import Job, PolicyFailed
-from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
+from safe_pruner_jax.policy.loading import EMBEDDED
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.configs import CONFIGS
 from safe_pruner_jax.tokens import PrefixLayout
 
+pytestmark = pytest.mark.newest
+
 # --------------------------------------------------------------------------------------------- robots on one device
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(two_step_policy):
     """The tiny policy; its first step is a keyframe and no other."""
-    files = {"checkpoint": DATA / "ckpt_tiny_pi05", "tokenizer": DATA / "toy_sentencepiece.model"}
-    return load_policy(tiny_config(False), **files, pruner=safe(keep=0.2, threshold=-1.0), num_steps=2)
+    return Policy(two_step_policy.engine, two_step_policy.transform)
 
 
 def asked(robot, step):
@@ -199,11 +199,14 @@ def test_a_killed_simulator_is_an_error_and_another_one_goes_on(path):
 
 
 def test_a_simulator_that_hangs_is_killed(path, monkeypatch):
-    monkeypatch.setattr(evaluate, "STALL_S", 4)
+    """By a clock that jumps once the other episode has ended."""
+    late = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * evaluate.STALL_S * len(late))
+    monkeypatch.setattr(evaluate, "time", clock)
     monkeypatch.setattr(evaluate, "PATIENCE_S", 0.2)
-    found = run(path, episodes(SUITE, (0,), 2), fake_libero.Stuck, workers=2)
+    found = run(path, episodes(SUITE, (0,), 2), fake_libero.Stuck, workers=2, on_record=late.append)
     assert found[0, 0].outcome == "success"
-    assert found[0, 1].outcome == "error" and "after 4 s without a word" in found[0, 1].error
+    assert found[0, 1].outcome == "error" and "after 600 s without a word" in found[0, 1].error
 
 
 def test_simulators_that_always_die_stop_the_run(path, monkeypatch):
@@ -265,10 +268,10 @@ def test_an_interrupted_process_leaves_a_file_that_continues(path, tmp_path):
     )
     child.stdout.readline()
     os.killpg(child.pid, signal.SIGINT)
-    _, error = child.communicate(timeout=30)
+    _, error = child.communicate(timeout=300)
     assert "KeyboardInterrupt" in error
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
-        for _ in range(50):
+        for _ in range(600):
             os.killpg(child.pid, 0)
             time.sleep(0.1)
     done = len(read_records(path))

@@ -7,7 +7,6 @@ import fake_libero
 import numpy as np
 import pytest
 from fake_robots import SUITE, FakeRobots
-from fake_robots import path as path
 
 from safe_pruner_jax.cli import evaluate as command
 from safe_pruner_jax.cli import main as cli
@@ -22,6 +21,8 @@ from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.pruners import full, safe
 from safe_pruner_jax.robots.configs import CONFIGS
 from safe_pruner_jax.serving.server import running
+
+pytestmark = pytest.mark.newest
 
 # ------------------------------------------------------------------------------------------------------ a server
 

@@ -10,6 +10,8 @@ from safe_pruner_jax.libero.env import SUITES, LiberoEnv, load_task
 from safe_pruner_jax.libero.expert import SUPPORTED, Expert, Pushes, Unsupported, demonstrate, led_by
 from safe_pruner_jax.libero.scene import Boxes, _rotation
 
+pytestmark = pytest.mark.newest
+
 
 def test_boxes():
     turned = _rotation(np.array([0, 0, np.pi / 4]))

@@ -7,38 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loading import tiny_config
+from tiny_policy import request
 
 from safe_pruner_jax.policy.fleet import Fleet
-from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.reply import NonFinite
-from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.robots import RequestError
 
 DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(two_step_policy):
     """The tiny policy; its first step is a keyframe and no other."""
-    files = {"checkpoint": DATA / "ckpt_tiny_pi05", "tokenizer": DATA / "toy_sentencepiece.model"}
-    choices = {"pruner": safe(keep=0.2, threshold=-1.0), "num_steps": 2, "prompt_lengths": (16, 32)}
-    return load_policy(tiny_config(False), **files, **choices)
-
-
-def request(robot: int, step: int = 0, **changes) -> dict:
-    rng = np.random.default_rng([robot, step])
-    scene = np.random.default_rng(robot).integers(0, 200, (16, 16, 3), np.uint8) + rng.integers(
-        0, 9, (16, 16, 3), np.uint8
-    )
-    image = np.kron(scene, np.ones((14, 14, 1), np.uint8))
-    return {
-        "observation/image": image,
-        "observation/wrist_image": image[::-1],
-        "observation/state": rng.random(8),
-        "prompt": "pick up the bowl",
-    } | changes
+    return two_step_policy
 
 
 def ask(fleet, *requests):

@@ -17,6 +17,8 @@ from safe_pruner_jax.pruners import PRUNERS as METHODS
 from safe_pruner_jax.pruners import Cut, Later, Plan, divprune, fastv, full, make, safe, sparsevlm, vla_cache
 from safe_pruner_jax.tokens import PrefixLayout
 
+pytestmark = pytest.mark.newest
+
 # π0.5's widths, so that matrix products dominate, and few layers; programs are compiled and never run
 SIZES = {
     "prefix": GemmaConfig(2048, 3, 16384, 8, 1, 256),

@@ -3,6 +3,10 @@
 import ast
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.newest
+
 PACKAGE = "safe_pruner_jax"
 ROOT = Path(__file__).parents[1] / PACKAGE
 

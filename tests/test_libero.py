@@ -19,6 +19,8 @@ from safe_pruner_jax.libero import simulator
 from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
+pytestmark = pytest.mark.newest
+
 SIZE, OBSERVED, WAIT, MAX_STEPS, SEED = 64, 56, 3, 6, 7
 RAW = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_policy import DATA, load_tiny, tiny_config
 
 from safe_pruner_jax.model.checkpoint import save_params
-from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
+from safe_pruner_jax.model.config import GemmaConfig, mini
 from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.policy.loading import (
     EMBEDDED,
@@ -26,38 +27,11 @@ from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats, save_norm_stats
 from safe_pruner_jax.tokens import budget
 
-DATA = Path(__file__).parent / "data"
-GEMMA = GemmaConfig(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
-
 
 @pytest.fixture(scope="module")
 def golden():
     arrays = np.load(DATA / "openpi_pi05_libero_e2e.npz")
     return arrays, json.loads((DATA / "openpi_pi05_libero_e2e.json").read_text())
-
-
-def tiny_config(discrete: bool):
-    """openpi's pi05_libero on the tiny model the reference was made with."""
-    config = get_config("pi05_libero")
-    model = config.model.replace(
-        prefix=GEMMA,
-        expert=GEMMA,
-        vision=SiglipConfig(width=32, depth=2, mlp_dim=128, num_heads=2),
-        vocab_size=512,
-        dtype="float32",
-        discrete_state_input=discrete,
-    )
-    return dataclasses.replace(config, model=model)
-
-
-def load_tiny(discrete: bool, pruner=None, checkpoint="ckpt_tiny_pi05"):
-    return load_policy(
-        tiny_config(discrete),
-        DATA / checkpoint,
-        pruner=pruner,
-        tokenizer=DATA / "toy_sentencepiece.model",
-        param_dtype="bfloat16",  # as openpi's loader does, whatever the activations
-    )
 
 
 @pytest.mark.parametrize("discrete", [False, True])

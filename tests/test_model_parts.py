@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles.attention import slow_attention
 from small_model import observation, prepare, random_tree, small
 
 from safe_pruner_jax.model import gemma, pi0, siglip
@@ -15,19 +16,6 @@ DATA = Path(__file__).parent / "data"
 
 
 # Helpers against slow NumPy
-
-
-def slow_attention(q, k, v, mask):
-    """q [R, N, H], k, v [S, K, H], mask [R, S] → [R, N, H]."""
-    R, N, H = q.shape
-    out = np.zeros((R, N, H))
-    for r in range(R):
-        for n in range(N):
-            kv = n // (N // k.shape[1])
-            logits = np.array([q[r, n] @ k[s, kv] if mask[r, s] else -2.3819763e38 for s in range(len(k))])
-            p = np.exp(logits - logits.max())
-            out[r, n] = (p / p.sum()) @ v[:, kv]
-    return out
 
 
 def random_arrays(seed, *shapes):

@@ -14,6 +14,8 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import main as cli
 from safe_pruner_jax.cli.serve import Serve
 
+pytestmark = pytest.mark.newest
+
 TEMPLATE = Path(__file__).parents[1] / "docs" / "new_pruner.py"
 
 

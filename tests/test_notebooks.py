@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_records import CONFIGURATION, record
+from toy_records import CONFIGURATION, record
 
 from safe_pruner_jax.evaluation.records import RecordFile
 from safe_pruner_jax.figures.theme import Table
 from safe_pruner_jax.policy import loading
+
+pytestmark = pytest.mark.newest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

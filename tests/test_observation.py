@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.robots import slow_normalise
 from PIL import Image
 
 from safe_pruner_jax.robots.transforms import (
@@ -160,12 +161,6 @@ def test_unnormalised_actions_are_openpis(golden, stats, case):
     np.testing.assert_array_equal(actions[:, 7:], golden[f"{case}/model_actions"][:, 7:])
 
 
-def _slow_normalise(x, s, quantiles):
-    if quantiles:
-        return [(v - a) / (b - a + 1e-6) * 2 - 1 for v, a, b in zip(x, s.q01, s.q99, strict=False)]
-    return [(v - m) / (d + 1e-6) for v, m, d in zip(x, s.mean, s.std, strict=False)]
-
-
 vectors = st.lists(st.floats(-100, 100), min_size=4, max_size=4).map(np.array)
 
 
@@ -174,14 +169,14 @@ vectors = st.lists(st.floats(-100, 100), min_size=4, max_size=4).map(np.array)
 def test_unnormalise_inverts_normalise(x, low, span, quantiles):
     s = NormStats(mean=low, std=span, q01=low, q99=low + span)
     y = normalise(x, s, quantiles=quantiles)
-    np.testing.assert_allclose(y, _slow_normalise(x, s, quantiles), rtol=1e-12)
+    np.testing.assert_allclose(y, slow_normalise(x, s, quantiles), rtol=1e-12)
     np.testing.assert_allclose(unnormalise(y, s, quantiles=quantiles), x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("quantiles", [False, True])
 def test_stats_longer_than_the_data_are_cut(stats, quantiles):
     x = np.arange(3.0)
-    expected = _slow_normalise(x, stats["state"], quantiles)
+    expected = slow_normalise(x, stats["state"], quantiles)
     np.testing.assert_allclose(normalise(x, stats["state"], quantiles=quantiles), expected, rtol=1e-12)
 
 

@@ -14,7 +14,7 @@ import openpi_standin
 import pytest
 from flax import nnx, traverse_util
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from test_fleet import request
+from tiny_policy import request
 
 import openpi_patch.serve
 from openpi_patch import PatchError, prune

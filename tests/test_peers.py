@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+from oracles.selection import slow_top_k
 from synthetic import at, case, episode, kept, make, play
-from test_tokens import slow_top_k
 
 from safe_pruner_jax.pruners import Capture, Cut, Plan
 from safe_pruner_jax.pruners.diversity import max_min

@@ -5,8 +5,8 @@ import importlib
 import numpy as np
 import pytest
 import synthetic
+from oracles.selection import slow_top_k
 from synthetic import at, case, episode, kept, play, put
-from test_tokens import slow_top_k
 
 from safe_pruner_jax.pruners import Evidence, frames
 from safe_pruner_jax.tokens import budget

@@ -20,6 +20,8 @@ from safe_pruner_jax.figures.kept import (
     video_frame,
 )
 
+pytestmark = pytest.mark.newest
+
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(30, 226, (224, 224, 3), dtype=np.uint8)
 KEPT = RNG.random((16, 16)) < 0.3

@@ -8,8 +8,8 @@ import pytest
 import synthetic
 from synthetic import case, episode, kept, play, put
 from test_peers import slow_max_min
-from test_temporal import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
-from test_tokens import slow_budget, slow_top_k
+from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
+from oracles.selection import slow_budget, slow_top_k
 
 from safe_pruner_jax.pruners import PRUNERS, Capture, Cut, Plan, make
 from safe_pruner_jax.pruners.base import finite

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from test_records import CONFIGURATION, record
+from toy_records import CONFIGURATION, FULL, group, record
 
 from safe_pruner_jax.evaluation.figures import report_figures, short_names, success_by_flops, success_by_keep
 from safe_pruner_jax.evaluation.report import (
@@ -21,7 +21,7 @@ from safe_pruner_jax.evaluation.report import (
 )
 from safe_pruner_jax.pruners import safe
 
-FULL = dataclasses.replace(CONFIGURATION, pruner="full", choices={}, plan={"cut": None})
+pytestmark = pytest.mark.newest
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,6 @@ def test_paired_difference_covers():
         e = paired_difference(*map(int, counts))
         hits += e.low <= 0.04 <= e.high
     assert 0.94 <= hits / 2000 <= 0.985
-
-
-def group(configuration, wins, episodes=10, suite="libero_object", **changes):
-    return [
-        record(k, "success" if k < wins else "failure", configuration, suite=suite, **changes) for k in range(episodes)
-    ]
 
 
 def test_rows_pair_by_episode_and_leave_errors_out():

@@ -1,11 +1,11 @@
 """Requests and robots: openpi's conventions, and what a bad request is told."""
 
 import copy
-import math
 import pickle
 
 import numpy as np
 import pytest
+from oracles.robots import slow_gripper_angle
 from toy_robots import request_of, robot_io
 
 from safe_pruner_jax.model.config import CAMERAS
@@ -39,19 +39,13 @@ def test_single_arm_takes_its_leading_actions(robot, width):
     assert robot.output(actions)["actions"].tolist() == actions[:, :width].tolist()
 
 
-def _slow_gripper_angle(opening):
-    finger = 0.01844 + opening * (0.058 - 0.01844)
-    sine = (0.022**2 + finger**2 - 0.036**2) / (2 * 0.022 * finger)
-    return (math.asin(min(1.0, max(-1.0, sine))) - 0.5476) / (1.6296 - 0.5476)
-
-
 def test_aloha_input():
     state = np.random.default_rng(1).uniform(0.05, 1, 14)
     images = {key: np.full((3, 4, 5), i, np.uint8) for i, key in enumerate(ALOHA.cameras)}
     raw = ALOHA.input({"state": state, "images": images})
     flipped = (1, 2, 8, 9)
     for i, value in enumerate(raw["state"]):
-        slow = _slow_gripper_angle(state[i]) if i in (6, 13) else -state[i] if i in flipped else state[i]
+        slow = slow_gripper_angle(state[i]) if i in (6, 13) else -state[i] if i in flipped else state[i]
         assert value == pytest.approx(slow, rel=1e-12)
     assert [raw["image"][name].shape for name in CAMERAS] == [(4, 5, 3)] * 3
     assert [int(raw["image"][name][0, 0, 0]) for name in CAMERAS] == [0, 2, 3]

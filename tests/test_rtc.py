@@ -12,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from test_fleet import request
-from test_loading import tiny_config
+from tiny_policy import pruned_after_the_first, request
 
 from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide, guided, strength
 from safe_pruner_jax.policy.fleet import Fleet
-from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
-from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.robots.transform import RobotIO
 from safe_pruner_jax.robots.transforms import NormStats
 from safe_pruner_jax.serving import running
+
+pytestmark = pytest.mark.newest
 
 DATA = Path(__file__).parent / "data"
 A, D = 10, 4
@@ -179,9 +178,7 @@ def test_a_constant_action_is_not_divided_by_its_scale():
 @pytest.fixture(scope="module")
 def tiny():
     """The tiny policy; its first step is a keyframe and no other."""
-    files = {"checkpoint": DATA / "ckpt_tiny_pi05", "tokenizer": DATA / "toy_sentencepiece.model"}
-    choices = {"pruner": safe(keep=0.2, threshold=-1.0), "num_steps": 10, "prompt_lengths": (16,)}
-    return load_policy(tiny_config(False), **files, **choices)
+    return pruned_after_the_first(num_steps=10, prompt_lengths=(16,))
 
 
 def asking(robot, step, executed=4, delay=3, **changes):

@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 import websockets.sync.client
 from fake_server import DEADLINE_S, FakeBackend, get, raw, until
-from fake_server import backend as backend
-from fake_server import connect as connect
-from fake_server import server as server
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed
 

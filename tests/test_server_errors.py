@@ -8,9 +8,6 @@ import threading
 import numpy as np
 import pytest
 from fake_server import DEADLINE_S, raw, until
-from fake_server import backend as backend
-from fake_server import connect as connect
-from fake_server import server as server
 from websockets.exceptions import ConnectionClosed
 
 from safe_pruner_jax.serving import pack, unpack

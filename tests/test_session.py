@@ -3,48 +3,10 @@
 import jax
 import numpy as np
 import pytest
-import tiny_engine
 from tiny_engine import SLOTS, BadRequest, FakeTransform, close, compilations, example, poisoned
 
-from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.robots.robots import RequestError
-
-
-@pytest.fixture(scope="module")
-def ref():
-    return tiny_engine.reference()
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_engine.prepared()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine.safe_engine()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return tiny_engine.two_scenes()
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return tiny_engine.lone_robot()
-
-
-@pytest.fixture(scope="module")
-def golden_examples():
-    return tiny_engine.golden_examples()
-
-
-@pytest.fixture(scope="module")
-def full_engine(ref, weights):
-    return Engine(weights, ref.config, PRUNERS["full"]())
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import soak
 import soak_faults
 
+pytestmark = pytest.mark.newest
+
 WANT = {0: [(np.zeros((10, 7)), True)], 1: [(np.ones((10, 7)), True)]}
 
 

@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_records import record
+from toy_records import record
 
 from safe_pruner_jax.cli.evaluate import Evaluate
 from safe_pruner_jax.cli.main import parse
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, read_records
 from safe_pruner_jax.pruners import PRUNERS
+
+pytestmark = pytest.mark.newest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
 

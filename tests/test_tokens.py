@@ -9,69 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles.selection import slow_budget, slow_saliency, slow_top_k
 
 from safe_pruner_jax import tokens
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, budget, check_keep, gather, smallest_layout, top_k
 
 CAMERAS = ("base", "left", "right")
 HUGE = -2.3819763e38  # what the model writes where a key is masked
-
-
-def slow_softmax(logits):
-    top = max(logits)
-    e = [math.exp(x - top) for x in logits]
-    return [x / sum(e) for x in e]
-
-
-def slow_saliency(logits, rows, alive, over):
-    """Eq. 1-2 by loops: logits [heads, R, P]; dead keys do not exist."""
-    logits = np.asarray(logits, np.float64)
-    n, (heads, queries, keys) = len(alive), logits.shape
-    exists = [v for v in range(keys) if (alive[v] if v < n else over == "all")]
-    s = np.zeros(n)
-    count = sum(rows)
-    if not exists or not count:
-        return s
-    for h in range(heads):
-        for r in range(queries):
-            if rows[r]:
-                a = slow_softmax([logits[h, r, v] for v in exists])
-                for v, p in zip(exists, a, strict=True):
-                    if v < n:
-                        s[v] += p / (heads * count)
-    return s
-
-
-def slow_budget(keep, n):
-    """Share: the nearest whole number, halves to the even one. Count: itself, at most n."""
-    if keep > 1:
-        return min(int(keep), n)
-    whole, rest = divmod(keep * n, 1)
-    return int(whole) + (rest > 0.5 or (rest == 0.5 and whole % 2 == 1))
-
-
-def slow_top_k(score, alive, keep, camera=None, per_camera=0):
-    """Eq. 5's top-K by repeated search: alive tokens only, NaN worst, the lower index of equal ones."""
-
-    def best(candidates, count):
-        order = []
-        while candidates and len(order) < count:
-            winner = None
-            for v in candidates:  # ascending: a later one must be strictly better
-                if winner is None or value(v) > value(winner):
-                    winner = v
-            candidates = [v for v in candidates if v != winner]
-            order.append(winner)
-        return order
-
-    value = lambda v: -math.inf if math.isnan(score[v]) else score[v]
-    living = [v for v in range(len(score)) if alive[v]]
-    reserved = []
-    for c in sorted({int(c) for c in camera}) if per_camera else []:
-        reserved += best([v for v in living if camera[v] == c], per_camera)
-    order = best(sorted(reserved), len(reserved))
-    order += best([v for v in living if v not in reserved], len(living))
-    return sorted(order[: slow_budget(keep, len(living))])
 
 
 masks = lambda size: st.lists(st.booleans(), min_size=size, max_size=size).map(lambda x: np.array(x, bool))

@@ -5,39 +5,26 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from demonstrations import demo
 from fake_libero import LIMIT, SOLVED_AFTER, FakeEnv
-from test_demonstrations import demo
-from test_loading import load_tiny
+from tiny_policy import moving_scene
 
-from safe_pruner_jax.analysis.episodes import EXAMPLE, Call, episodes, play, stride
+from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes, play, stride
 from safe_pruner_jax.analysis.trace import Watch, replay
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.libero.demonstrations import subtasks, write_demos
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS, Capture
 
+pytestmark = pytest.mark.newest
+
 SAFE = {"cut": 2, "keep": 0.2, "queries": "text"}
 
 
-def moving_scene(steps: int = 8, cut_at: int = 5) -> list[Call]:
-    """A bright square that wanders over a gradient; at `cut_at` the scene turns over and the gripper closes."""
-    y, x = np.mgrid[:224, :224]
-    calls = []
-    for t in range(steps):
-        image = np.stack([x, y, (x + y) // 2], -1).astype(np.uint8)
-        image[20 * t : 20 * t + 40, 60:130] = 240
-        if t >= cut_at:
-            image = 255 - image.transpose(1, 0, 2)
-        images = {"observation/image": image, "observation/wrist_image": image[::-1].copy()}
-        request = {**images, "observation/state": np.zeros(8), "prompt": "pick up the cheese"}
-        calls.append(Call(request, 1.0 if t >= cut_at else -1.0))
-    return calls
-
-
 @pytest.fixture(scope="module")
-def policy():
+def policy(plain_policy):
     """With a temperature of its own, so that a trace which draws other noise than a session shows."""
-    loaded = load_tiny(discrete=False)
+    loaded = plain_policy
     engine = Engine(loaded.engine.weights, loaded.engine.config.replace(temperature=0.5), loaded.engine.pruner)
     return Policy(engine, loaded.transform, seed=loaded.seed)
 

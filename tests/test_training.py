@@ -11,37 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_loading import DATA
+from tiny_training import DATA, SETTINGS, demo, equal, tiny
 
 from safe_pruner_jax.cli import train
 from safe_pruner_jax.model import config as sizes
 from safe_pruner_jax.model import flow, pi0
-from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.training import augment, data, loop
 
-
-def tiny(depth: int = 1, **changes) -> sizes.Pi0Config:
-    """Small enough to compile in seconds; the loop does not care about depth."""
-    gemma = GemmaConfig(width=32, depth=depth, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8)
-    model = sizes.mini(
-        prefix=gemma, expert=gemma, vision=SiglipConfig(16, 1, 32, 2), image_size=28, action_horizon=4, vocab_size=512
-    )
-    return model.replace(**changes)
-
-
-def demo(length: int, seed: int, size: int = 28, prompt: str = "pick up the bowl"):
-    rng = np.random.default_rng(seed)
-    return SimpleNamespace(
-        images={k: rng.integers(0, 255, (length, size, size, 3), np.uint8) for k in data.CAMERA_KEYS},
-        state=rng.normal(size=(length, 8)),
-        actions=rng.uniform(-1, 1, (length, 7)),
-        prompt=prompt,
-        every=1,
-    )
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +192,6 @@ def test_augmentation_moves_outside_cameras_and_recolours_all():
 
 # loop
 
-SETTINGS = loop.Settings(
-    steps=6, batch=4, draws=2, warmup=1, learning_rate=3e-3, log_every=2, validate_every=3, save_every=2
-)
-
-
-def equal(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path):
     config, rows = tiny(), []
@@ -287,25 +259,13 @@ def test_the_full_size_model_trains_with_the_same_step():
 
 
 def test_two_devices_give_the_result_of_one(tmp_path):
-    program = """
-import sys, jax, numpy as np
-sys.path.insert(0, sys.argv[1])
-from test_training import *
-config = dataclasses.replace(get_config("mini_libero"), model=tiny())
-demos = [demo(9, 0), demo(6, 1)]
-made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
-settings = dataclasses.replace(SETTINGS, steps=2, augment=False, fsdp=True)
-params, _ = loop.fit(tiny(), made, draw_params(tiny()), settings, __import__("pathlib").Path(sys.argv[2]))
-np.save(sys.argv[2] + "/w.npy", params["action_out_proj"]["kernel"])
-print(len(jax.devices()))
-"""
     results = []
     for devices in (1, 2):
         out = tmp_path / str(devices)
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         run = subprocess.run(
-            [sys.executable, "-c", program, str(DATA.parent), str(out)],
-            env={**os.environ, "XLA_FLAGS": flags},
+            [sys.executable, str(DATA.parent / "tiny_training.py"), str(out)],
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(DATA.parents[1])},
             capture_output=True,
             text=True,
             check=True,

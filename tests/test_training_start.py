@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from flax.traverse_util import flatten_dict
-from test_loading import DATA
-from test_training import equal, tiny
+from tiny_training import DATA, equal, tiny
 
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.params import draw_params
@@ -13,6 +12,8 @@ from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
 from safe_pruner_jax.training import start
+
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")

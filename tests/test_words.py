@@ -15,6 +15,8 @@ import pytest
 from safe_pruner_jax import get_config, load_policy
 from safe_pruner_jax.cli import main as cli
 
+pytestmark = pytest.mark.newest
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -3,10 +3,8 @@
 import pathlib
 
 import numpy as np
-import pytest
 from flax import traverse_util
 
-from safe_pruner_jax.model.checkpoint import load_params
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -35,8 +33,3 @@ def assert_equal_trees(got, want) -> None:
     for k in want:
         assert got[k].dtype == want[k].dtype, k
         np.testing.assert_array_equal(got[k], want[k], err_msg=k)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_params(GOLDEN["pure"], TINY)

@@ -30,7 +30,7 @@ def start(*argv: str, cwd: Path, timeout_s: float = 900.0, **environment: str) -
 
 
 if __name__ == "__main__":
-    from test_loading import tiny_config
+    from tiny_policy import tiny_config
 
     from safe_pruner_jax.cli import main as cli
     from safe_pruner_jax.robots import configs
