@@ -12,6 +12,7 @@ import importlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -22,7 +23,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest difference relative to the range of the actions; bfloat16 results are not bit-defined (docs/design.md)."""
 
 
-def openpi_policy(config: str, folder: str):
+def openpi_policy(config: str, folder: str) -> Any:
     """openpi's own policy."""
     try:
         from openpi.policies import policy_config
@@ -35,7 +36,7 @@ def openpi_policy(config: str, folder: str):
 
 
 def compare(
-    policy, pruner: str, requests: list[dict], seed: int
+    policy: Any, pruner: str, requests: list[dict], seed: int
 ) -> tuple[list[tuple[float, float, float, float]], str]:
     """Per request: largest difference, range of openpi's actions, milliseconds of both; and the activation dtype."""
     patched = prune(policy, pruner)

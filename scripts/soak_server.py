@@ -79,7 +79,7 @@ class Server:
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             self.memory[-1].append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1e3)
 
-    def connect(self):
+    def connect(self) -> websockets.sync.client.ClientConnection:
         """A websocket connection that has had its metadata."""
         connection = websockets.sync.client.connect(
             f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=WAIT_S, close_timeout=2

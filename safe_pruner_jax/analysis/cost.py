@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.rows import Row
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
+from safe_pruner_jax.engine.state import Inputs
 from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
@@ -93,7 +94,7 @@ def measure(
     return rows
 
 
-def _stepper(weights, config, pruner: Pruner, inputs, cameras: int) -> Step:
+def _stepper(weights: pi0.Weights, config: Pi0Config, pruner: Pruner, inputs: Inputs, cameras: int) -> Step:
     """One step behind a keyframe, with its result on the host."""
     engine = Engine(weights, config, pruner)
     _, control, _ = engine.step(engine.init((0,), cameras), jax.device_put(inputs))

@@ -7,6 +7,7 @@ The pruner itself is replayed on the recorded evidence, once for each choice of 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ DRAWN = 4
 """Episodes in a figure; the table has all."""
 
 
-def measure(trace: Trace, *, cut: int = 3, threshold: float | None = None, **choices) -> list[Row]:
+def measure(trace: Trace, *, cut: int = 3, threshold: float | None = None, **choices: Any) -> list[Row]:
     """κ and keyframes of one episode.
 
     Args:

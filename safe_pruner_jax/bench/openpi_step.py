@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 import time
+from typing import Any
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
         graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))
     block = rng.standard_normal(2**20).astype(np.float32)
 
-    def leaf(shape):
+    def leaf(shape: Any) -> Any:
         # openpi serves parameters in bfloat16; a float32 model is given float32 ones
         values = np.resize(block, shape.shape) * (0.5 * (shape.shape[-2] if len(shape.shape) > 1 else 1) ** -0.5)
         return jnp.asarray(values, args.dtype)

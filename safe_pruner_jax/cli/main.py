@@ -23,6 +23,7 @@ from tyro.conf import arg
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import analyze as analysis
+from safe_pruner_jax.cli import controls
 from safe_pruner_jax.cli.bench import Bench, run_bench
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
 from safe_pruner_jax.cli.help import summary
@@ -70,7 +71,7 @@ def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, Method]:
 
     # tyro would report the ValueError of a factory as a usage error of its own: check choices after parsing
     @functools.wraps(pruners.factory(pruner))
-    def choices(**all_of_them) -> dict[str, Any]:
+    def choices(**all_of_them: Any) -> dict[str, Any]:
         return all_of_them
 
     field = ("pruner", Annotated[Any, arg(constructor=choices)])
@@ -102,9 +103,12 @@ COMMANDS = {
 }
 
 
+ANALYSES = analysis.COMMANDS | controls.COMMANDS
+
+
 def _analyze(name: str) -> Command:
     """`openpi analyze NAME`: the analysis' own arguments and those of the model."""
-    options, run = analysis.COMMANDS[name]
+    options, run = ANALYSES[name]
     arguments = dataclasses.make_dataclass(name.title(), [], bases=(options, Model), frozen=True, kw_only=True)
     arguments.__doc__ = options.__doc__
 
@@ -117,7 +121,7 @@ def _analyze(name: str) -> Command:
     return Command(arguments, run_analysis, pruner=False)
 
 
-COMMANDS |= {f"analyze {name}": _analyze(name) for name in analysis.COMMANDS}
+COMMANDS |= {f"analyze {name}": _analyze(name) for name in ANALYSES}
 ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
 """What is a person's to mend: told in one line."""
 

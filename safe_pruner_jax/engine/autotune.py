@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.timing import interleave, ratio
 
 logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
 
 WORTH = 1.02
 """How much faster the denoise steps must be with a kernel."""
@@ -46,7 +49,7 @@ class Finding:
 
 
 def tuned(
-    weights: pi0.Weights, config: Pi0Config, keys: int, *, robots: int = 1, clock=time.perf_counter
+    weights: pi0.Weights, config: Pi0Config, keys: int, *, robots: int = 1, clock: Clock = time.perf_counter
 ) -> tuple[Pi0Config, dict[str, Finding]]:
     """The configuration with the kernels that are faster here, tried one after the other on whole denoise loops.
 
@@ -98,7 +101,7 @@ def _example(config: Pi0Config, keys: int, robots: int) -> tuple:
     return prefix, jnp.zeros_like(noise[:, 0]), noise
 
 
-def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, arguments: tuple, clock) -> Finding:
+def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, arguments: tuple, clock: Clock) -> Finding:
     run = [jax.jit(partial(_actions, c)) for c in (config, candidate)]
     before, after = (np.asarray(program(weights, *arguments), np.float64) for program in run)
     difference = np.abs(after - before).max() / np.abs(before).max()
@@ -110,7 +113,7 @@ def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, argu
     return Finding("used" if gain >= WORTH else "slower", gain)
 
 
-def _actions(config: Pi0Config, weights: pi0.Weights, *arguments) -> Array:
+def _actions(config: Pi0Config, weights: pi0.Weights, *arguments: Any) -> Array:
     return pi0.sample(weights, config, *arguments)[0]
 
 

@@ -338,7 +338,7 @@ def _box(ax: Axes, place: tuple[float, float, float, float], head: str, body: st
     ax.text(x + width / 2, top - 2.9, body, ha="center", va="top", fontsize=9.5, linespacing=1.4)
 
 
-def _arrow(ax: Axes, corners: list[tuple[float, float]], color: str = "#57606a", linestyle="-") -> None:
+def _arrow(ax: Axes, corners: list[tuple[float, float]], color: str = "#57606a", linestyle: str | tuple = "-") -> None:
     ax.add_patch(
         FancyArrowPatch(
             path=Outline(corners), arrowstyle="-|>", mutation_scale=13, color=color, linestyle=linestyle, linewidth=1.4,

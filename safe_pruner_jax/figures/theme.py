@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -32,7 +33,9 @@ def form(value: float | None, pattern: str) -> str | None:
     return None if value is None else pattern.format(value)
 
 
-def panels(count: int, *, width: float = 4.2, height: float = 3.8, rows: int = 1, **options: Any):
+def panels(
+    count: int, *, width: float = 4.2, height: float = 3.8, rows: int = 1, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """A figure that belongs to nobody, and its axes [rows, count]; pyplot is not touched."""
     figure = Figure((width * count + 0.5, height * rows), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

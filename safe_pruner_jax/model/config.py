@@ -5,6 +5,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """Prefix order of the cameras; fixed by openpi whatever the order in a request."""
@@ -117,7 +118,7 @@ class Pi0Config:
         """Visual tokens of one camera."""
         return self.grid**2
 
-    def replace(self, **changes) -> "Pi0Config":
+    def replace(self, **changes: Any) -> "Pi0Config":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -134,18 +135,18 @@ _GEMMA_300M = GemmaConfig(1024, 18, 4096, 8, 1, 256)
 _SO400M = SiglipConfig(1152, 27, 4304, 16)
 
 
-def pi05(**changes) -> Pi0Config:
+def pi05(**changes: Any) -> Pi0Config:
     """π0.5 at its released size; keyword arguments replace fields."""
     base = Pi0Config(True, _GEMMA_2B, _GEMMA_300M, _SO400M, max_token_len=200, discrete_state_input=True)
     return base.replace(**changes)
 
 
-def pi0(**changes) -> Pi0Config:
+def pi0(**changes: Any) -> Pi0Config:
     """π0 at its released size; keyword arguments replace fields."""
     return Pi0Config(False, _GEMMA_2B, _GEMMA_300M, _SO400M, max_token_len=48).replace(**changes)
 
 
-def mini(**changes) -> Pi0Config:
+def mini(**changes: Any) -> Pi0Config:
     """The embedded model: π0.5's architecture, 256 tokens per camera, small enough for two CPU cores."""
     base = Pi0Config(
         True,

@@ -58,7 +58,9 @@ class Segment:
     mask: Array
 
 
-def prepare_layers(tree: dict, c: GemmaConfig, suffix: str, dtype, upright: bool = False) -> tuple[LayerWeights, ...]:
+def prepare_layers(
+    tree: dict, c: GemmaConfig, suffix: str, dtype: jnp.dtype, upright: bool = False
+) -> tuple[LayerWeights, ...]:
     """Per-layer weights from openpi's stacked tree (`PaliGemma/llm/layers`); pure and differentiable.
 
     One kind of matrix after the other, so that of a tree on disk one stack at a time is in memory.
@@ -111,7 +113,7 @@ def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> t
     return (f * (1 + scale) + shift).astype(x.dtype), gate
 
 
-def project_qkv(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
+def project_qkv(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """q [B, S, N, H] rotated and scaled by H^-1/2, k [B, S, K, H] rotated, v [B, S, K, H]."""
     N, K = c.num_heads, c.num_kv_heads
     heads = dense(x, w.qkv).reshape(*x.shape[:2], N + 2 * K, c.head_dim)
@@ -209,7 +211,7 @@ def layer(
     return x, (k, v), logits
 
 
-def keys_and_values(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]):
+def keys_and_values(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]) -> tuple[Array, Array]:
     """Only k and v [B, S, K, H] of a layer: all that the last prefix layer is needed for."""
     h, _ = rms_norm(x, w.gain1)
     kv = dense(h, columns(w.qkv, c.num_heads * c.head_dim)).reshape(*x.shape[:2], 2 * c.num_kv_heads, c.head_dim)

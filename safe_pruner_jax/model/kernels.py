@@ -13,6 +13,7 @@ They give no logits and have no derivative: a layer whose logits are wanted, and
 
 import functools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from jax.experimental.pallas import triton
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import KERNELS
 from safe_pruner_jax.model.matrix import Matrix, Scaled
+
+Ref = Any
+"""A block of an array inside a kernel; Pallas names no public type for it."""
 
 ROWS = 16
 """Rows of a block: the least a tensor core multiplies; fewer are padded."""
@@ -70,11 +74,22 @@ def _online(q: Array, k: Array, v: Array, seen: Array, carry: tuple) -> tuple:
     return out * old[:, None] + more, now, total * old + weights.sum(axis=1)
 
 
-def _attention(q_ref, k_ref, v_ref, seen_ref, own_k_ref, own_v_ref, own_seen_ref, out_ref, *, keys: int):
+def _attention(
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    seen_ref: Ref,
+    own_k_ref: Ref,
+    own_v_ref: Ref,
+    own_seen_ref: Ref,
+    out_ref: Ref,
+    *,
+    keys: int,
+) -> None:
     q = q_ref[...]
     rows, width = q.shape
 
-    def block(i, carry):
+    def block(i: Array, carry: tuple) -> tuple:
         at = pl.ds(i * KEYS, KEYS)
         return _online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
 
@@ -146,12 +161,12 @@ def attention(
 # --- gated MLP ----------------------------------------------------------------------------------------------
 
 
-def _gated(x_ref, gate_ref, up_ref, *rest):
+def _gated(x_ref: Ref, gate_ref: Ref, up_ref: Ref, *rest: Ref) -> None:
     *scales, out_ref = rest
     rows, depth = x_ref.shape
     columns = out_ref.shape[1]
 
-    def block(i, carry):
+    def block(i: Array, carry: tuple) -> tuple:
         gate, up = carry
         at = pl.ds(i * COLUMNS, COLUMNS)
         x = x_ref[:, at]

@@ -19,7 +19,7 @@ class Scaled:
         return self.values.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
         """Of the stored values."""
         return self.values.dtype
 

@@ -434,7 +434,7 @@ def sample(
     if kernels.ATTENTION in use:
         prefix = prefix.replace(segments=tuple(map(_padded, prefix.segments)))
 
-    def step(carry, inputs):
+    def step(carry: tuple[Array, Array | None], inputs: tuple[Schedule, Array]) -> tuple[tuple, None]:
         x, late = carry
         at, share = inputs
         flow = lambda x: velocity(weights, config, prefix, state, x, at, logits_of=late_layers, use=use)

@@ -46,7 +46,7 @@ class VisionWeights:
     head: Affine
 
 
-def prepare(tree: dict, config: Pi0Config, dtype) -> VisionWeights:
+def prepare(tree: dict, config: Pi0Config, dtype: jnp.dtype) -> VisionWeights:
     """Per-layer weights from openpi's `PaliGemma/img` subtree; pure and differentiable."""
     v = config.vision
     stack = tree["Transformer"]["encoderblock"]
@@ -84,7 +84,7 @@ def prepare(tree: dict, config: Pi0Config, dtype) -> VisionWeights:
     )
 
 
-def _affine(part: dict, dtype, columns: int) -> Affine:
+def _affine(part: dict, dtype: jnp.dtype, columns: int) -> Affine:
     return Affine(jnp.asarray(read(part["kernel"]), dtype).reshape(-1, columns), jnp.asarray(read(part["bias"]), dtype))
 
 

@@ -5,6 +5,7 @@ configuration whose model is a π0 or π0.5 flow model; `UNSUPPORTED` says why t
 """
 
 import difflib
+from typing import Any
 
 from safe_pruner_jax.model.config import Pi0Config, mini, pi0, pi05
 from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO
@@ -16,7 +17,7 @@ _ARM7 = (True,) * 7 + (False,)
 _ARM6 = (True,) * 6 + (False,)
 
 
-def _aloha(name: str, model: Pi0Config, checkpoint: str | None, prompt: str | None = None, **more) -> PolicyConfig:
+def _aloha(name: str, model: Pi0Config, checkpoint: str | None, prompt: str | None = None, **more: Any) -> PolicyConfig:
     """A policy on ALOHA: joints relative to the state, grippers absolute."""
     return PolicyConfig(
         name,

@@ -186,7 +186,7 @@ class Robot(Protocol):
     def example(self, rng: np.random.Generator) -> dict: ...  # noqa: D102
 
 
-def _raw(base: np.ndarray, left: np.ndarray | None, right: np.ndarray | None, state, request: dict) -> dict:
+def _raw(base: np.ndarray, left: np.ndarray | None, right: np.ndarray | None, state: np.ndarray, request: dict) -> dict:
     """openpi's intermediate form; a missing wrist camera is black and masked."""
     cameras = {"base_0_rgb": base, "left_wrist_0_rgb": left, "right_wrist_0_rgb": right}
     raw = {

@@ -1,5 +1,7 @@
 """What the server counts, for Prometheus: `GET /metrics`."""
 
+from typing import Any
+
 import prometheus_client as prometheus
 
 from safe_pruner_jax.serving.backend import Served
@@ -16,7 +18,7 @@ class Metrics:
     def __init__(self):
         self.registry = prometheus.CollectorRegistry()
 
-        def make(kind, name, text, **more):
+        def make(kind: type, name: str, text: str, **more: Any) -> Any:
             return kind(f"safe_pruner_{name}", text, registry=self.registry, **more)
 
         counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram

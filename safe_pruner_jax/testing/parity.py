@@ -13,19 +13,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.engine import Engine, StepInfo
 from safe_pruner_jax.engine.programs import embed
-from safe_pruner_jax.engine.state import Inputs
+from safe_pruner_jax.engine.state import ControlState, Inputs
 from safe_pruner_jax.model import gemma, pi0
 from safe_pruner_jax.model.config import GemmaConfig, Pi0Config, SiglipConfig
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.pruners import PRUNERS, Pruner, forecast
+from safe_pruner_jax.pruners.base import Evidence, Selection
 from safe_pruner_jax.tokens import smallest_layout
 
 NATIVE_TOLERANCE = 1e-4
@@ -125,7 +127,7 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def quantities(
-    config: Pi0Config, num_steps: int, params: Params, inputs: Inputs, noise, x_half
+    config: Pi0Config, num_steps: int, params: Params, inputs: Inputs, noise: jax.Array, x_half: jax.Array
 ) -> dict[str, jax.Array]:
     """Every quantity a model file stores, by its name there; one jit-able function."""
     weights = pi0.prepare(params, config, num_steps=num_steps)
@@ -144,7 +146,7 @@ def quantities(
             out[f"adarms_cond_{name}"] = jnp.broadcast_to(at.cond, (x_t.shape[0], at.cond.shape[-1]))
     out["actions"], _ = pi0.sample(weights, config, prefix, inputs.state, noise)
 
-    def euler(x, at):
+    def euler(x: jax.Array, at: pi0.Schedule) -> tuple[jax.Array, jax.Array]:
         v, _ = pi0.velocity(weights, config, prefix, inputs.state, x, at)
         x = x + (-1.0 / num_steps) * v
         return x, x
@@ -223,7 +225,7 @@ def _model_rows(ref: Reference, variant: str, case: str, got: dict) -> Iterator[
             yield _row(f"out_posemb64/{case}", name, got[name], ref.arrays[key], EXACT_TOLERANCE)
 
 
-def _row(case: str, quantity: str, got, want, limit: float, measure: str = "max") -> Row:
+def _row(case: str, quantity: str, got: Any, want: Any, limit: float, measure: str = "max") -> Row:
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:  # another number of kept tokens, for instance
         return Row(case, quantity, np.inf, np.inf, measure, limit)
@@ -237,11 +239,11 @@ def _row(case: str, quantity: str, got, want, limit: float, measure: str = "max"
 def recording(pruner: Pruner) -> Pruner:
     """The same pruner whose state also holds the evidence it last saw: (inner state, evidence)."""
 
-    def step(state, evidence):
+    def step(state: tuple, evidence: Evidence) -> tuple[tuple, Selection]:
         inner, selection = pruner.step(state[0], evidence)
         return (inner, dataclasses.replace(evidence, key=state[1].key)), selection
 
-    def init(evidence):
+    def init(evidence: Evidence) -> tuple:
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dataclasses.replace(evidence, key=jnp.zeros(())))
         return pruner.init(evidence), zeros
 
@@ -293,7 +295,9 @@ def check_episode(model: str | Path, episode: str | Path) -> list[Row]:
     return rows
 
 
-def _episode_quantities(engine: Engine, reference, control, info, actions) -> dict[str, np.ndarray]:
+def _episode_quantities(
+    engine: Engine, reference: Reference, control: ControlState, info: StepInfo, actions: jax.Array
+) -> dict[str, np.ndarray]:
     """What the oracle stores of one step, by its names."""
     evidence = jax.tree.map(lambda a: a[0], control.pruner[1])
     old = jax.tree.map(lambda a: a[0], reference)

@@ -182,7 +182,7 @@ def shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
     """Where every leaf lives: replicated, or split along its largest divisible axis over the mesh."""
     devices = mesh.size
 
-    def place(leaf) -> NamedSharding:
+    def place(leaf: Array) -> NamedSharding:
         axes = [i for i, n in enumerate(leaf.shape) if n % devices == 0 and n >= devices] if fsdp else []
         if not axes or leaf.size < 2**16:
             return NamedSharding(mesh, PartitionSpec())
