@@ -26,6 +26,7 @@ test-pinned: $(PINNED)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
 	$(VENV)/bin/rumdl check .
 
 format: $(VENV)/.ready

@@ -13,7 +13,7 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, Robot
+from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, Aloha, SingleArm
 from safe_pruner_jax.robots.transforms import Example, resize_with_pad
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 MakeRequest = Callable[[np.random.Generator], dict]
 
-ROBOTS: dict[str, Robot] = {"LiberoInputs": LIBERO, "DroidInputs": DROID, "AlohaInputs": ALOHA}
+ROBOTS: dict[str, SingleArm | Aloha] = {"LiberoInputs": LIBERO, "DroidInputs": DROID, "AlohaInputs": ALOHA}
 """Name of openpi's transform that reads a robot's request → the robot."""
 
 
-def robot_of(transform: Any) -> Robot | None:
+def robot_of(transform: Any) -> SingleArm | Aloha | None:
     """The robot whose requests openpi's transforms take; None where they are of another robot."""
     names = [type(part).__name__ for part in getattr(transform, "transforms", (transform,))]
     return next((ROBOTS[name] for name in names if name in ROBOTS), None)
@@ -107,7 +107,7 @@ class PrunedPolicy:
         config = self.policy.engine.config
         if noise is None:
             self._rng, key = jax.random.split(self._rng)
-            noise = jax.random.normal(key, (1, config.action_horizon, config.action_dim))
+            noise = np.asarray(jax.random.normal(key, (1, config.action_horizon, config.action_dim)))
         noise = np.asarray(noise, np.float32)
         return self._session.infer(obs, noise=noise[0] if noise.ndim == 3 else noise)
 

@@ -45,9 +45,9 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     times: dict[str, list[float]] = {name: [] for name in steps}
-    began = None if seconds is None else clock()
+    began = 0.0 if seconds is None else clock()
     for number in range(warm_up + rounds):
-        if began is not None and number > warm_up and clock() - began > seconds:
+        if seconds is not None and number > warm_up and clock() - began > seconds:
             break
         for name, step in steps.items():
             start = clock()

@@ -121,11 +121,10 @@ def play(env: Any, request: dict[str, Any], chunk: Callable[[dict[str, Any]], It
       request: its first observation.
       chunk: request to the actions executed until the next call, [7] each; computed one by one if it is lazy.
     """
-    while request is not None:
-        done = False
+    while True:
         for number, action in enumerate(chunk(request)):
             if number == 0:
                 yield Call(request, float(action[6]))
-            if done := env.step(np.asarray(action)).done:
-                break
-        request = None if done else env.observe()
+            if env.step(np.asarray(action)).done:
+                return
+        request = env.observe()

@@ -45,7 +45,7 @@ def run_inspect(args: Inspect) -> int:
     )
     for number, (step, verdict) in enumerate(zip(episode.steps, verdicts, strict=True)):
         pruning = step["reply"].get("pruning") or {}
-        path = {True: "keyframe", False: "pruned"}.get(pruning.get("keyframe"), "")
+        path = "" if "keyframe" not in pruning else "keyframe" if pruning["keyframe"] else "pruned"
         print(f"{number:5d}  {path:8}  kept {pruning.get('kept', '-'):>4}  robots {step['batch']}  {verdict}")
     differing = sum(verdict.startswith("differs") for verdict in verdicts)
     if differing:

@@ -145,7 +145,8 @@ def describe_calls(episode: Episode) -> dict[str, Any]:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     values = list(values)
-    return sum(values) / len(values) if values and None not in values else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 class RecordFile:
@@ -260,7 +261,7 @@ def _parse(path: Path, data: bytes) -> Iterator[Record]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             read = Record(**json.loads(line))
-            read = replace(read, configuration=_EARLIER | read.configuration)
+            read = replace(read, configuration={**_EARLIER, **read.configuration})
         except (ValueError, TypeError) as error:
             raise RecordsError(f"{path}, line {number}: not a record of an episode ({error})") from error
         yield read

@@ -179,7 +179,7 @@ class _Player:
         return "episode", episode
 
     def _environment(self, suite: str, task: int) -> LiberoEnv:
-        if self._task != (suite, task):
+        if self._env is None or self._task != (suite, task):
             self._close()
             self._env, self._task = self._make_env(suite, task), (suite, task)
         return self._env

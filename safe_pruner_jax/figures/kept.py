@@ -33,7 +33,7 @@ class Shown(NamedTuple):
     """One control step to draw: camera → uint8 [S, S, 3] in slot order, kept slots, what to write beside it."""
 
     images: Mapping[str, np.ndarray]
-    index: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple's own `index` is not used
     label: str = ""
 
 

@@ -360,7 +360,7 @@ def _decode(video: bytes, shape: tuple[int, ...]) -> np.ndarray:
         file = Path(folder, "video.mp4")
         file.write_bytes(video)
         with imageio.get_reader(file) as reader:
-            frames = [frame[: shape[1], : shape[2]] for frame in reader]
+            frames = [frame[: shape[1], : shape[2]] for frame in reader.iter_data()]
     if len(frames) != shape[0]:
         raise ValueError(f"a video of {len(frames)} frames where {shape[0]} were expected")
     return np.stack(frames)

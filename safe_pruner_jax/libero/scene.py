@@ -169,7 +169,7 @@ class Scene:
     def place(self, target: str) -> np.ndarray:
         """Where the origin of an object should be (x, y), and the height of the surface there: [3], metres."""
         if self.movable(target):
-            x, y, _ = self.position(target)
+            x, y, z = self.position(target)
         else:
             x, y, z = self._env.sim.data.get_site_xpos(target)
         boxes = self.around(target)

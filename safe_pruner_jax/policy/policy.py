@@ -40,12 +40,15 @@ class Transform(Protocol):
 
     def prepare(self, request: dict) -> tuple[Example, Any]:
         """Request → network input of one robot, and what `finish` needs later."""
+        ...
 
     def finish(self, actions: np.ndarray, context: Any) -> dict:
         """Network actions [A, action_dim] → reply."""
+        ...
 
     def example(self, rng: np.random.Generator) -> dict:
         """A request as this robot sends it, with invented values."""
+        ...
 
 
 def layout_of(example: Example, config: Pi0Config, prompt_lengths: Sequence[int] = PROMPT_LENGTHS) -> PrefixLayout:
@@ -96,7 +99,7 @@ class _Batch:
 
     fresh: Sequence[bool]
     controls: Sequence[ControlState]
-    rows: np.ndarray
+    rows: Sequence[int]
     inputs: Inputs
     targets: Sequence[tuple[np.ndarray, np.ndarray] | None]
     guide: Guide | None
@@ -220,7 +223,7 @@ class Policy:
         start = time.perf_counter()
         noise = None
         if prepared[0].noise is not None:
-            noise = jax.device_put(np.stack([prepared[row].noise for row in batch.rows]))
+            noise = jax.device_put(np.stack([np.asarray(prepared[row].noise) for row in batch.rows]))
         actions, control, info = self.engine.step(before, jax.device_put(batch.inputs), noise, guide=batch.guide)
         step = jax.device_get((actions, info.selection.score, info.selection.kappa, control.running))
         end = time.perf_counter()
@@ -247,11 +250,13 @@ class Policy:
             self.engine.init((episode.seed,), len(layout.cameras)) if new else episode.control
             for episode, new in zip(episodes, fresh, strict=True)
         ]
-        rows = np.resize(np.arange(len(prepared)), batch_size(len(prepared)))
+        rows = np.resize(np.arange(len(prepared)), batch_size(len(prepared))).tolist()
         inputs = pack([prepared[row].example for row in rows], layout)
-        guide, targets = None, [None] * len(prepared)
+        guide = None
+        targets: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(prepared)
         if prepared[0].overlap is not None:
-            targets = [None if new else self._target(*one) for new, *one in zip(fresh, episodes, prepared, strict=True)]
+            parts = zip(fresh, episodes, prepared, strict=True)
+            targets = [None if new else self._target(episode, p) for new, episode, p in parts]
             guide = jax.device_put(self._guide([targets[row] for row in rows]))
         return _Batch(fresh, controls, rows, inputs, targets, guide)
 
@@ -365,6 +370,7 @@ class Session:
         (result,) = self.policy.advance([self._episode], [self.policy.prepare(request, noise)])
         if result.error is not None:
             raise result.error
+        assert result.reply is not None, "a result is a reply or an error"
         return result.reply
 
 

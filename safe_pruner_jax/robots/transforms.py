@@ -147,7 +147,7 @@ def save_norm_stats(checkpoint_dir: str | os.PathLike, asset_id: str, stats: dic
 
 
 def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
-    if not stats.has_quantiles:
+    if stats.q01 is None or stats.q99 is None:
         raise ValueError(
             "quantile normalisation (pi0.5) needs q01 and q99, got stats without; use the checkpoint's own"
         )

@@ -4,7 +4,7 @@ anything that answers a single robot."""
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from safe_pruner_jax.policy.reply import Result
 
@@ -12,7 +12,10 @@ from safe_pruner_jax.policy.reply import Result
 class Prepared(Protocol):
     """A request, checked and ready for the accelerator."""
 
-    group: Hashable  # requests of one group can share a step
+    @property
+    def group(self) -> Hashable:
+        """Requests of one group can share a step."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +48,11 @@ class Backend(Protocol):
 
     def prepare(self, robot: Hashable, request: dict) -> Prepared:
         """The part of a step that needs no accelerator; raises what is wrong with the request."""
+        ...
 
     def step(self, prepared: Sequence[tuple[Hashable, Any]]) -> Sequence[Result]:
         """One step of 1 to `limit` robots with requests of one group; one result each, complete on the host."""
+        ...
 
     def forget(self, robot: Hashable) -> None:
         """Drops the memory of a robot that will not come back."""
@@ -58,6 +63,7 @@ class Session(Protocol):
 
     def infer(self, request: dict) -> dict:
         """The reply to one request; blocks, and is called in the device thread."""
+        ...
 
 
 class SessionMaker(Protocol):
@@ -67,6 +73,7 @@ class SessionMaker(Protocol):
 
     def session(self) -> Session:
         """A fresh session, called in the device thread."""
+        ...
 
     def warmup(self) -> None:
         """Compiles every program."""
@@ -115,4 +122,4 @@ class Sessions:
 
 def as_backend(served: Backend | SessionMaker) -> Backend:
     """A backend as it is, and anything with `session()` behind `Sessions`."""
-    return served if hasattr(served, "step") else Sessions(served)
+    return cast(Backend, served if hasattr(served, "step") else Sessions(cast(SessionMaker, served)))

@@ -195,7 +195,8 @@ class Conversation:
             timing["prev_total_ms"] = self._previous_total_s * 1e3
         timing |= {"queue_ms": served.queue_s * 1e3, "batch": served.batch}
         try:
-            return pack({**served.result.reply, "server_timing": timing})
+            # a reply that is no map is the TypeError below
+            return pack({**served.result.reply, "server_timing": timing})  # pyright: ignore[reportGeneralTypeIssues]
         except (WireError, TypeError) as error:  # our fault, not the client's
             raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
 

@@ -60,6 +60,7 @@ class Device(Protocol):
 
     async def step(self, prepared: Sequence[tuple[Hashable, Prepared]]) -> tuple[Sequence[Result], float]:
         """One step of robots of one group: a result each, an error too, and the seconds it took."""
+        ...
 
 
 class Turned(Exception):

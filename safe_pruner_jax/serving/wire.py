@@ -16,7 +16,7 @@ import math
 import re
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -76,7 +76,7 @@ def pack(obj: dict) -> bytes:
     if not isinstance(obj, dict):
         raise WireError(f"a message is a map, got {_kind(obj)}; put the value under a key")
     try:
-        return msgpack.packb(_encode(obj, ()))
+        return cast(bytes, msgpack.packb(_encode(obj, ())))
     except UnicodeEncodeError as error:
         raise WireError(f"text in a message must be valid Unicode ({error}); send it as bytes") from error
 

@@ -297,7 +297,7 @@ def check_episode(model: str | Path, episode: str | Path) -> list[Row]:
 
 def _episode_quantities(
     engine: Engine, reference: Reference, control: ControlState, info: StepInfo, actions: jax.Array
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """What the oracle stores of one step, by its names."""
     evidence = jax.tree.map(lambda a: a[0], control.pruner[1])
     old = jax.tree.map(lambda a: a[0], reference)
