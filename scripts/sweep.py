@@ -26,6 +26,8 @@ from safe_pruner_jax.evaluation.records import RecordsError, read_records
 from safe_pruner_jax.libero.env import num_tasks
 from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
 from safe_pruner_jax.pruners import PRUNERS
+from safe_pruner_jax.pruners.ablations import ABLATIONS
+from safe_pruner_jax.pruners.baselines import BASELINES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     Raises:
       ValueError: an unknown method.
     """
-    choices = {name: (f"--pruner={name}",) for name in PRUNERS if name != "full"}
+    choices = {name: (f"--pruner={name}",) for name in (*PRUNERS, *ABLATIONS, *BASELINES) if name != "full"}
     choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
     choices["safe-topk"] = ("--pruner=safe", "--pruner.pool", "1.0")
     choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
@@ -81,7 +83,9 @@ def cells(sweep: Sweep) -> list[Cell]:
     if unknown := set(sweep.methods) - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
-    made = [Cell(f"{m}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs]
+    made = [
+        Cell(f"{m.replace('/', '-')}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs
+    ]
     return [Cell("full", ("--pruner=full",)), *made]
 
 
@@ -111,7 +115,7 @@ def missing(sweep: Sweep, cell: Cell) -> int:
     records = read_records(path) if path.exists() else []
     if records:
         args, method = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
-        now = args.describe("LIBERO", args.fit("LIBERO", method)).as_json()
+        now = args.describe("LIBERO", args.fit("LIBERO", method, args.replan)).as_json()
         same = lambda c: {key: c[key] for key in (*MODEL, *METHOD)}
         if found := differences(same(records[-1].configuration), same(now)):
             raise RecordsError(

@@ -17,7 +17,7 @@ from safe_pruner_jax.pruners import PRUNERS, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 
 N, D, CAMERAS, STEPS, DEPTH = 24, 8, 2, 9, 6
-T, PIXELS, HORIZON, ACTION = 5, 12, 3, 7
+T, PIXELS, HORIZON, ACTION, HEADS = 5, 12, 3, 7, 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def episode(
     shifts: tuple[int, ...] = (4,),
     noise: float = 0.1,
     moving: bool = True,
+    depth: int = DEPTH,
 ) -> Evidence:
     """Evidence of one robot with leading axis [steps].
 
@@ -76,6 +77,7 @@ def episode(
       shifts: steps at which a new subtask begins.
       noise: standard deviation of tokens and saliency logits within a subtask.
       moving: False pins every token to its slot.
+      depth: layers of the model, which a plan may be scaled to.
     """
     rng = np.random.default_rng(seed)
     mask = np.zeros(n, bool)
@@ -84,7 +86,7 @@ def episode(
     else:
         mask[rng.permutation(n)[:dead]] = True
     alive = np.broadcast_to(~mask, (steps, n))
-    plan = pruner.plan.for_depth(DEPTH)
+    plan = pruner.plan.for_depth(depth)
     scene = rng.normal(size=(n, D)) * rng.uniform(0.5, 3.0, (n, 1))
     subtask = np.searchsorted(np.asarray(shifts), np.arange(steps), side="right")
 
@@ -102,7 +104,9 @@ def episode(
     camera = np.repeat(np.arange(CAMERAS), -(-n // CAMERAS))[:n]
     captured = {
         "each": lambda: np.stack([attention() / T for _ in range(T)], axis=1) * text_alive[:, None],
+        "heads_to_text": lambda: np.stack([attention() for _ in range(HEADS)], axis=1),
         "entropy": lambda: rng.uniform(0.5, 3.0, steps).astype(np.float32),
+        "text_entropy": lambda: rng.uniform(0.5, 3.0, steps).astype(np.float32),
     }
     text_alive = np.arange(T) < T - 1
     patches = np.broadcast_to(rng.integers(0, 256, (n, PIXELS)), (steps, n, PIXELS)).astype(np.uint8)

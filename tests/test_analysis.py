@@ -44,6 +44,8 @@ def synthetic(calls: int = 12, *, n: int = 16, depth: int = 5, seed: int = 0, st
         return a / a.sum(-1, keepdims=True) if probability else a
 
     move = lambda a: np.stack([np.roll(a[t], t * shift, -1) for t in range(calls)])
+    last = move(draw(depth - 1))
+    own = {"expert": move(draw(2, depth)), "text": last / 2, "last": move(draw(depth - 1)), "all": last / 3}
     return Trace(
         layout=PrefixLayout(("a", "b"), n // 2, 4),
         images=[{}] * calls,
@@ -52,8 +54,10 @@ def synthetic(calls: int = 12, *, n: int = 16, depth: int = 5, seed: int = 0, st
         alive=np.ones((calls, n), bool),
         expert=move(draw(2, depth)),
         text=move(draw(depth - 1)),
-        last=move(draw(depth - 1)),
-        attention=move(draw(depth - 1)),
+        last=last,
+        everyone=last,
+        own=own,
+        hidden=np.zeros((calls, 3, n, 2), np.float32),
         actions=np.zeros((calls, 3, 4), np.float32),
         keys=jax.vmap(jax.random.key)(np.arange(calls)),
     )
@@ -155,6 +159,8 @@ def test_forecasts_of_a_moving_still_life_are_exact_and_of_noise_are_not():
     assert pairs == sum(min(t, 4) for t in range(12))
     within = sum(row["pairs"] for row in noise if row["quantity"] == forecast.LATE and row["within"])
     assert within == 2 * sum(min(t, 4) for t in range(6))  # two subtasks of six calls
+    first = forecast.measure(synthetic(), cut=2, ages=4, references="first")
+    assert [(r["age"], r["pairs"]) for r in first if r["quantity"] == forecast.LATE] == [(a, 1) for a in (1, 2, 3, 4)]
 
 
 def test_kappa_rows_tell_keyframes_references_and_boundaries(watched):

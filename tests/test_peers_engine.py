@@ -34,9 +34,9 @@ CONFIG = Pi0Config(
 N, T, STEPS = 2 * CONFIG.tokens_per_camera, 8, 5
 CHOICES = {
     "vla_pruner": {"keep": 0.3, "cut": 2, "window": 2},
-    "specprune": {"keep": 0.6, "executed": 2},
+    "specprune": {"keep": 0.6, "executed": 2, "layers": (5,)},
     "vla_cache": {"keep": 0.5, "threshold": 0.9},
-    "sparsevlm": {"keep": 0.4},
+    "sparsevlm": {"keep": 0.4, "layers": (1, 3, 4)},
     "divprune": {"keep": 0.3},
 }
 compilations = []
@@ -173,8 +173,10 @@ def evidence(captures, carry, h, running, text, logits):
         if c.rows == "each":
             out.append(p[:, N:, :N] * text[:, :, None] * running[:, None, :])
         else:
-            assert c.rows == "to_text"
-            out.append((p[:, :N, N:] * text[:, None, :]).sum(-1) / text.sum(1)[:, None] * running)
+            assert c.rows == "heads_to_text"
+            heads = jax.nn.softmax(logits[c.layer], axis=-1)[:, :, :N, N:]
+            mean = (heads * text[:, None, None, :]).sum(-1) / text.sum(1)[:, None, None]
+            out.append(mean * running[:, None, :])
     hidden = jnp.where(running[:, :, None], h[:, :N], 0)
     return carry.evidence.replace(running=running, hidden=hidden, saliency=tuple(out))
 
@@ -329,11 +331,26 @@ def test_saliency_of_rows_is_saliency_of_slots(engines):
     _, after, _ = engine.step(control, x)
     rows = pi0.embed_prefix(engine.weights, CONFIG, x.images, x.camera_mask, x.tokens, x.token_mask)
     layers = [c.layer for c in engine.plan.remember]
-    run = jax.jit(lambda rows: pi0.prefix_layers(engine.weights, CONFIG, rows, range(4), (2,))[2])
+    run = jax.jit(lambda rows: pi0.prefix_layers(engine.weights, CONFIG, rows, range(4), (0, 1, 2))[2])
     logits = run(rows)
-    assert layers == [2, CONFIG.depth - 2]
-    for layer, got in zip(layers, after.past, strict=True):
+    assert layers == [2, CONFIG.depth - 2, 0, 1, 2]
+    alive = np.arange(N) < CONFIG.tokens_per_camera  # the second camera is masked
+    for layer, got in zip(layers[:2], after.past[:2], strict=True):
         p = np.asarray(jax.nn.softmax(logits[layer][0], axis=-1)).mean(0)
-        want = p[:N, N : N + LENGTHS[2]].mean(1)
-        want[CONFIG.tokens_per_camera :] = 0  # the second camera is masked
-        close(got[0], want, 3e-6)  # shares up to 0.2 in float32
+        close(got[0], p[:N, N : N + LENGTHS[2]].mean(1) * alive, 3e-6)  # shares up to 0.2 in float32
+    for layer, got in zip(layers[2:], after.past[2:], strict=True):
+        p = np.asarray(jax.nn.softmax(logits[layer][0], axis=-1), np.float64).mean(0)[N : N + LENGTHS[2], :N][:, alive]
+        close(got[0], -(p * np.log(p)).sum(1).mean(), 1e-4)
+
+
+def test_late_saliency_over_all_keys_is_the_models_own(weights):
+    """Eq. 1 renormalises over visual keys; over all keys a layer that hardly looks at images has little of it."""
+    sums = {}
+    for over in ("visual", "all"):
+        engine = Engine(weights, CONFIG, make("safe", cut=2, keep=0.3, over=over, queries="text"))
+        _, control, _ = engine.step(engine.init((0,), 2), inputs((0,), 0))
+        sums[over] = np.asarray(control.late[0])
+    close(sums["visual"].sum(1), np.ones(3))
+    mass = sums["all"].sum(1)
+    assert (mass < 0.99).all() and mass.std() > 1e-3
+    assert sums["all"][0, 0] != sums["visual"][0, 0] * mass[0]  # the mean of shares is not the share of means

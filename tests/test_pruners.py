@@ -6,12 +6,13 @@ import laws
 import numpy as np
 import pytest
 import synthetic
-from synthetic import case, episode, kept, play, put
-from test_peers import slow_max_min
 from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
+from oracles.peers import slow_max_min
 from oracles.selection import slow_budget, slow_top_k
+from synthetic import case, episode, kept, play, put
 
 from safe_pruner_jax.pruners import PRUNERS, Capture, Cut, Plan, make
+from safe_pruner_jax.pruners import warm as warm_start
 from safe_pruner_jax.pruners.base import finite
 
 
@@ -23,6 +24,11 @@ def test_law(law, case):
 
 
 # SAFE against Algorithms 1 and 2
+
+
+def at_steps(seen, stop, start=0):
+    """Some steps of an episode."""
+    return synthetic.at(seen, slice(start, stop))
 
 
 def algorithm_1(
@@ -37,13 +43,16 @@ def algorithm_1(
     per_camera=0,
     pool=1.0,
     warm_start=1,
+    late="expert",
+    late_layers=None,
+    features="Z",
     variant="as_described",
     **_,
 ):
     """Algorithm 1 for one robot by loops in float64, keyframes known by their step: what happens at each step t.
 
     The set of alive tokens belongs to the history: when it changes, there is no keyframe to refer to. `seen.late`
-    holds the late saliency of every step; only that of keyframes is looked at.
+    holds the late saliency of every step, and `seen.past` that of the prefix; only that of keyframes is looked at.
     """
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
@@ -60,9 +69,13 @@ def algorithm_1(
             continue
         tau = max(keyframes)  # Eq. 3
         # Algorithm 2
-        z, reference = slow_unit(seen.visual[t]), slow_unit(seen.visual[tau])
+        tokens = seen.visual if features == "Z" else seen.hidden
+        z, reference = slow_unit(tokens[t]), slow_unit(tokens[tau])
         pi = slow_match(z, reference, alive, camera if match == "camera" else None)
-        late = [slow_forecast(s, pi, alive) for s in seen.late[tau]]
+        deep = seen.late[tau] if late == "expert" else [s[tau] for s in seen.past]
+        if released and 0 in (late_layers or (0, -1)):  # layer 0 of L_d is the last prompt row's
+            deep = [seen.saliency[-1][tau], *deep]
+        forecasts = [slow_forecast(s, pi, alive) for s in deep]
         kappa = slow_kappa(tested, slow_forecast(seen.saliency[-1][tau], pi, alive))
         # Eq. 7 and its substitutes
         age = t - tau
@@ -71,9 +84,9 @@ def algorithm_1(
             keyframe = True
         keyframe |= t - begun < warm_start
         if released:
-            score = np.array([shallow[v] + weight * np.mean([s[v] for s in late]) for v in range(len(alive))])
+            score = np.array([shallow[v] + weight * np.mean([s[v] for s in forecasts]) for v in range(len(alive))])
         else:
-            score = slow_fuse(shallow, late, weight)
+            score = slow_fuse(shallow, forecasts, weight)
         margin = abs(kappa - threshold) if every is None else 1.0
         if pool > 1:
             wide = min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), len(alive))
@@ -193,12 +206,15 @@ def test_safe_without_forecast_does_not_need_late_saliency():
 
 def test_safe_defaults_are_the_papers():
     defaults = {n: p.default for n, p in inspect.signature(PRUNERS["safe"]).parameters.items()}
-    assert (defaults["threshold"], defaults["cut"], defaults["late_layers"]) == (0.92, 3, (0, -2, -1))
+    assert (defaults["threshold"], defaults["cut"]) == (0.92, 3)
     described, released = make("safe").plan, make("safe", variant="as_released").plan
-    assert described.capture == (Capture(2, "action"),)
-    assert released.capture == (Capture(2, "action"), Capture(0, "last"))
-    assert described.for_depth(18).late_layers == (0, 16, 17)
+    assert described.capture == (Capture(2, "action"),) and described.late_over == "visual"
+    assert released.capture == (Capture(2, "action", "all"), Capture(0, "last", "all")) and released.late_over == "all"
+    assert described.for_depth(18).late_layers == (0, 16, 17) and released.for_depth(18).late_layers == (17,)
     assert make("safe", queries="text", cut=5).plan.capture == (Capture(4, "text"),)
+    prefix = make("safe", late="prefix", queries="all", over="all").plan.for_depth(18)
+    assert prefix.remember == tuple(Capture(l, "all", "all") for l in (0, 15, 16)) and prefix.late_layers == ()
+    assert [c.rows for c in make("safe", late="prefix").plan.remember] == ["text"] * 3
 
 
 def test_safe_does_not_trust_a_sick_reference():
@@ -215,10 +231,11 @@ def test_safe_does_not_trust_a_sick_reference():
 # the other pruners
 
 
-def test_fastv_scores_by_the_last_prompt_row():
-    c = case("fastv")
-    assert c.pruner.plan == Plan(Cut(3, 0.2), capture=(Capture(2, "last", over="all"),))
-    assert make("fastv", cut=7).plan.capture == (Capture(6, "last", over="all"),)
+@pytest.mark.parametrize("queries", ["all", "last"])
+def test_fastv_scores_by_all_rows_or_the_last(queries):
+    c = case("fastv", queries=queries)
+    assert c.pruner.plan == Plan(Cut(3, 0.2), capture=(Capture(2, queries, over="all"),))
+    assert make("fastv", cut=7).plan.capture == (Capture(6, "all", over="all"),)
     seen = episode(0, c.pruner, dead=3)
     for t, selection in enumerate(play(c, seen)[1]):
         np.testing.assert_array_equal(selection.score, seen.saliency[0][t])
@@ -239,13 +256,31 @@ def test_random_draws_anew_from_the_key_alone():
     synthetic.same(play(c, other)[1][7], selections[7])
 
 
-def test_random_with_a_warm_start_runs_the_first_steps_and_draws_the_same_tokens():
-    c = case("random", warm_start=2)
-    seen = episode(0, c.pruner, steps=6)
-    selections = play(c, seen)[1]
-    assert [bool(s.keyframe) for s in selections] == [True, True, False, False, False, False]
-    for warm, cold in zip(selections, play(case("random"), seen)[1], strict=True):
+@pytest.mark.parametrize("name", ["random", "fastv", "sparsevlm"])
+def test_with_a_warm_start_a_method_runs_the_first_steps_and_keeps_the_same_tokens(name):
+    c = case(name, warm_start=2)
+    seen = episode(0, c.pruner, steps=5)
+    alive = put(seen.alive, slice(4, None), ~seen.alive[4] | (np.arange(synthetic.N) < 12))
+    selections = play(c, seen.replace(alive=alive))[1]
+    keyframes = [True, True, False, False, True]  # other tokens are a new start
+    assert [bool(s.keyframe) for s in selections] == keyframes
+    for warm, cold in zip(selections[:4], play(case(name), seen)[1], strict=False):
         assert kept(warm) == kept(cold)
+    assert warm_start(make("full"), 3).plan == Plan()
+
+
+def test_safe_refers_to_the_last_full_pass_whoever_asked_for_it():
+    """A step that runs in full against the pruner's own decision is its keyframe all the same."""
+    c = case("safe", threshold=-1.0)
+    seen = episode(3, c.pruner, steps=3, shifts=(1,), noise=0.3)
+    carries, _ = play(c, at_steps(seen, 2))
+    state, since, *rest = carries[1]
+    assert since == 1  # it would have pruned
+    forced = (state, np.int32(0), rest[0], seen.late[1], rest[2])
+    kappa = play(c, at_steps(seen, 3, 2), forced)[1][0].kappa
+    log = algorithm_1(seen, threshold=2.0)  # every step a keyframe
+    np.testing.assert_allclose(kappa, log[2]["kappa"], rtol=1e-5)
+    assert abs(kappa - play(c, seen)[1][2].kappa) > 1e-3
 
 
 def test_full_is_always_a_keyframe_and_cuts_nothing():

@@ -99,7 +99,13 @@ def test_a_live_source_is_suite_task_trial(source):
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("safe", SAFE), ("safe", {"cut": 3, "queries": "action", "every": 3}), ("fastv", {"cut": 1}), ("divprune", {})],
+    [
+        ("safe", SAFE),
+        ("safe", {"cut": 3, "queries": "action", "every": 3}),
+        ("safe", {"cut": 2, "queries": "all", "late": "prefix", "over": "all", "features": "hidden", "every": 3}),
+        ("fastv", {"cut": 1}),
+        ("divprune", {}),
+    ],
 )
 def test_a_replay_decides_what_a_session_decides(policy, watched, name, choices):
     if choices is SAFE:  # γ between the steps within a scene and the cut
@@ -134,8 +140,11 @@ def test_saliencies_are_distributions_over_alive_tokens(watched):
     np.testing.assert_allclose(
         watched.late("half"), np.mean([watched.expert[:, s] for s in range(5, 10)], 0), rtol=1e-5
     )
-    with pytest.raises(ValueError, match="last prompt row only"):
-        watched.captured(Capture(0, "text", over="all"))
+    np.testing.assert_allclose(watched.everyone.sum(-1), 1, atol=1e-4)
+    for rows in ("action", "text", "last", "all"):  # the prompt, and the actions themselves, take the rest
+        own, visual = (watched.captured(Capture(1, rows, over)) for over in ("all", "visual"))
+        assert (own.sum(-1) < 0.999).all() and (own <= visual + 1e-6).all()
+    assert watched.late(over="all").sum() < watched.late().sum()
 
 
 def test_a_method_that_needs_more_than_a_trace_is_refused(watched):

@@ -3,13 +3,14 @@
     rows = measure(trace, cut=3)          cosine and KL of every pair of calls up to 10 apart
     table(rows), figure(rows)
 
-The paper takes call 0 as the keyframe and forecasts calls 1 to 10 of the same subtask; here every call is the keyframe
-of the next ten, and pairs with a subtask boundary between them are counted apart. The cosine of the shallow saliency
-is κ (Eq. 6).
+The paper takes call 0 as the keyframe and forecasts calls 1 to 10 of the same subtask (`references="first"`). By
+default every call is the keyframe of the next ten, and pairs with a subtask boundary between them are counted apart.
+The cosine of the shallow saliency is κ (Eq. 6).
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ def measure(
     late_layers: Layers = (0, -2, -1),
     late_steps: str = "half",
     ages: int = 10,
+    references: Literal["every", "first"] = "every",
 ) -> list[Row]:
     """Forecast accuracy of one episode.
 
@@ -40,6 +42,7 @@ def measure(
       cut: the shallow saliencies are of layer cut - 1.
       late_layers, late_steps: as in `safe`.
       ages: calls from the keyframe to the forecast one, at most.
+      references: calls that are keyframes.
 
     Returns:
       One row per "quantity" ("shallow action", "shallow text", "shallow last", "layer l" for l in L_d, and their mean,
@@ -52,7 +55,8 @@ def measure(
     truth[LATE] = late[:, layers].mean(1)
     found: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for t in range(len(trace)):
-        for reference in range(max(0, t - ages), t):
+        earlier = range(max(0, t - ages), t)
+        for reference in earlier if references == "every" else [r for r in earlier if r == 0]:
             within = bool(trace.subtask[t] == trace.subtask[reference])
             for name, s in truth.items():
                 forecast = match.forecast(s[reference], t, reference)

@@ -19,10 +19,12 @@ class Matches:
 
     Args:
       trace: one episode.
+      tokens: [C, n, d] what is matched; None: visual tokens Z.
     """
 
-    def __init__(self, trace: Trace):
-        self._unit = [_unit(np.where(a[:, None], z, 0)) for z, a in zip(trace.visual, trace.alive, strict=True)]
+    def __init__(self, trace: Trace, tokens: np.ndarray | None = None):
+        rows = zip(trace.visual if tokens is None else tokens, trace.alive, strict=True)
+        self._unit = [_unit(np.where(a[:, None], z, 0)) for z, a in rows]
         self._alive, self._found = trace.alive, {}
 
     def __call__(self, t: int, reference: int) -> np.ndarray:

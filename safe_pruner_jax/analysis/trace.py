@@ -8,9 +8,10 @@
 The noise is that of a session with the same seed, so a replay sees what the engine would have seen.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from safe_pruner_jax.pruners import Capture, Evidence, Pruner, Selection
 from safe_pruner_jax.pruners.base import NO_HISTORY
 from safe_pruner_jax.tokens import PrefixLayout, saliency
 
+CUTS = 3
+"""A trace has the hidden rows before layers 1 to 3."""
+
 REPLAYED = ("full", "safe", "fastv", "divprune", "random")
 """Pruners that decide once, on what a trace holds: visual tokens, saliency, and the late saliency of full passes."""
 
@@ -44,11 +48,14 @@ class Trace:
       alive: [C, n] bool.
       expert: [C, s, L, n] float32 saliency (Eq. 1-2) of every expert layer at every denoise step, action queries.
         Denoise step 0 of a layer before a cut is what a pruner there calls its "action" saliency.
-      text, last: [C, L-1, n] float32 saliency of the prefix layers with the prompt's rows, or its last one, as queries;
-        the last layer computes no queries.
-      attention: [C, L-1, n] float32, the last prompt row's own probabilities over all keys (FastV).
+      text, last, everyone: [C, L-1, n] float32 saliency of the prefix layers with the prompt's rows, its last one, or
+        all rows as queries; the last layer computes no queries.
+      own: the same four, "expert", "text", "last" and "all", as the model's own probabilities over all keys.
+      hidden: [C, H, n, d] float32 visual rows before the layers 1 … H.
       actions: [C, A, action_dim] float32, normalised.
       keys: [C] PRNG keys of the steps, as `Evidence.key`.
+      inputs: per call, what the network read, with leading axis 1; () in a trace that nobody will act on.
+      noise: [C, A, action_dim] float32 that the actions were made from.
     """
 
     layout: PrefixLayout
@@ -59,9 +66,13 @@ class Trace:
     expert: np.ndarray
     text: np.ndarray
     last: np.ndarray
-    attention: np.ndarray
+    everyone: np.ndarray
+    own: Mapping[str, np.ndarray]
+    hidden: np.ndarray
     actions: np.ndarray
     keys: Array
+    inputs: Sequence[Inputs] = ()
+    noise: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -76,25 +87,22 @@ class Trace:
         """[n] int32, camera of each visual slot."""
         return np.repeat(np.arange(len(self.layout.cameras), dtype=np.int32), self.layout.tokens_per_camera)
 
-    def late(self, steps: str = "half") -> np.ndarray:
+    @property
+    def attention(self) -> np.ndarray:
+        """[C, L-1, n] the last prompt row's own probabilities over all keys (FastV as released)."""
+        return self.own["last"]
+
+    def late(self, steps: str = "half", over: str = "visual") -> np.ndarray:
         """[C, L, n] saliency of every expert layer, averaged over "half" (the second), "all" or the "last" step."""
-        count = self.expert.shape[1]
-        return self.expert[:, {"half": count // 2, "all": 0, "last": count - 1}[steps] :].mean(1)
+        seen, count = self.expert if over == "visual" else self.own["expert"], self.expert.shape[1]
+        return seen[:, {"half": count // 2, "all": 0, "last": count - 1}[steps] :].mean(1)
 
     def captured(self, capture: Capture) -> np.ndarray:
-        """[C, n] saliency that a pruner's `Capture` asks for.
-
-        Raises:
-          ValueError: attention over all keys of other rows than the last one.
-        """
-        if capture.over == "all":
-            if capture.rows != "last":
-                raise ValueError(f'capture: over="all" is recorded for the last prompt row only, got {capture.rows!r}')
-            return self.attention[:, capture.layer]
-        return self.expert[:, 0, capture.layer] if capture.rows == "action" else self._prefix(capture)
-
-    def _prefix(self, capture: Capture) -> np.ndarray:
-        return {"text": self.text, "last": self.last}[capture.rows][:, capture.layer]
+        """[C, n] saliency that a pruner's `Capture` of rows "action", "text", "last" or "all" asks for."""
+        if capture.rows == "action":
+            return (self.expert if capture.over == "visual" else self.own["expert"])[:, 0, capture.layer]
+        seen = {"text": self.text, "last": self.last, "all": self.everyone} if capture.over == "visual" else self.own
+        return seen[capture.rows][:, capture.layer]
 
 
 def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) -> tuple[dict[str, Array], Array]:
@@ -113,32 +121,51 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
     embedded = embed(weights, config, inputs)
     n, queried = visual_slots(config, inputs), range(config.depth - 1)
     alive = embedded.mask[:, :n]
-    _, segments, logits = pi0.prefix_layers(weights, config, embedded, range(config.depth), tuple(queried))
+    run, segments, logits, hidden = embedded, (), {}, []
+    for piece in cut_at(config.depth):
+        x, more, seen = pi0.prefix_layers(weights, config, run, piece, tuple(queried))
+        run, segments, logits = run.replace(x=x), segments + more, logits | seen
+        hidden.append(x[0, :n].astype(jnp.float32))
     prefix = pi0.Prefix(segments, embedded.count)
     rows = inputs.token_mask[0]
     final = jnp.arange(rows.shape[0]) == rows.sum() - 1
     layers: Layers = tuple(range(config.depth))
 
-    def reduce(rows: Array, over: str) -> Array:
-        return jnp.stack([saliency(logits[l][0, :, n:], rows, alive[0], over=over) for l in queried])
+    def reduce(rows: Array, over: str, start: int = n) -> Array:
+        return jnp.stack([saliency(logits[l][0, :, start:], rows, alive[0], over=over) for l in queried])
 
-    def denoise(x_t: Array, at: pi0.Schedule) -> tuple[Array, Array]:
+    def denoise(x_t: Array, at: pi0.Schedule) -> tuple[Array, tuple[Array, Array]]:
         v, seen = pi0.velocity(weights, config, prefix, inputs.state, x_t, at, logits_of=layers)
-        now = jnp.stack([pi0.action_saliency(config, seen[l], alive)[0] for l in layers])
-        return x_t - v / weights.schedule.times.shape[0], now
+        now = lambda over: jnp.stack([pi0.action_saliency(config, seen[l], alive, over)[0] for l in layers])
+        return x_t - v / weights.schedule.times.shape[0], (now("visual"), now("all"))
 
-    actions, expert = jax.lax.scan(denoise, noise, weights.schedule)
+    actions, (expert, own_expert) = jax.lax.scan(denoise, noise, weights.schedule)
+    everyone = embedded.mask[0]
     seen = {
         "visual": embedded.x[0, :n].astype(jnp.float32),
         "alive": alive[0],
         "expert": expert,
         "text": reduce(rows, "visual"),
         "last": reduce(final, "visual"),
-        "attention": reduce(final, "all"),
+        "everyone": reduce(everyone, "visual", 0),
+        "own": {
+            "expert": own_expert,
+            "text": reduce(rows, "all"),
+            "last": reduce(final, "all"),
+            "all": reduce(everyone, "all", 0),
+        },
+        "hidden": jnp.stack(hidden[:-1]),
         "actions": actions[0],
+        "noise": noise[0],
         "keys": jax.random.fold_in(own, 1),
     }
     return seen, following
+
+
+def cut_at(depth: int) -> list[range]:
+    """The layers in pieces that end where tokens may be dropped: before layers 1, 2 and 3, as far as there are any."""
+    edges = [0, *range(1, min(CUTS, depth - 1) + 1), depth]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 class Watch:
@@ -160,23 +187,25 @@ class Watch:
           RequestError: a request that the robot's transforms refuse.
         """
         policy, config = self.policy, self.policy.engine.config
-        seen, images, grippers, layout, key = [], [], [], None, jax.random.key(self.policy.seed)
+        seen, asked, images, grippers, layout, key = [], [], [], [], None, jax.random.key(self.policy.seed)
         for call in calls:
             example, _ = policy.transform.prepare(call.request)
             found = layout_of(example, config, policy.prompt_lengths)
             layout = layout or found
             if found.cameras != layout.cameras:
                 raise ValueError(f"episode: expected {layout.cameras} throughout, got {found.cameras}; split it there")
-            arrays, key = self._look(policy.engine.weights, jax.device_put(pack([example], found)), key)
+            inputs = pack([example], found)
+            arrays, key = self._look(policy.engine.weights, jax.device_put(inputs), key)
             keys = arrays.pop("keys")
             seen.append((jax.device_get(arrays), keys))
+            asked.append(inputs)
             images.append({camera: np.asarray(example.images[camera]) for camera in layout.cameras})
             grippers.append(call.gripper)
         if not seen:
             raise ValueError("episode: expected at least one call, got none")
-        stacked = {name: np.stack([arrays[name] for arrays, _ in seen]) for name in seen[0][0]}
+        stacked = jax.tree.map(lambda *a: np.stack(a), *(arrays for arrays, _ in seen))
         keys = jnp.stack([keys for _, keys in seen])
-        return Trace(layout=layout, images=images, subtask=subtasks(grippers), keys=keys, **stacked)
+        return Trace(layout=layout, images=images, subtask=subtasks(grippers), keys=keys, inputs=asked, **stacked)
 
 
 def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
@@ -194,7 +223,8 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
         raise ValueError(f"replay: expected one of {', '.join(REPLAYED)}, got {pruner.name}, which needs more evidence")
     plan = pruner.plan.for_depth(trace.depth)
     captured = [trace.captured(c) for c in plan.capture]
-    late = trace.late(plan.late_steps)[:, list(plan.late_layers)]
+    late = trace.late(plan.late_steps, plan.late_over)[:, list(plan.late_layers)]
+    past = [trace.captured(c) for c in plan.remember]
 
     def evidence(t: int, since: int, reference: int) -> Evidence:
         recorded = {
@@ -206,6 +236,8 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
             "saliency": tuple(s[t] for s in captured),
             "late": late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),
             "key": trace.keys[t],
+            "hidden": trace.hidden[t, plan.cut.layer - 1] if plan.cut and 1 <= plan.cut.layer <= CUTS else None,
+            "past": tuple(s[t - 1] if since != NO_HISTORY else np.zeros_like(s[0]) for s in past),
         }
         return Evidence(**{field.name: recorded.get(field.name) for field in fields(Evidence)})
 

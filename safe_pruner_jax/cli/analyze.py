@@ -111,13 +111,15 @@ class Forecast(OnEpisodes):
 
     Args:
       ages: calls from the keyframe to the forecast one, at most.
+      references: calls that are keyframes: every one, or the first of the episode as in the paper.
     """
 
     ages: int = 10
+    references: Literal["every", "first"] = "every"
 
     def rows(self, trace: Trace) -> list[Row]:
         """The measurement of one episode."""
-        return forecast.measure(trace, **self.late(), ages=self.ages)
+        return forecast.measure(trace, **self.late(), ages=self.ages, references=self.references)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,19 +190,19 @@ class Cost(Analysis):
 def run_recall(args: Recall, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze recall`."""
     (rows,) = _over_episodes(args, load, conditions, recall=args)
-    _leave(args.out, "recall", recall.table(rows), recall.figure(rows))
+    leave(args.out, "recall", recall.table(rows), recall.figure(rows))
 
 
 def run_forecast(args: Forecast, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze forecast`."""
     (rows,) = _over_episodes(args, load, conditions, forecast=args)
-    _leave(args.out, "forecast", forecast.table(rows), forecast.figure(rows))
+    leave(args.out, "forecast", forecast.table(rows), forecast.figure(rows))
 
 
 def run_kappa(args: Kappa, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze kappa`."""
     (rows,) = _over_episodes(args, load, conditions, kappa=args)
-    _leave(args.out, "kappa", kappa.table(rows), kappa.figure(rows, args.gamma))
+    leave(args.out, "kappa", kappa.table(rows), kappa.figure(rows, args.gamma))
 
 
 def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) -> None:
@@ -212,19 +214,20 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     recalls, forecasts = _over_episodes(args, load, conditions, **both)
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
-    _leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
+    leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
     print(f"copy {args.out / CALIBRATION} into the checkpoint's folder to make these the policy's own defaults")
 
 
 def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze actions`: one part of the file per episode, method and share kept."""
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
-    wanted = [(name, keep, args.fit("LIBERO", _method(name, keep))) for name in args.methods for keep in args.keeps]
+    fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), args.replan)
+    wanted = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]
     policy = functools.cache(load)
     pruned = functools.cache(lambda number: policy().with_pruner(wanted[number][2].make()))
     asked: list[str] = []
     with Rows(args.out / "actions.jsonl", {**conditions, "replan": args.replan, "driver": args.driver}) as file:
-        for recording in _recordings(args, policy):
+        for recording in recordings(args, policy):
             calls = functools.cache(lambda recording=recording: list(recording.calls()))
             reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), args.replan)[0])
             for number, (name, keep, method) in enumerate(wanted):
@@ -234,7 +237,7 @@ def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> Non
                     logger.info("%s: %s, keep %g", recording.name, name, keep)
                     file.add(asked[-1], [{"method": name, "keep": keep} | row])
         rows = [row for row in file.rows() if row["part"] in asked]
-    _leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
+    leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
 
 
 def _method(text: str, keep: float) -> Method:
@@ -281,7 +284,7 @@ def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
         rows = [row for row in file.rows() if row["part"] in wanted]
     if not rows:
         raise ValueError(f"cuts: expected at least one layer inside the model, got {args.cuts}")
-    _leave(args.out, "cost", cost.table(rows), cost.figure(rows))
+    leave(args.out, "cost", cost.table(rows), cost.figure(rows))
 
 
 def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], **kinds: Any) -> list[list[Row]]:
@@ -298,7 +301,7 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
 
     seen = []
     try:
-        for recording in _recordings(args, policy):
+        for recording in recordings(args, policy):
             seen.append(recording.name)
             missing = [name for name, file in files.items() if recording.name not in file.finished]
             if missing:
@@ -320,7 +323,7 @@ def _conditions(kind: OnEpisodes) -> set[str]:
     return names & {f.name for f in dataclasses.fields(home)}
 
 
-def _recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
+def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
     infer = _driver(policy) if args.driver == "policy" else None
     found = (recording for source in args.data for recording in episodes(source, replan=args.replan, infer=infer))
@@ -340,7 +343,7 @@ def _driver(policy: Load) -> Callable[[dict], dict]:
     return lambda request: session().infer(request)
 
 
-def _leave(out: Path, name: str, table: str, figure: Figure) -> None:
+def leave(out: Path, name: str, table: str, figure: Figure) -> None:
     """Writes and prints the table, draws the figure."""
     (out / f"{name}.md").write_text(table, encoding="utf-8")
     figure.savefig(out / f"{name}.png")

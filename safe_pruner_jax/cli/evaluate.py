@@ -61,8 +61,13 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
     if args.server:
         asked = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
         config, source = sources.remote(args.server, asked, seed=args.seed)
+        if (known := config.choices.get("executed", args.replan)) != args.replan:
+            raise ValueError(
+                f"replan: expected {known} actions per call, which {args.server} counts on, got {args.replan}; "
+                f"start it with --pruner.executed {args.replan}"
+            )
     else:
-        method = args.fit("LIBERO", method)
+        method = args.fit("LIBERO", method, executed=args.replan)
         config = args.describe("LIBERO", method)
         config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
     config = dataclasses.replace(config, simulator=provenance(), **protocol)

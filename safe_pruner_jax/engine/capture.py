@@ -71,12 +71,19 @@ def read(c: Capture, logits: Array, rows: Rows, n: int, keys: Array) -> Array:
         p = jax.nn.softmax(logits, axis=-1).mean(1)
         entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
         return (rows.mask * entropy).sum(1) / jnp.maximum(rows.mask.sum(1), 1)
-    if c.rows in ("to_text", "heads_to_text"):
+    if c.rows == "text_entropy":
+        p = jax.vmap(partial(visual_attention, over=c.over))(logits[:, :, k:], keys) * keys[:, None, :]
+        entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
+        return (text * entropy).sum(1) / jnp.maximum(text.sum(1), 1)
+    if c.rows == "heads_to_text":
         p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:]
-        p = (p.mean(1) if c.rows == "to_text" else jnp.moveaxis(p, 1, -2)) * _beside(text, c.rows)
-        p = p.sum(-1) / _beside(jnp.maximum(text.sum(1), 1), c.rows)
-        s = rows.in_slots(jnp.where(rows.alive.reshape(*rows.alive.shape, *[1] * (p.ndim - 2)), p, 0.0), n)
-        return s if c.rows == "to_text" else s.swapaxes(1, 2)
+        p = (p * text[:, None, None, :]).sum(-1) / jnp.maximum(text.sum(1), 1)[:, None, None]
+        p = jnp.where(rows.alive[:, None, :], p, 0.0)
+        return rows.in_slots(p.swapaxes(1, 2), n).swapaxes(1, 2)
+    if c.rows == "to_text":
+        p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:].mean(1)
+        p = (p * text[:, None, :]).sum(-1) / jnp.maximum(text.sum(1), 1)[:, None]
+        return rows.in_slots(jnp.where(rows.alive, p, 0.0), n)
     source, weight = logits[:, :, k:], text
     if c.rows == "last":
         weight = jnp.arange(T) == text.sum(1, keepdims=True) - 1
@@ -105,6 +112,6 @@ def patches(images: Array, patch: int) -> Array:
     return cells.reshape(B, C * g * g, 3 * patch * patch)
 
 
-def captured_shape(c: Capture, n: int, T: int) -> tuple[int, ...]:
+def captured_shape(c: Capture, n: int, T: int, heads: int) -> tuple[int, ...]:
     """Shape of a capture for one robot."""
-    return {"each": (T, n), "entropy": ()}.get(c.rows, (n,))
+    return {"each": (T, n), "heads_to_text": (heads, n), "entropy": (), "text_entropy": ()}.get(c.rows, (n,))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _take(carry: Carry, rows: Array) -> Carry:
     return jax.tree.map(lambda a: a[rows], carry)
 
 
-def _merge(full, pruned, source: Array):
+def _merge(full: Any, pruned: Any, source: Array) -> Any:
     """Rows of two pytrees back into robot order: source [B] indexes their concatenation."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[source], full, pruned)
 
@@ -106,19 +107,20 @@ class Engine:
                 f"got {keep}; lower keep or give a share in (0, 1]"
             )
         late = jnp.zeros((len(plan.late_layers), n), jnp.float32)
-        past = tuple(jnp.zeros(() if c.rows == "entropy" else n, jnp.float32) for c in plan.remember)
+        T, heads = config.max_token_len, config.prefix.num_heads  # the longest prompt; no state may depend on it
+        of = lambda c: captured_shape(c, n, T, heads)
+        past = tuple(jnp.zeros(of(c), jnp.float32) for c in plan.remember)
         actions = jnp.zeros((config.action_horizon, config.action_dim), jnp.float32)
         kept = jnp.zeros((n, config.prefix.num_kv_heads, config.prefix.head_dim), config.dtype)
         kv = tuple((kept, kept) for _ in range(plan.cut.layer, config.depth)) if plan.dropped == "reuse" else ()
         rows = shape((n, config.prefix.width), config.dtype)
-        T = config.max_token_len  # the longest prompt; no state may depend on it
         evidence = Evidence(
             since_full=shape((), jnp.int32),
             visual=rows,
             alive=shape((n,), bool),
             running=shape((n,), bool),
             camera=shape((n,), jnp.int32),
-            saliency=tuple(shape(captured_shape(c, n, T), jnp.float32) for c in plan.capture),
+            saliency=tuple(shape(of(c), jnp.float32) for c in plan.capture),
             late=late,
             key=jax.eval_shape(lambda: jax.random.key(0)),
             text=shape((T, config.prefix.width), config.dtype),

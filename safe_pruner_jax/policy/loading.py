@@ -22,8 +22,7 @@ from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.checkpoint import fetch, open_params
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.pruners import Pruner, full
-from safe_pruner_jax.pruners.safe import safe
+from safe_pruner_jax.pruners import Pruner, full, make
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats
@@ -64,7 +63,7 @@ def calibrated(folder: str | os.PathLike | None = None) -> dict[str, Any]:
         return {}
     try:
         choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
-        safe(**choices)
+        make("safe", **choices)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         expected = f"{path}: expected what `openpi analyze calibrate` writes"
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}; remove it") from error

@@ -107,8 +107,19 @@ class Model:
                 return EMBEDDED, None
         return DEFAULT_CHECKPOINTS[environment]
 
-    def fit(self, environment: str, method: Method) -> Method:
-        """The method with what the checkpoint was calibrated to (`loading.calibrated`), unless given otherwise."""
+    def fit(self, environment: str, method: Method, executed: int | None = None) -> Method:
+        """The method with what is known of its surroundings, unless given otherwise.
+
+        Args:
+          environment: of the robot.
+          method: asked for.
+          executed: actions the robot executes per call, for a method that reads its speed from them; None: unknown.
+
+        Returns:
+          `safe` as the checkpoint was calibrated to (`loading.calibrated`); others with their `executed`.
+        """
+        if executed is not None and "executed" in set(method.choices) - method.given:
+            method = dataclasses.replace(method, choices=method.choices | {"executed": executed})
         if method.name != "safe":
             return method
         _, checkpoint = self.named(environment)

@@ -1,6 +1,7 @@
 """Pruners by name: those of this package, and those that installed packages announce.
 
-`make(name, **choices)` makes one; the protocol is in `base`. Another package announces its factories in its own
+`make(name, **choices)` makes one; the protocol is in `base`. Every factory of the table takes `warm_start` beside its
+own choices (`warm`). Another package announces its factories in its own
 pyproject.toml; they are then known to `make`, to the command line and to records like those of this one:
 
     [project.entry-points."safe_pruner_jax.pruners"]
@@ -10,8 +11,11 @@ pyproject.toml; they are then known to `make`, to the command line and to record
 import difflib
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
+from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.pruners.base import Capture, Cut, Evidence, Later, Plan, Pruner, Selection
+from safe_pruner_jax.pruners.baselines import BASELINES
 from safe_pruner_jax.pruners.divprune import divprune
 from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
@@ -21,6 +25,7 @@ from safe_pruner_jax.pruners.sparsevlm import sparsevlm
 from safe_pruner_jax.pruners.specprune import specprune
 from safe_pruner_jax.pruners.vla_cache import vla_cache
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
+from safe_pruner_jax.pruners.warm import warm, warmed
 
 __all__ = [
     "GROUP",
@@ -35,7 +40,12 @@ __all__ = [
     "factory",
     "make",
     "names",
+    "warm",
 ]
+
+vla_pruner = warmed(vla_pruner, follows="window")
+safe, fastv, specprune, vla_cache = (warmed(f) for f in (safe, fastv, specprune, vla_cache))
+sparsevlm, divprune, random = (warmed(f) for f in (sparsevlm, divprune, random))
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
     "full": full,
@@ -60,14 +70,14 @@ def names() -> tuple[str, ...]:
 
 
 def factory(name: str) -> Callable[..., Pruner]:
-    """The factory of a pruner by name, for names of this package always its own.
+    """The factory of a pruner by name, an ablation and a baseline too; for names of this package always its own.
 
     Raises:
       ValueError: no such pruner, with the names there are; or what another package announces is not a factory.
       ImportError: another package's factory cannot be imported.
     """
-    if name in PRUNERS:
-        return PRUNERS[name]
+    if found := PRUNERS.get(name) or ABLATIONS.get(name) or BASELINES.get(name):
+        return found
     announced = {e.name: e for e in metadata.entry_points(group=GROUP)}
     if name not in announced:
         known = names()
@@ -80,10 +90,10 @@ def factory(name: str) -> Callable[..., Pruner]:
             f"pruner: expected a factory behind the entry point {name!r}, got {type(made).__name__}; "
             f"name a function in {announced[name].value!r}"
         )
-    return made
+    return warmed(made)
 
 
-def make(name: str, **choices) -> Pruner:
+def make(name: str, **choices: Any) -> Pruner:
     """A pruner by name.
 
     Raises:

@@ -31,7 +31,7 @@ def max_min(z: Array, candidate: Array, k: int, *, neighbour: int = 1) -> Array:
     others = jnp.where(candidate[None, :] & ~jnp.eye(n, dtype=bool), distance, jnp.inf)
     nearest = -jax.lax.top_k(-others, neighbour)[0][:, -1]
 
-    def pick(i, carry):
+    def pick(i: Array, carry: tuple[Array, Array]):
         far, score = carry
         open_ = candidate & (score == 0)
         v = jnp.argmax(jnp.where(open_, far, -1.0))  # a distance is at least 0, but for rounding

@@ -1,4 +1,6 @@
-"""FastV: keep what the last prompt token looks at in an early layer (Chen et al., ECCV 2024)."""
+"""FastV: keep what all tokens look at in an early layer (Chen et al., ECCV 2024)."""
+
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -17,20 +19,23 @@ from safe_pruner_jax.pruners.base import (
 from safe_pruner_jax.tokens import top_k
 
 
-def fastv(*, keep: float = 0.2, cut: int = 3) -> Pruner:
-    """The K tokens with the highest head-mean attention of the last prefix row at layer `cut - 1`.
+def fastv(*, keep: float = 0.2, cut: int = 3, queries: Literal["all", "last"] = "all") -> Pruner:
+    """The K tokens with the highest head-mean attention at layer `cut - 1`, over all keys.
 
-    Deviations from the paper: the cut is before layer 3 as for every other method here (paper: 2); the last row of
-    π0.5's bidirectional prefix is the last prompt token, not a token about to be generated. Positions are kept.
+    Deviation from the paper: the cut is before layer 3 as for every other method here (paper: 2). Positions are kept.
 
     Args:
       keep: share of the alive visual tokens in (0, 1], or a number of tokens.
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
+      queries: whose attention: the mean over all rows of the prefix, as described; or "last", the last prompt row, as
+        in the authors' code, which a causal model is made for.
 
     References:
       "An Image is Worth 1/2 Tokens After Layer 2", Section 4.1.
     """
-    plan = Plan(Cut(check_layer(cut), keep), capture=(Capture(cut - 1, "last", over="all"),))
+    if queries not in ("all", "last"):
+        raise ValueError(f'queries: expected "all" or "last", got {queries!r}')
+    plan = Plan(Cut(check_layer(cut), keep), capture=(Capture(cut - 1, queries, over="all"),))
 
     def step(state: State, e: Evidence) -> tuple[State, Selection]:
         (score,) = e.saliency

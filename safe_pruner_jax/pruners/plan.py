@@ -15,7 +15,10 @@ from typing import Literal
 from safe_pruner_jax.arrays import Layers
 from safe_pruner_jax.tokens import check_keep
 
-ROWS = ("action", "text", "last", "all", "each", "to_text", "entropy")
+ROWS = ("action", "text", "last", "all", "each", "to_text", "heads_to_text", "entropy", "text_entropy")
+
+PI05_DEPTH = 18
+"""Layers of π0.5, to which a plan with a `depth` of its own is scaled."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class Capture:
         "all"     every alive row of the prefix, mean over them                           [n]
         "each"    every prompt row by itself, dead ones 0                                 [T, n]
         "to_text" the other way round: what visual row v pays to an alive prompt token    [n]
+        "heads_to_text"  the same for each of the H heads                                 [H, n]
         "entropy" mean entropy of the rows that run, nats                                 []
+        "text_entropy"   mean of -Σ a log a over visual keys, of alive prompt rows        []
       over: "visual" normalises over alive visual tokens (SAFE-Pruner, Eq. 1); "all" keeps the model's own
-        probabilities. "to_text" and "entropy" always keep them.
+        probabilities. "to_text", "heads_to_text" and "entropy" always keep them.
     """
 
     layer: int | None
-    rows: Literal["action", "text", "last", "all", "each", "to_text", "entropy"]
+    rows: Literal["action", "text", "last", "all", "each", "to_text", "heads_to_text", "entropy", "text_entropy"]
     over: Literal["visual", "all"] = "visual"
 
     def __post_init__(self):
@@ -89,13 +94,14 @@ class Plan:
       late_layers: expert layers whose saliency (action rows) a step must leave behind as `Evidence.late`; negative
         counts from the end; "upper" is the latter half.
       late_steps: denoise steps averaged for it: "half" (second half), "all", "last".
+      late_over: keys it is normalised over, as `Capture.over`.
       late_from: which steps leave it behind: "full" passes, or "every" step (dropped tokens have 0).
       later: further cuts of the pruned path, each with a decision of its own.
       dropped: "discard": a dropped token is gone. "reuse": it keeps the keys and values of the step before in its
         slot, for the prefix and the expert to see; only its own row is not computed.
       remember: attention of prefix layers that every step leaves behind as `Evidence.past`.
       depth: the depth of the model whose layers `cut`, `later` and `remember` name; `for_depth` scales them. None:
-        they are meant as they are.
+        they are meant as they are, like π0.5's.
       compares: matrix products of the decision, for `flops` alone: pairs of "visual" (n rows), "text" (T rows) or a
         share of the visual tokens.
     """
@@ -104,6 +110,7 @@ class Plan:
     capture: tuple[Capture, ...] = ()
     late_layers: Layers | Literal["upper"] = ()
     late_steps: Literal["half", "all", "last"] = "half"
+    late_over: Literal["visual", "all"] = "visual"
     late_from: Literal["full", "every"] = "full"
     later: tuple[Later, ...] = ()
     dropped: Literal["discard", "reuse"] = "discard"
@@ -114,6 +121,7 @@ class Plan:
     def __post_init__(self):
         for name, known in (
             ("late_steps", ("half", "all", "last")),
+            ("late_over", ("visual", "all")),
             ("late_from", ("full", "every")),
             ("dropped", ("discard", "reuse")),
         ):
@@ -124,7 +132,7 @@ class Plan:
             if c.layer is not None and not -cut <= c.layer < cut:
                 raise ValueError(f"capture: layer {c.layer} is not computed before the cut {self.cut}")
         for c in self.remember:
-            if c.rows in ("action", "each"):
+            if c.rows in ("action", "each", "heads_to_text"):
                 raise ValueError(f'remember: expected rows with one number per token or none, got "{c.rows}"')
         if self.later and self.cut is None:
             raise ValueError("later: expected a first cut before it, got none")
@@ -141,10 +149,13 @@ class Plan:
     def for_depth(self, depth: int) -> "Plan":
         """The same plan with the layer indices of a model of `depth` layers, all non-negative; checked against it.
 
-        Scaled cuts stay in order and behind the layers their evidence comes from; those that a shallow model has no
-        layer for are left out. The last prefix layer computes no attention, so `remember` ends before it.
+        Cuts are scaled to the model, but to no less than π0.5's depth: other plans name layers of π0.5, and these too
+        stay where they are in a shallower model. They stay in order and behind the layers their evidence comes from;
+        those that a shallow model has no layer for are left out. `remember` is scaled to the model, whose last prefix
+        layer computes no attention, so it ends before.
         """
-        scale = (lambda l: l) if self.depth is None else (lambda l: int(l * depth / self.depth + 0.5))
+        share = 1 if self.depth is None else max(depth, PI05_DEPTH) / self.depth
+        scale, remembered = (lambda l: int(l * share + 0.5)), 1 if self.depth is None else depth / self.depth
         cut, capture, later = self.cut, self.capture, []
         if cut:
             seen = max((c.layer for c in capture if c.layer is not None), default=-1)
@@ -160,13 +171,15 @@ class Plan:
                 break
             if layer >= depth:
                 raise ValueError(f"later: expected a layer index below the model's depth {depth}, got {layer}")
-            last = replace(l, layer=layer, capture=_resolve(l.capture, last.layer, layer))
+            at = lambda c, a=last.layer, b=layer: min(max(scale(c.layer), a), b - 1) if self.depth else c.layer
+            seen = [c if c.layer is None or c.layer < 0 else replace(c, layer=at(c)) for c in l.capture]
+            last = replace(l, layer=layer, capture=_resolve(tuple(seen), last.layer, layer))
             later.append(last)
         remember = []
         for c in self.remember:
             layers = range(depth - 1)
             if c.layer is not None:
-                layer = scale(c.layer) if c.layer >= 0 else depth + c.layer
+                layer = int(c.layer * remembered + 0.5) if c.layer >= 0 else depth + c.layer
                 layers = (min(max(layer, 0), depth - 2),)
             remember += [replace(c, layer=l) for l in layers]
         late = tuple(range(depth // 2, depth)) if self.late_layers == "upper" else self.late_layers
@@ -183,7 +196,7 @@ class Plan:
         )
 
 
-def whole(value, least: int) -> bool:
+def whole(value: object, least: int) -> bool:
     """Whether a choice is a whole number, and no bool, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

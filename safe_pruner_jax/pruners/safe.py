@@ -1,8 +1,7 @@
 """SAFE-Pruner: forecast what late layers will need, prune the rest, refresh when the subtask changes.
 
-At a keyframe τ all tokens run, and two things are remembered: the unit visual tokens Z̃_τ with the shallow
-saliency S_τ^ℓs (the state below), and the saliency of late layers S_τ^ℓ, ℓ ∈ L_d, which the finished step leaves
-behind as `Evidence.late`. At every later step t:
+A full pass at a keyframe τ leaves three things: the unit visual tokens Z̃_τ, the shallow saliency S_τ^ℓs, and the
+saliency of late layers S_τ^ℓ, ℓ ∈ L_d. At every later step t:
 
     π(v)   = argmax_u Z̃_t[v] · Z̃_τ[u]             which keyframe token is this?               (Algorithm 2)
     Ŝ^ℓ[v] = S_τ^ℓ[π(v)]                           its saliency then is the forecast for now
@@ -11,12 +10,12 @@ behind as `Evidence.late`. At every later step t:
     else   → keep the top-K of (1-λ) S_t^ℓs + λ mean_ℓ Ŝ^ℓ                                      (Eq. 4-5)
 
 With `pool` above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
-With `warm_start` the first steps of an episode all run everything.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -40,14 +39,15 @@ from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
 @struct.dataclass
 class SafeState:
-    """The keyframe cache: unit visual tokens [n, d] and the saliency the keyframe test compares [n].
+    """The keyframe cache: unit tokens [n, d], the saliency that κ compares [n], late saliency of the prefix [|L_d|, n].
 
-    `steps` counts the episode's steps so far, int32.
+    `latest` is (unit tokens, saliency) of the last step: if that ran in full on another's word, it is the keyframe.
     """
 
     reference: Array
     shallow: Array
-    steps: Array
+    late: Array
+    latest: tuple[Array, Array]
 
 
 def safe(
@@ -56,12 +56,14 @@ def safe(
     cut: int = 3,
     fuse: float | None = None,
     threshold: float = 0.92,
-    queries: Literal["action", "text", "last"] = "action",
-    late_layers: Layers = (0, -2, -1),
+    queries: Literal["action", "text", "last", "all"] = "action",
+    over: Literal["visual", "all"] | None = None,
+    late: Literal["expert", "prefix"] = "expert",
+    late_layers: Layers | None = None,
     late_steps: Literal["half", "all", "last"] = "half",
+    features: Literal["Z", "hidden"] = "Z",
     match: Literal["all", "camera"] = "all",
     pool: float = 1.0,
-    warm_start: int = 1,
     every: int | None = None,
     max_age: int | None = None,
     per_camera: int = 0,
@@ -74,20 +76,24 @@ def safe(
       cut: layer index ℓs before which tokens are dropped, 1 ≤ cut < L; the shallow saliency is layer cut-1's.
       fuse: λ in [0, 1], weight of the forecast; 0 is the paper's "w/o forecast". None: 0.5, or 1 as released.
       threshold: γ in [-1, 1]; κ below it makes a keyframe (paper: 0.92 for OpenVLA-OFT).
-      queries: rows of the shallow saliency: action tokens of the expert at flow time 1 (the paper's choice), alive
-        prompt rows, or the last prompt row.
-      late_layers: L_d, negative counts from the end.
-      late_steps: denoise steps averaged for the late saliency: second half, all, or the last one.
+      queries: rows of the shallow saliency: action tokens of the expert at flow time 1, alive prompt rows, the last
+        prompt row, or all alive rows of the prefix.
+      over: keys that a saliency is normalised over: alive visual tokens, so that every layer weighs the same (Eq. 1),
+        or all, so that a layer which hardly looks at images weighs little. None: "visual", or "all" as released.
+      late: whose late saliency: action tokens in the expert (Appendix A), or the prefix's rows of `queries` ("text"
+        for "action").
+      late_layers: L_d, negative counts from the end; the prefix's last layer has no attention, so there -1 is the one
+        before. None: 0, L-2 and L-1 (Appendix A), or 0 and L-1 as released.
+      late_steps: denoise steps averaged for the expert's: second half, all, or the last one.
+      features: what is matched: visual tokens Z as they enter the language model, or their hidden rows at the cut.
       match: candidates of the correspondence: tokens of all cameras or of the same camera only.
       pool: μ ≥ 1; above 1 the best μK tokens by score are candidates, and of them the K that differ most stay (greedy
         max-min cosine distance of Z, as in VLA-Pruner's Algorithm 1; ours). 1 keeps the best K, as the paper does.
-      warm_start: w ≥ 1 steps at the start of an episode that run everything, and again when the set of cameras changes
-        (VLA-Pruner's warm start). 1 is the paper's first keyframe alone.
       every: a keyframe every so many steps instead of the κ test (the paper's "w/o division"); None: κ decides.
       max_age: at most so many steps between keyframes; None: no limit.
       per_camera: at least so many tokens of every camera are kept.
-      variant: "as_released" scores S + λ·mean Ŝ, unnormalised, and tests keyframes on layer 0's last prompt row,
-        as the authors' code does.
+      variant: "as_released" scores S + λ·mean Ŝ over all keys, takes layer 0 of L_d by its last prompt row, and tests
+        keyframes on that row, as the authors' code does.
 
     Returns:
       The pruner.
@@ -96,33 +102,45 @@ def safe(
       ValueError: a value out of range; says expected, got and what to do.
 
     References:
-      SAFE-Pruner, Algorithms 1 and 2, Eq. 1-7.
+      SAFE-Pruner, Algorithms 1 and 2, Eq. 1-7, Appendix A.
     """
     check_layer(cut)
-    late_layers = tuple(late_layers)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    _check(weight, threshold, queries, late_layers, match, pool, warm_start, every, max_age, per_camera, variant)
-    capture = (Capture(cut - 1, queries),) + ((Capture(0, "last"),) if released else ())
-    products = (("visual", "visual"),) * (1 if pool == 1 else 2)
-    plan = Plan(Cut(cut, keep), capture, late_layers, late_steps, compares=products)
+    keys = ("all" if released else "visual") if over is None else over
+    layers = ((0, -1) if released else (0, -2, -1)) if late_layers is None else tuple(late_layers)
+    _check_scores(weight, threshold, queries, keys, late, layers, variant)
+    _check_choices(features, match, pool, every, max_age, per_camera)
+    first = released and 0 in layers  # of L_d, layer 0 is the tested saliency itself
+    deep = tuple(l for l in layers if l != 0) if first else layers
+    capture = (Capture(cut - 1, queries, keys),) + ((Capture(0, "last", keys),) if released else ())
+    rows = "text" if queries == "action" else queries
+    plan = Plan(
+        Cut(cut, keep),
+        capture,
+        late_layers=deep if late == "expert" else (),
+        late_steps=late_steps,
+        late_over=keys,
+        remember=tuple(Capture(l if l >= 0 else l - 1, rows, keys) for l in deep) if late == "prefix" else (),
+        compares=(("visual", "visual"),) * (1 if pool == 1 else 2),
+    )
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
-        return SafeState(jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32), jnp.zeros((), jnp.int32))
+        z, s = jnp.zeros((n, d), jnp.float32), jnp.zeros(n, jnp.float32)
+        return SafeState(z, s, jnp.zeros((len(plan.remember), n), jnp.float32), (z, s))
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
         shallow, tested = e.saliency[0], e.saliency[-1]
-        z = forecast.unit(jnp.where(e.alive[:, None], e.visual, 0))
+        state = _after_a_full_pass(state, e)
+        tokens = e.visual if features == "Z" else e.hidden
+        z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
         pi = forecast.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
-        k = forecast.kappa(tested, forecast.forecast(state.shallow, pi, e.alive))
-        late = forecast.forecast(e.late, pi, e.alive)
-        if released:
-            score = shallow + weight * late.mean(0)
-        else:
-            score = forecast.fuse(shallow, late, weight)
-        steps = jnp.where(e.since_full == NO_HISTORY, 0, state.steps)
-        keyframe = (steps < warm_start) | ~finite(score, tested, z, state.reference, state.shallow)
+        remembered = jnp.concatenate([state.shallow[None]] * first + [state.late if plan.remember else e.late])
+        late, known = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
+        k = forecast.kappa(tested, known)
+        score = shallow + weight * late.mean(0) if released else forecast.fuse(shallow, late, weight)
+        keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, e.visual, state.reference, state.shallow)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
@@ -133,10 +151,21 @@ def safe(
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
         k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
         reference, remembered = jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow)
-        refreshed = SafeState(reference, remembered, steps + 1)
-        return refreshed, Selection(index, alive, keyframe, score, k)
+        late = jnp.where(jnp.isfinite(state.late), state.late, 0.0)
+        return SafeState(reference, remembered, late, (z, tested)), Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
+
+
+def _after_a_full_pass(state: SafeState, e: Evidence) -> SafeState:
+    """The state with what the last step left behind, if that ran in full; without history the late saliency is 0."""
+    full = e.since_full == 1
+    reference, shallow = jax.tree.map(
+        lambda new, old: jnp.where(full, new, old), state.latest, (state.reference, state.shallow)
+    )
+    late = jnp.where(e.since_full == NO_HISTORY, 0.0, state.late)
+    late = jnp.where(full, jnp.stack(e.past), late) if e.past else late
+    return state.replace(reference=reference, shallow=shallow, late=late)
 
 
 def _widened(keep: float, pool: float, n: int) -> float:
@@ -144,25 +173,28 @@ def _widened(keep: float, pool: float, n: int) -> float:
     return min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), n)
 
 
-def _check(weight, threshold, queries, late_layers, match, pool, warm_start, every, max_age, per_camera, variant):
-    def require(ok: bool, name: str, expected: str, got) -> None:
-        if not ok:
-            raise ValueError(f"{name}: expected {expected}, got {got!r}")
+def _require(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
-    require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
-    require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
-    require(queries in ("action", "text", "last"), "queries", '"action", "text" or "last"', queries)
-    require(
-        len(late_layers) > 0 and all(isinstance(l, int) for l in late_layers),
-        "late_layers",
-        "at least one whole layer index",
-        late_layers,
-    )
-    require(match in ("all", "camera"), "match", '"all" or "camera"', match)
-    require(isinstance(pool, int | float) and 1 <= pool < math.inf, "pool", "μ of at least 1", pool)
-    require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
-    require(whole(warm_start, 1), "warm_start", "a whole number of steps >= 1", warm_start)
-    require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
-    require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
-    require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)
-    require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)
+
+def _check_scores(weight: Any, threshold: Any, queries: Any, over: Any, late: Any, layers: Any, variant: Any):
+    _require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
+    _require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
+    known = ("action", "text", "last", "all")
+    _require(queries in known, "queries", '"action", "text", "last" or "all"', queries)
+    _require(over in ("visual", "all"), "over", '"visual" or "all"', over)
+    _require(late in ("expert", "prefix"), "late", '"expert" or "prefix"', late)
+    some = len(layers) > 0 and all(isinstance(l, int) for l in layers)
+    _require(some, "late_layers", "at least one whole layer index", layers)
+    _require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)
+
+
+def _check_choices(features: Any, match: Any, pool: Any, every: Any, max_age: Any, per_camera: Any):
+    _require(features in ("Z", "hidden"), "features", '"Z" or "hidden"', features)
+    _require(match in ("all", "camera"), "match", '"all" or "camera"', match)
+    _require(isinstance(pool, int | float) and 1 <= pool < math.inf, "pool", "μ of at least 1", pool)
+    _require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
+    _require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
+    _require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
+    _require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)

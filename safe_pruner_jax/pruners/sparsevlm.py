@@ -7,6 +7,7 @@ v1       drops the rest, but recycles: the best 30 % of the dropped are clustere
 v2       drops the rest
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -130,7 +131,14 @@ def split(entering: int, staying: int) -> tuple[int, int, int]:
     return staying, 0, 0
 
 
-def recycle(score, hidden, running, alive, entering, staying) -> tuple[Array, Array]:
+def recycle(
+    score: Array,
+    hidden: Array,
+    running: Array,
+    alive: Array,
+    entering: Callable[[int], int],
+    staying: Callable[[int], int],
+) -> tuple[Array, Array]:
     """Recycling of one stage.
 
     Args:

@@ -11,7 +11,7 @@ the surplus rows are there but count for nothing. Where fewer tokens may be reus
 everything.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import struct
@@ -132,8 +132,8 @@ def _place(order: Array) -> Array:
     return jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
 
 
-def _check(keep, threshold, static, relevant, growth, layers, variant):
-    def require(ok: bool, name: str, expected: str, got) -> None:
+def _check(keep: Any, threshold: Any, static: Any, relevant: Any, growth: Any, layers: Any, variant: Any):
+    def require(ok: bool, name: str, expected: str, got: Any) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {got!r}")
 

@@ -5,9 +5,10 @@
     C_dual  Top-K(S_vl) ∪ Top-K(Ŝ_act)                                                   max relevance  (Algorithm 2)
     kept    greedy max-min cosine distance of the visual tokens within C_dual, to K      min redundancy (Algorithm 1)
 
-The first w steps run everything, to fill the window.
+The first w steps of an episode fill the window: `PRUNERS` gives the method a warm start of w steps (`warm`).
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
@@ -31,9 +32,28 @@ from safe_pruner_jax.pruners.diversity import max_min
 from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the method is made of; `ablations` change it (Section 5.4).
+
+    Args:
+      levels: which relevance chooses. "prefill", "action": the best K by one of them. "fusion": the best K by
+        `weight` · S_vl + (1 - `weight`) · Ŝ_act, both normalised to sum 1.
+      weight: of the fusion, in [0, 1].
+      ema: α of Eq. 6, Ŝ^t = (1-α) Ŝ^{t-1} + α S^{t-1}; None: the decaying window of Eq. 7.
+    """
+
+    levels: Literal["both", "prefill", "action", "fusion"] = "both"
+    weight: float = 0.5
+    ema: float | None = None
+
+
 @struct.dataclass
 class Window:
-    """Action saliency of the last w steps [w, n], the latest first, and how many of them are filled (int32)."""
+    """Action saliency of the last w steps [w, n], the latest first, and how many of them are filled (int32).
+
+    With Eq. 6 the first row is the smoothed saliency, and no other is looked at.
+    """
 
     action: Array
     filled: Array
@@ -55,7 +75,7 @@ def vla_pruner(
     Args:
       keep: share of the alive visual tokens in (0, 1], or a number of tokens.
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
-      window: w, steps of action saliency that are remembered and the length of the warm start.
+      window: w ≥ 1, steps of action saliency that are remembered.
       decay: γ in [0, 1].
       variant: "as_released" gives the oldest step of the window the largest weight, as the authors' code does
         (weights γ^(w-1), …, γ, 1 from the latest to the oldest), and first picks the token whose nearest neighbour is
@@ -65,6 +85,11 @@ def vla_pruner(
       "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference",
       Eq. 2, 3, 7, Algorithms 1 and 2.
     """
+    return build(Parts(), **locals())
+
+
+def build(parts: Parts, *, keep: float, cut: int, window: int, decay: float, variant: str) -> Pruner:
+    """The method from some of its parts; the other arguments are those of `vla_pruner`, all given."""
     if not whole(window, 1):
         raise ValueError(f"window: expected a whole number of steps >= 1, got {window!r}")
     if not 0 <= decay <= 1:
@@ -85,20 +110,32 @@ def vla_pruner(
     def init(e: Evidence) -> Window:
         return Window(jnp.zeros((window, e.alive.shape[0]), jnp.float32), jnp.zeros((), jnp.int32))
 
+    def relevance(semantic: Array, forecast: Array, e: Evidence) -> Array:
+        if parts.levels in ("prefill", "action"):
+            return semantic if parts.levels == "prefill" else forecast
+        if parts.levels == "fusion":
+            share = lambda s: s / jnp.maximum(jnp.where(e.alive, s, 0.0).sum(), 1e-30)
+            return parts.weight * share(semantic) + (1 - parts.weight) * share(forecast)
+        pool = among_the_best(semantic, e.alive, keep) | among_the_best(forecast, e.alive, keep)
+        return max_min(e.visual, pool, budget(keep, e.alive.shape[0]), neighbour=2 if variant == "as_described" else 1)
+
     def step(state: Window, e: Evidence) -> tuple[Window, Selection]:
         # what the previous step left behind; without it, or when it is sick, the window starts anew
-        known = (e.since_full != NO_HISTORY) & finite(e.late)
-        action = jnp.concatenate([e.late.mean(0)[None], state.action[:-1]])
+        history, well = e.since_full != NO_HISTORY, finite(e.late)
+        known = history & well
+        latest = e.late.mean(0)
+        if parts.ema is not None:
+            latest = jnp.where(state.filled > 0, (1 - parts.ema) * state.action[0] + parts.ema * latest, latest)
+        action = jnp.concatenate([latest[None], state.action[:-1]])
         action = jnp.where(known, action, 0.0)
         filled = jnp.where(known, jnp.minimum(state.filled + 1, window), 0)
 
         (semantic,) = e.saliency
-        forecast = jnp.where(filled > 0, weight @ action, semantic)
-        k = budget(keep, e.alive.shape[0])
-        pool = among_the_best(semantic, e.alive, keep) | among_the_best(forecast, e.alive, keep)
-        score = max_min(e.visual, pool, k, neighbour=2 if variant == "as_described" else 1)
+        smoothed = action[0] if parts.ema is not None else weight @ action
+        forecast = jnp.where(filled > 0, smoothed, semantic)
+        score = relevance(semantic, forecast, e)
         index, alive = top_k(score, e.alive, keep)
-        keyframe = (filled < window) | ~finite(semantic, e.visual)
+        keyframe = (history & ~well) | ~finite(semantic, e.visual)
         return Window(action, filled), Selection(index, alive, keyframe, score, jnp.array(jnp.nan))
 
     return Pruner("vla_pruner", plan, init, step)
