@@ -96,8 +96,8 @@ def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, ca
     [
         ("fastw", "did you mean 'fastv'"),
         ("full", "none: it keeps everything"),
-        ("fastv:layer=2", "choices of fastv (cut), got fastv:layer=2"),
-        ("fastv:keep=0.3", "choices of fastv (cut)"),
+        ("fastv:layer=2", "choices of fastv (cut, queries, warm_start), got fastv:layer=2"),
+        ("fastv:keep=0.3", "choices of fastv (cut, queries, warm_start), got fastv:keep=0.3"),
         ("safe:pool=0.5", "pool: expected μ of at least 1, got 0.5"),
     ],
 )

@@ -18,7 +18,7 @@ from safe_pruner_jax.libero.simulator import LiberoUnavailable
 from safe_pruner_jax.policy.identity import SERVED, describe
 from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
 from safe_pruner_jax.policy.spec import Model
-from safe_pruner_jax.pruners import full, safe
+from safe_pruner_jax.pruners import full, make, safe
 from safe_pruner_jax.robots.configs import CONFIGS
 from safe_pruner_jax.serving.server import running
 
@@ -168,6 +168,24 @@ def test_evaluate_shards_and_continues(tmp_path, no_simulator, monkeypatch):
         assert len(read_records(out)) == done
     monkeypatch.setattr(Model, "load", lambda *args: pytest.fail("nothing is left to be played"))
     assert cli.main(common) == 0 and len(read_records(out)) == 6
+
+
+def test_what_the_robot_executes_reaches_the_method(tmp_path, no_simulator, capsys):
+    out = tmp_path / "records.jsonl"
+    common = ["evaluate", "--suite", SUITE, "--trials", "1", "--tasks", "0", "--replan", "10", "policy:embedded"]
+    argv = [*common, "--out", str(out), "--pruner=specprune"]
+    assert cli.main(argv) == 0
+    assert read_records(out)[0].configuration["choices"]["executed"] == 10
+    written = [*common, "--out", str(tmp_path / "own.jsonl"), "--pruner=specprune", "--pruner.executed", "4"]
+    assert cli.main(written) == 0
+    assert read_records(tmp_path / "own.jsonl")[0].configuration["choices"]["executed"] == 4
+    backend = Backend()
+    about = describe(EMBEDDED, embedded_folder(), make("specprune"), {"executed": 5})
+    backend.metadata[SERVED]["configuration"] = about.as_json()
+    with running(backend) as server:
+        asked = [*common[:-1], "--out", str(tmp_path / "served.jsonl"), "--server", f"ws://127.0.0.1:{server.port}"]
+        assert cli.main(asked) == 2
+    assert "replan: expected 5 actions per call" in capsys.readouterr().err
 
 
 def test_evaluate_interrupted(tmp_path, no_simulator, monkeypatch, capsys):

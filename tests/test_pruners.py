@@ -269,6 +269,14 @@ def test_with_a_warm_start_a_method_runs_the_first_steps_and_keeps_the_same_toke
     assert warm_start(make("full"), 3).plan == Plan()
 
 
+def test_safe_matches_hidden_rows_where_tokens_look_alike():
+    c, z = case("safe", features="hidden", threshold=-1.0), case("safe", threshold=-1.0)
+    seen = episode(0, c.pruner, shifts=(), noise=0.0, steps=4)
+    alike = seen.replace(visual=np.ones_like(seen.visual))
+    np.testing.assert_allclose([s.kappa for s in play(c, alike)[1][1:]], 1, atol=1e-5)
+    assert max(s.kappa for s in play(z, alike)[1][1:]) < 0.9
+
+
 def test_safe_refers_to_the_last_full_pass_whoever_asked_for_it():
     """A step that runs in full against the pruner's own decision is its keyframe all the same."""
     c = case("safe", threshold=-1.0)

@@ -73,7 +73,7 @@ def measure(
         cores = top(late[t, cut:], alive, core)
         late_now = match.forecast(chosen[reference[t]], t, reference[t])
         scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], late_now, fuse) for q in QUERIES for fuse in fuses}
-        scores["fastv", None, None] = trace.attention[t, cut - 1]
+        scores["fastv", None, None] = trace.own["all"][t, cut - 1]
         scores["truth", None, None] = chosen[t].mean(0)
         for keep in keeps:
             for name, score in scores.items():

@@ -87,11 +87,6 @@ class Trace:
         """[n] int32, camera of each visual slot."""
         return np.repeat(np.arange(len(self.layout.cameras), dtype=np.int32), self.layout.tokens_per_camera)
 
-    @property
-    def attention(self) -> np.ndarray:
-        """[C, L-1, n] the last prompt row's own probabilities over all keys (FastV as released)."""
-        return self.own["last"]
-
     def late(self, steps: str = "half", over: str = "visual") -> np.ndarray:
         """[C, L, n] saliency of every expert layer, averaged over "half" (the second), "all" or the "last" step."""
         seen, count = self.expert if over == "visual" else self.own["expert"], self.expert.shape[1]

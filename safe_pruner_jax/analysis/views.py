@@ -35,7 +35,7 @@ def by_queries(trace: Trace, call: int, layer: int = 2) -> Saliencies:
         "action tokens": trace.expert[call, 0, layer],
         "prompt": trace.text[call, layer],
         "last prompt token": trace.last[call, layer],
-        "FastV": trace.attention[call, layer],
+        "FastV": trace.own["all"][call, layer],
     }
 
 
