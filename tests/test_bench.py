@@ -13,8 +13,8 @@ import pytest
 
 from safe_pruner_jax.bench import machine, modes
 from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
-from safe_pruner_jax.cli import bench
-from safe_pruner_jax.cli.bench import Bench, run_bench
+from safe_pruner_jax.bench.measure import Bench, weights_bytes
+from safe_pruner_jax.cli.bench import run_bench
 from safe_pruner_jax.engine.flops import exact_flops
 from safe_pruner_jax.engine.xla import options
 from safe_pruner_jax.model import config as sizes
@@ -228,7 +228,7 @@ def test_bad_choices_are_told_before_anything_is_made(tiny_libero, tmp_path, mon
     monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"expected .* GB of host memory .* got .* choose --dtype bfloat16"):
         run_bench(Bench(config="mini_libero", out=tmp_path))
-    assert bench.weights_bytes(sizes.pi05()) == pytest.approx(6.7e9, rel=0.05)
+    assert weights_bytes(sizes.pi05()) == pytest.approx(6.7e9, rel=0.05)
 
 
 def test_ablations_compare_equal_results(tiny, tiny_libero, tmp_path, capsys):
