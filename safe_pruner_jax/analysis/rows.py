@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_pruner_jax.evaluation.journal import Journal, read_lines
+
 Row = dict[str, Any]
 
 
@@ -35,24 +37,17 @@ class Rows:
 
     def __init__(self, path: str | os.PathLike, conditions: Mapping[str, Any]):
         self.path, self.parts = Path(path), {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         conditions = json.loads(json.dumps(dict(conditions)))
-        lines = _whole_lines(self.path)
-        if lines:
-            head, *rest = lines
-            if "conditions" not in head or any("part" not in line for line in rest):
-                raise RowsError(f"{self.path}: expected rows of an analysis, got something else; choose another --out")
-            if head["conditions"] != conditions:
-                old = head["conditions"]
-                keys = sorted(key for key in {*old, *conditions} if old.get(key) != conditions.get(key))
-                raise RowsError(
-                    f"{self.path}: expected rows made with the same {', '.join(keys)}, got other ones; "
-                    "choose another --out or remove the file"
-                )
-            self.parts = {line["part"]: line["rows"] for line in rest}
-        self._file = self.path.open("a", encoding="utf-8")
-        if not lines:
-            self._write({"conditions": conditions})
+        self._journal = Journal(path, RowsError)
+        try:
+            lines = _objects(self.path, self._journal.lines)
+            if lines:
+                self.parts = _parts(self.path, lines, conditions)
+            else:
+                self._journal.append({"conditions": conditions})
+        except BaseException:
+            self._journal.close()
+            raise
 
     @property
     def finished(self) -> set[str]:
@@ -65,19 +60,14 @@ class Rows:
 
     def add(self, part: str, rows: Sequence[Row]) -> None:
         """Appends one part, on the disk when this returns."""
-        self._write({"part": part, "rows": rows})
+        self._journal.append({"part": part, "rows": rows})
         self.parts[part] = list(rows)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Rows":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
+        self._journal.close()
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -87,29 +77,36 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
       OSError: no such file.
       RowsError: it is not a file of rows.
     """
-    Path(path).stat()
-    lines = _whole_lines(Path(path))
+    lines = _objects(Path(path), read_lines(path))
     try:
         return [{"part": line["part"]} | row for line in lines[1:] for row in line["rows"]]
     except KeyError as error:
         raise RowsError(f"{path}: expected rows of an analysis, got something else") from error
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file as JSON objects; a torn last one is removed from the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        os.truncate(path, end)
+def _parts(path: Path, lines: list[dict[str, Any]], conditions: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """The rows of every part; RowsError for a file of something else, or made under other conditions."""
+    head, *rest = lines
+    if "conditions" not in head or any("part" not in line for line in rest):
+        raise RowsError(f"{path}: expected rows of an analysis, got something else; choose another --out")
+    if (old := head["conditions"]) != conditions:
+        keys = sorted(key for key in {*old, *conditions} if old.get(key) != conditions.get(key))
+        raise RowsError(
+            f"{path}: expected rows made with the same {', '.join(keys)}, got other ones; "
+            "choose another --out or remove the file"
+        )
+    return {line["part"]: line["rows"] for line in rest}
+
+
+def _objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Lines as JSON objects."""
     try:
-        lines = [json.loads(line) for line in data[:end].splitlines()]
+        objects = [json.loads(line) for line in lines]
     except ValueError as error:
         raise RowsError(f"{path}: expected one JSON object per line, got {error}; choose another --out") from error
-    if not all(isinstance(line, dict) for line in lines):
+    if not all(isinstance(line, dict) for line in objects):
         raise RowsError(f"{path}: expected one JSON object per line; choose another --out")
-    return lines
+    return objects
 
 
 def rounded(values: Iterable[float], digits: int = 6) -> list[float | None]:

@@ -8,7 +8,6 @@ A file belongs to one `Configuration`: method, weights, precision, simulator. Wh
 is not part of that, so a run resumes, shards are concatenated, and suites share a file.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from safe_pruner_jax.evaluation.journal import Journal, read_lines
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.policy.identity import Configuration, differences
 
@@ -100,7 +100,7 @@ def read_records(path: str | os.PathLike) -> list[Record]:
       RecordsError: a line that is no record; says which.
       OSError: the file cannot be read.
     """
-    return list(_parse(Path(path), _complete(Path(path).read_bytes())))
+    return list(_parse(Path(path), read_lines(path)))
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -122,23 +122,23 @@ def describe_calls(episode: Episode) -> dict[str, Any]:
 
     A reply without "pruning" counts as a full pass: that is what a server without a pruner does.
     """
-    told = [call.pruning or {} for call in episode.calls]
-    full = [bool(p.get("keyframe", True)) for p in told]
+    pruning = [call.pruning or {} for call in episode.calls]
+    full = [bool(p.get("keyframe", True)) for p in pruning]
     timing = [call.timing.get("policy_timing") or call.timing.get("server_timing") or {} for call in episode.calls]
     warm = [(k, t["infer_ms"]) for k, t in zip(full, timing, strict=True) if "infer_ms" in t and not t.get("compiled")]
-    views = next((list(p["views"]) for p in told if "views" in p), None)
+    views = next((list(p["views"]) for p in pruning if "views" in p), None)
     return {
-        "calls": len(told),
+        "calls": len(pruning),
         "keyframes": sum(full),
-        "kept": _mean(p.get("kept") for p in told),
-        "alive": _mean(p.get("alive") for p in told),
+        "kept": _mean(p.get("kept") for p in pruning),
+        "alive": _mean(p.get("alive") for p in pruning),
         "infer_ms": {
             "keyframe": percentiles(ms for k, ms in warm if k),
             "pruned": percentiles(ms for k, ms in warm if not k),
         },
         "batch": _mean(t.get("batch") for t in timing),
         "views": views,
-        "prompt_slots": next((p["text"] for p in told if "text" in p), None),
+        "prompt_slots": next((p["text"] for p in pruning if "text" in p), None),
         "jump": episode.jump,
     }
 
@@ -165,14 +165,11 @@ class RecordFile:
 
     def __init__(self, path: str | os.PathLike, configuration: Configuration):
         self.path, self.configuration = Path(path), configuration.as_json()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._journal = Journal(path, RecordsError)
         try:
-            _lock(self._fd, self.path)
-            self._size = self._repair()
-            self.records = {r.key: r for r in self._own(read_records(self.path))}
+            self.records = {r.key: r for r in self._of_this_configuration(_parse(self.path, self._journal.lines))}
         except BaseException:
-            os.close(self._fd)
+            self._journal.close()
             raise
 
     @property
@@ -186,28 +183,19 @@ class RecordFile:
         Raises:
           RecordsError: the disk is full or refuses; what was finished before is safe.
         """
-        line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
-            written = os.write(self._fd, line)
-            if written < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._fd)
+            self._journal.append(asdict(record))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._size)
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
             raise RecordsError(
                 f"{self.path}: cannot write: {why}; {len(self.records)} finished episodes are kept, "
                 "make room and run the same command again"
             ) from error
-        self._size += len(line)
         self.records[record.key] = record
 
     def close(self) -> None:
         """Lets others write; may be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._journal.close()
 
     def __enter__(self) -> "RecordFile":
         return self
@@ -215,50 +203,21 @@ class RecordFile:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _repair(self) -> int:
-        """Removes what a killed process left behind its last complete line; returns the size in bytes."""
-        data = self.path.read_bytes()
-        complete = _complete(data)
-        if len(complete) < len(data):
-            os.ftruncate(self._fd, len(complete))
-        elif len(complete) > len(data):
-            os.write(self._fd, b"\n")
-        return len(complete)
-
-    def _own(self, records: Iterable[Record]) -> Iterator[Record]:
+    def _of_this_configuration(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
-            if found := differences(record.configuration, self.configuration):
+            if changes := differences(record.configuration, self.configuration):
                 raise RecordsError(
-                    f"{self.path} holds records of another configuration ({'; '.join(found)}); choose another file"
+                    f"{self.path} holds records of another configuration ({'; '.join(changes)}); choose another file"
                 )
             yield record
-
-
-def _lock(fd: int, path: Path) -> None:
-    """Takes an advisory lock, which goes with the descriptor."""
-    import fcntl  # POSIX, as the simulator is; `openpi serve` is not
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RecordsError(f"{path}: another process is writing to it; choose another file") from None
-
-
-def _complete(data: bytes) -> bytes:
-    """Without a torn last line; a whole one that lacks its newline gets it."""
-    end = data.rfind(b"\n") + 1
-    with contextlib.suppress(ValueError):
-        json.loads(data[end:])
-        return data + b"\n"
-    return data[:end]
 
 
 _EARLIER = {"delay": 0, "rtc": False, "temperature": 1.0}
 """What was so before it could be chosen; files of that time go on."""
 
 
-def _parse(path: Path, data: bytes) -> Iterator[Record]:
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+def _parse(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
         try:
             read = Record(**json.loads(line))
             read = replace(read, configuration={**_EARLIER, **read.configuration})
