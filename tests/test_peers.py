@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
-from oracles.peers import slow_max_min
+from oracles.peers import slow_cluster, slow_max_min, slow_raters
 from oracles.selection import slow_top_k
 from synthetic import at, case, episode, kept, make, play
 
@@ -94,28 +94,6 @@ def test_vla_pruner_looks_at_every_step_and_at_all_rows():
 
 
 # SparseVLM
-
-
-def slow_raters(visual, text, alive, text_alive):
-    living = np.flatnonzero(text_alive)
-    relevance = np.zeros(len(living))
-    for v in np.flatnonzero(alive):
-        logits = np.array([np.dot(visual[v].astype(np.float64), text[j].astype(np.float64)) for j in living])
-        e = np.exp(logits - logits.max())
-        relevance += e / e.sum()
-    return {int(j) for j, r in zip(living, relevance, strict=True) if r > relevance.mean()}
-
-
-def slow_cluster(x, count):
-    """Density peaks: {centre: mean of its cluster}; of equal densities the first row's counts as higher."""
-    m, d = x.shape
-    distance = np.array([[np.linalg.norm(a - b) / np.sqrt(d) for b in x] for a in x])
-    density = [np.exp(-np.mean(sorted(row)[:count] * np.array(sorted(row)[:count]))) for row in distance]
-    denser = lambda j, i: (density[j], -j) > (density[i], -i)
-    to_denser = [min([distance[i, j] for j in range(m) if denser(j, i)], default=distance.max()) for i in range(m)]
-    centres = sorted(range(m), key=lambda i: -to_denser[i] * density[i])[:count]
-    home = [i if i in centres else min(centres, key=lambda c: distance[i, c]) for i in range(m)]
-    return {c: x[[i for i in range(m) if home[i] == c]].mean(0) for c in centres}
 
 
 def test_cluster_is_density_peaks():

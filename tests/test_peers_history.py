@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import synthetic
-from oracles.peers import slow_updated
+from oracles.peers import slow_controller, slow_cosine, slow_rank, slow_shares, slow_updated
 from oracles.selection import slow_top_k
 from synthetic import at, case, episode, kept, play, put
 
@@ -18,28 +18,7 @@ specprune_module, vla_cache_module = (
 )
 
 
-def slow_rank(score, candidates, camera, count):
-    """The `count` best candidates of every camera."""
-    out = set()
-    for c in set(camera.tolist()):
-        mine = [v for v in candidates if camera[v] == c]
-        out |= set(sorted(mine, key=lambda v: (-score[v], v))[: int(count(c))])
-    return out
-
-
-def slow_cosine(a, b):
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return np.array([x @ y / np.sqrt((x @ x) * (y @ y)) for x, y in zip(a, b, strict=True)])
-
-
 # SpecPrune
-
-
-def slow_controller(action, fine):
-    v_t, v_r = np.linalg.norm(action[:3]), np.linalg.norm(action[3:6])
-    if v_t < 0.5 and v_r < 0.2 and action[2] <= 0:
-        return v_t, True
-    return v_t, fine and v_t < 0.5 and v_r < 0.2
 
 
 def test_the_controller_enters_downwards_and_leaves_fast():
@@ -157,14 +136,6 @@ def test_specprune_as_released_asks_the_prompt_and_updates_in_three_layers():
 
 
 # VLA-Cache
-
-
-def slow_shares(entropy, growth=0.55):
-    share = [1 - (h - min(entropy)) / (max(entropy) - min(entropy)) for h in entropy]
-    for i in range(1, len(share)):
-        if share[i] > share[i - 1]:
-            share[i] = share[i - 1] + growth * (share[i] - share[i - 1])
-    return share
 
 
 def test_reuse_grows_slowly_with_confidence():

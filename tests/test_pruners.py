@@ -6,9 +6,9 @@ import laws
 import numpy as np
 import pytest
 import synthetic
-from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
-from oracles.peers import slow_max_min
-from oracles.selection import slow_budget, slow_top_k
+from oracles.algorithm_1 import algorithm_1
+from oracles.forecasts import slow_unit
+from oracles.selection import slow_top_k
 from synthetic import case, episode, kept, play, put
 
 from safe_pruner_jax.pruners import PRUNERS, Capture, Cut, Plan, make
@@ -29,78 +29,6 @@ def test_law(law, case):
 def at_steps(seen, stop, start=0):
     """Some steps of an episode."""
     return synthetic.at(seen, slice(start, stop))
-
-
-def algorithm_1(
-    seen,
-    *,
-    keep=0.2,
-    fuse=None,
-    threshold=0.92,
-    match="all",
-    every=None,
-    max_age=None,
-    per_camera=0,
-    pool=1.0,
-    warm_start=1,
-    late="expert",
-    late_layers=None,
-    features="Z",
-    variant="as_described",
-    **_,
-):
-    """Algorithm 1 for one robot by loops in float64, keyframes known by their step: what happens at each step t.
-
-    The set of alive tokens belongs to the history: when it changes, there is no keyframe to refer to. `seen.late`
-    holds the late saliency of every step, and `seen.past` that of the prefix; only that of keyframes is looked at.
-    """
-    released = variant == "as_released"
-    weight = (1.0 if released else 0.5) if fuse is None else fuse
-    keyframes, log, begun = [], [], 0
-    for t in range(len(seen.alive)):
-        alive, camera = seen.alive[t], seen.camera[t]
-        shallow, tested = (np.asarray(seen.saliency[i][t], np.float64) for i in (0, -1))
-        if t and (seen.alive[t] != seen.alive[t - 1]).any():
-            keyframes = []
-        if not keyframes:
-            begun = t
-            keyframes.append(t)
-            log.append({"keyframe": True, "kappa": np.nan, "age": None})
-            continue
-        tau = max(keyframes)  # Eq. 3
-        # Algorithm 2
-        tokens = seen.visual if features == "Z" else seen.hidden
-        z, reference = slow_unit(tokens[t]), slow_unit(tokens[tau])
-        pi = slow_match(z, reference, alive, camera if match == "camera" else None)
-        deep = seen.late[tau] if late == "expert" else [s[tau] for s in seen.past]
-        if released and 0 in (late_layers or (0, -1)):  # layer 0 of L_d is the last prompt row's
-            deep = [seen.saliency[-1][tau], *deep]
-        forecasts = [slow_forecast(s, pi, alive) for s in deep]
-        kappa = slow_kappa(tested, slow_forecast(seen.saliency[-1][tau], pi, alive))
-        # Eq. 7 and its substitutes
-        age = t - tau
-        keyframe = kappa < threshold if every is None else age >= every
-        if max_age is not None and age >= max_age:
-            keyframe = True
-        keyframe |= t - begun < warm_start
-        if released:
-            score = np.array([shallow[v] + weight * np.mean([s[v] for s in forecasts]) for v in range(len(alive))])
-        else:
-            score = slow_fuse(shallow, forecasts, weight)
-        margin = abs(kappa - threshold) if every is None else 1.0
-        if pool > 1:
-            wide = min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), len(alive))
-            candidates = sorted(slow_top_k(score, alive, wide))
-            count = slow_budget(keep, int(alive.sum()))
-            selected = slow_max_min(seen.visual[t], candidates, count, 2)
-        else:
-            selected = slow_top_k(score, alive, keep, camera, per_camera)
-        log.append(
-            {"keyframe": keyframe, "kappa": kappa, "score": score, "kept": set(selected), "margin": margin, "age": age}
-        )
-        if keyframe:
-            keyframes.append(t)
-    return log
 
 
 PLAYS = [
