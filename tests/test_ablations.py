@@ -9,6 +9,7 @@ from oracles.selection import slow_top_k
 from synthetic import Case, at, episode, kept, play
 
 from safe_pruner_jax import pruners
+from safe_pruner_jax.analysis import overlap
 from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.tokens import budget
 
@@ -127,3 +128,30 @@ def test_specprune_weighs_layers_by_their_entropy_and_heads_by_themselves():
 def test_ablations_obey_the_laws(ablated, law):
     for name in ("vla_pruner/ema", "specprune/no-reuse"):
         law(ablated(name))
+
+
+def test_the_union_of_both_levels_is_counted_per_call():
+    rng, calls = np.random.default_rng(0), 6
+    semantic, late = rng.random((calls, 3, 10)), rng.random((calls, 4, 10))
+
+    class Watched:
+        alive, depth = np.ones((calls, 10), bool), 4
+
+        def __len__(self):
+            return calls
+
+        def captured(self, capture):
+            assert (capture.rows, capture.over) == ("all", "all")
+            return semantic[:, capture.layer]
+
+        def late(self):
+            return late
+
+    rows = overlap.measure(Watched(), cut=3, keeps=(0.3, 1.0))
+    for t, got in zip(range(3, calls), rows[0]["ratio"], strict=True):
+        past = sum(0.8**i * late[t - i, 2:].mean(0) for i in (1, 2, 3))
+        best = [set(np.argsort(-s)[:3].tolist()) for s in (semantic[t, 2], past)]
+        assert got == pytest.approx(len(best[0] | best[1]) / 3, abs=1e-6)
+    assert rows[1]["ratio"] == [1.0] * 3 and max(rows[0]["ratio"]) > 1
+    assert "| 30.0% | 3 |" in overlap.table(rows)
+    assert len(overlap.figure(rows).axes[0].lines) == 2

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, recall
+from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, overlap, recall
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
@@ -144,6 +144,25 @@ class Kappa(OnEpisodes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap(OnEpisodes):
+    """How different the two sets are that VLA-Pruner combines (its Fig. 11).
+
+    Args:
+      keeps: shares of the visual tokens kept.
+      window: w.
+      decay: γ.
+    """
+
+    keeps: tuple[float, ...] = overlap.KEEPS
+    window: int = 3
+    decay: float = 0.8
+
+    def rows(self, trace: Trace) -> list[Row]:
+        """The measurement of one episode."""
+        return overlap.measure(trace, cut=self.cut, keeps=self.keeps, window=self.window, decay=self.decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibrate(Recall):
     """Proposes queries, λ and γ for SAFE-Pruner from core-token recall and κ; writes calibrate.json as well.
 
@@ -203,6 +222,12 @@ def run_kappa(args: Kappa, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze kappa`."""
     (rows,) = _over_episodes(args, load, conditions, kappa=args)
     leave(args.out, "kappa", kappa.table(rows), kappa.figure(rows, args.gamma))
+
+
+def run_overlap(args: Overlap, load: Load, conditions: Mapping[str, Any]) -> None:
+    """`openpi analyze overlap`."""
+    (rows,) = _over_episodes(args, load, conditions, overlap=args)
+    leave(args.out, "overlap", overlap.table(rows), overlap.figure(rows))
 
 
 def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) -> None:
@@ -319,7 +344,7 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
 def _conditions(kind: OnEpisodes) -> set[str]:
     """Fields of a measurement that its rows depend on."""
     names = {f.name for f in dataclasses.fields(type(kind))} - {"out", "data", "limit"}
-    home = next(cls for cls in (Recall, Forecast, Kappa) if isinstance(kind, cls))
+    home = next(cls for cls in (Recall, Forecast, Kappa, Overlap) if isinstance(kind, cls))
     return names & {f.name for f in dataclasses.fields(home)}
 
 
@@ -355,6 +380,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "recall": (Recall, run_recall),
     "forecast": (Forecast, run_forecast),
     "kappa": (Kappa, run_kappa),
+    "overlap": (Overlap, run_overlap),
     "actions": (Actions, run_actions),
     "cost": (Cost, run_cost),
     "calibrate": (Calibrate, run_calibrate),
