@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from safe_pruner_jax.libero.meshes import decimate
 from safe_pruner_jax.libero.simulator import OPENGL, LiberoUnavailable, one_line, simulator
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
@@ -99,6 +100,8 @@ class LiberoEnv:
       seed: with the initial state's index it decides where the fixtures stand (within 2 cm).
       wait: steps of REST after a reset, while the objects settle; they do not count.
       max_steps: per episode; the suite's limit if None.
+      coarse: whether pictures are drawn fast, from decimated meshes (`meshes.decimate`) and without multisampling: for
+        training, never for evaluation.
 
     Raises:
       LiberoUnavailable: without the simulator or software OpenGL.
@@ -113,6 +116,7 @@ class LiberoEnv:
         seed: int = 7,
         wait: int = 10,
         max_steps: int | None = None,
+        coarse: bool = False,
     ):
         lib = simulator()
         self.task, self.steps = task, 0
@@ -132,7 +136,11 @@ class LiberoEnv:
                 horizon=self.max_steps + wait + 1,
             )
         try:
-            self._cameras = _Cameras(lib.mujoco, self.simulator.sim.model._model, image_size)
+            model = self.simulator.sim.model._model
+            if coarse:
+                decimate(model)
+                model.vis.quality.offsamples = 0
+            self._cameras = _Cameras(lib.mujoco, model, image_size)
         except (ImportError, AttributeError, OSError, RuntimeError, lib.mujoco.FatalError) as error:
             self.simulator.close()
             raise LiberoUnavailable(f"no software OpenGL ({one_line(error)}): {OPENGL}") from error
@@ -208,6 +216,36 @@ class LiberoEnv:
         self._running = not success and self.steps < self.max_steps
         return StepResult(bool(success), not self._running)
 
+    def advance(self, action: np.ndarray) -> None:
+        """`step` without an episode: no success, no limit; for labels and for goals other than the task's."""
+        self._seen, *_ = self.simulator.step(np.asarray(action, np.float64).tolist())
+        self.simulator.env.done = False
+        self.steps += 1
+
+    def look(self) -> None:
+        """What `render` shows is now the simulator's present state, also between steps."""
+        self._cameras.look(self.simulator.sim.data._data)
+        self._seen = self._seen if self._seen is not None else {}
+
+    @property
+    def init_states(self) -> np.ndarray:
+        """The fixed initial states, flattened: float64 [num_init_states, 1 + nq + nv]."""
+        return self._init_states
+
+    @property
+    def progress(self) -> tuple[Any, ...]:
+        """What this class itself remembers of an episode; see `snapshot`."""
+        return self._seen, self.steps, self._running
+
+    @progress.setter
+    def progress(self, values: tuple[Any, ...]) -> None:
+        self._seen, self.steps, self._running = values
+
+    def begin(self, state: np.ndarray) -> None:
+        """Starts an episode in a flattened simulator state (time, positions, velocities); the objects settle."""
+        self._soft_reset()
+        self._start(state)
+
     def observe(self) -> dict[str, Any]:
         """Renders both cameras; returns the request that openpi's client would send now.
 
@@ -236,6 +274,19 @@ class LiberoEnv:
         if self._seen is None:
             raise RuntimeError("there is nothing to see: call reset()")
         return np.ascontiguousarray(self._cameras.frame(camera)[::-1, ::-1])
+
+    def segment(self, camera: str, classes: np.ndarray, size: int) -> np.ndarray:
+        """Class of what every pixel of `render` shows, the nearest of every few pixels: uint8 [size, size].
+
+        Args:
+          camera: as in `render`.
+          classes: uint8 [geometries]; 0 where nothing is.
+          size: pixels per side of the result.
+        """
+        ids = self._cameras.identities(camera)[::-1, ::-1]
+        at = (np.arange(size) * 2 + 1) * len(ids) // (2 * size)
+        ids = ids[np.ix_(at, at)]
+        return np.where(ids < 0, 0, classes[ids]).astype(np.uint8)
 
     def close(self) -> None:
         """Frees the simulator and its OpenGL context; may be called again."""
@@ -306,6 +357,20 @@ class _Cameras:
         self._mujoco.mjr_render(whole, self._scenes[name], self._context)
         self._mujoco.mjr_readPixels(pixels, None, whole, self._context)
         return pixels
+
+    def identities(self, name: str) -> np.ndarray:
+        """Number of the geometry in every pixel, -1 for none: int32 [size, size], lowest row first."""
+        mj, scene = self._mujoco, self._scenes[name]
+        flags = [int(mj.mjtRndFlag.mjRND_SEGMENT), int(mj.mjtRndFlag.mjRND_IDCOLOR)]
+        scene.flags[flags] = 1
+        pixels = self.frame(name).astype(np.int32)
+        scene.flags[flags] = 0
+        numbers = pixels[..., 0] + (pixels[..., 1] << 8) + (pixels[..., 2] << 16)
+        table = np.full(scene.ngeom + 1, -1, np.int32)
+        for geom in scene.geoms[: scene.ngeom]:
+            if geom.objtype == mj.mjtObj.mjOBJ_GEOM and 0 <= geom.segid < scene.ngeom:
+                table[geom.segid + 1] = geom.objid
+        return table[np.where(numbers > scene.ngeom, 0, numbers)]
 
     def close(self) -> None:
         """Frees the OpenGL context and what it holds."""

@@ -16,7 +16,7 @@ another object's collision geometry come last.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,13 +67,16 @@ class Expert:
 
     Args:
       env: with a running episode; read, never stepped.
+      goals: predicates to make true, in this order; None takes the task's.
 
     Raises:
       Unsupported: for a goal other than putting objects on or into something.
     """
 
-    def __init__(self, env: LiberoEnv):
+    def __init__(self, env: LiberoEnv, goals: Sequence[tuple[str, ...]] | None = None):
         self._env, self.scene = env, Scene(env)
+        if goals is not None:
+            self.scene.goals = list(goals)
         for predicate, *names in self.scene.goals:
             known = predicate in ("on", "in") and self.scene.movable(names[0]) and self.scene.solid(names[1])
             if not known:
@@ -91,7 +94,7 @@ class Expert:
             todo = [goal for goal in self.scene.goals if not self.scene.holds(goal)]
             for _, thing, target in todo[:1]:
                 if not self._gripped(thing):
-                    yield from self._fetch(thing, self._choose(thing))
+                    yield from self._fetch(thing, self.choose(thing))
                 if self.scene.in_hand(thing):
                     yield from self._deliver(thing, target)
             yield from self._hold(1)
@@ -155,7 +158,7 @@ class Expert:
         obstacle = self.scene.highest_between(self.scene.site[:2], goal[:2], 0.11, ignore=thing)
         return max(obstacle, goal[2]) + max(depth, _PADS) + _CLEARANCE
 
-    def _choose(self, thing: str) -> Grasp:
+    def choose(self, thing: str) -> Grasp:
         """The best candidate: free of collisions, then narrow (or, for rims, with little rotation)."""
         scene = self.scene
         boxes, obstacles = scene.boxes(thing), scene.obstacles(ignore=thing)
@@ -179,7 +182,14 @@ class Expert:
                     point = np.array([*(edge - inward * _direction(yaw)), rim - 0.012])
                     cost = 0.5 * abs(scene.turn(yaw)) + 10 * inward + np.linalg.norm(point - scene.site)
                     candidates.append((cost, Grasp(yaw, point - origin)))
-        return min(candidates, key=lambda c: c[0] + 0.2 * obstacles.count(_hand(origin + c[1].offset, c[1].yaw)))[1]
+        best, chosen = math.inf, None
+        for cost, grasp in sorted(candidates, key=lambda c: c[0]):
+            if cost >= best:
+                break  # collisions only add to the cost
+            total = cost + 0.2 * obstacles.count(_hand(origin + grasp.offset, grasp.yaw))
+            if total < best:
+                best, chosen = total, grasp
+        return chosen
 
     def _go(
         self,

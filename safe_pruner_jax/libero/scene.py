@@ -56,6 +56,7 @@ class Scene:
         self._env: Any = env.simulator.env
         self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
         self._base = np.array(self._data.xpos[self._model.body(self._env.robots[0].robot_model.root_body).id])
+        self._geom_ids: dict[str, list[int]] = {}
         self.goals = [tuple(goal) for goal in self._env.parsed_problem["goal_state"]]
 
     @property
@@ -127,8 +128,12 @@ class Scene:
 
     def boxes(self, *names: str) -> Boxes:
         """Collision geometry of objects and fixtures."""
-        objects = [self._env.get_object(name) for name in names]
-        return self._boxes([self._model.geom(g).id for thing in objects for g in thing.contact_geoms])
+        return self._boxes([geom for name in names for geom in self._geoms(name)])
+
+    def _geoms(self, name: str) -> list[int]:
+        if name not in self._geom_ids:
+            self._geom_ids[name] = [self._model.geom(g).id for g in self._env.get_object(name).contact_geoms]
+        return self._geom_ids[name]
 
     def obstacles(self, ignore: str) -> Boxes:
         """Collision geometry of every object and fixture but one."""

@@ -46,12 +46,14 @@ def simulator() -> SimpleNamespace:
     try:
         import mujoco
         from libero.libero import benchmark
+        from libero.libero.envs.bddl_utils import robosuite_parse_problem
         from libero.libero.envs.env_wrapper import ControlEnv
         from robosuite.utils.errors import RandomizationError
         from robosuite.utils.observables import Observable, sensor
     except (ImportError, AttributeError, OSError) as error:  # AttributeError: PyOpenGL without its library
         raise LiberoUnavailable(f"LIBERO cannot be imported ({one_line(error)}): {SETUP}") from error
     names = {"ControlEnv": ControlEnv, "RandomizationError": RandomizationError, "Observable": Observable}
+    names |= {"parse_problem": robosuite_parse_problem}
     return SimpleNamespace(mujoco=mujoco, benchmark=benchmark, sensor=sensor, **names)
 
 

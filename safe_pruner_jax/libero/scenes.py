@@ -1,0 +1,197 @@
+"""Pictures with labels, for training a policy that sees: scenes by teleport, demonstrations by the expert.
+
+    with open_scenes("libero_object", 0) as maker:
+        frames = maker.scenes(seed)            60 pictures of one shuffled scene each
+        frames = maker.demonstration(seed)     one episode of the feedback law, every few steps a picture
+    write(path, frames, about);  frames, about = read(path)
+
+One file is one seed: it appears when it is complete, so a collection goes on where it was. Pictures are JPEG, labels
+are exact. What is drawn is 256² resized to 224² and to the policy's size, the way a client and a server do it.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from safe_pruner_jax.libero.expert import Pushes
+from safe_pruner_jax.libero.env import CAMERAS, LiberoEnv, load_task
+from safe_pruner_jax.libero.labels import Labels, kind
+from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert
+from safe_pruner_jax.libero.placements import Placements
+from safe_pruner_jax.robots.transforms import resize_with_pad
+
+FORMAT = "safe_pruner_jax scenes 1"
+HELD_OUT = 10, 3
+"""Seeds with this remainder are for validation."""
+PER_SCENE_FILE = 60
+QUALITY = 95
+
+_NOISE, _PUSHES, _EVERY = 0.08, 0.02, 4  # of a demonstration
+_LIMIT = 250
+
+Frames = dict[str, np.ndarray]
+"""Leading axis T: image uint8 [T, cameras, S, S, 3], segmentation uint8 [T, cameras, S, S], position float32 [T, kinds,
+3] and site [T, 3] in metres, turn float32 [T] in radians (of the hand, to the target's grasp), target and held int32 [T]
+(number of the kind; held is -1 with an empty hand), actions float32 [T, 10, 7], acts bool [T] (actions are labels)."""
+
+
+class SceneMaker:
+    """Draws labelled frames of one task's objects.
+
+    Args:
+      env: made with `coarse=True` for speed, or as in evaluation.
+      size: pixels per side of images and segmentation.
+    """
+
+    def __init__(self, env: LiberoEnv, size: int):
+        self._env, self._size = env, size
+        self.placements, self._labels = Placements(env), Labels(env, size)
+        self.kinds = self._labels.kinds
+
+    def scenes(self, seed: int, count: int = PER_SCENE_FILE) -> Frames:
+        """Pictures without physics, each of another placement."""
+        rng = np.random.default_rng([seed, self._env.task.index, 1])
+        self.placements.shuffle(seed)
+        base, arms = self._env.simulator.get_sim_state().copy(), self._arms(seed, rng)
+        rows = []
+        for _ in range(count):
+            held = self.placements.teleport(rng, base, arms)
+            name = held or self.placements.names[rng.integers(len(self.placements.names))]
+            rows.append(self.frame(name, held is not None))
+        return stack(rows)
+
+    def demonstration(self, seed: int) -> Frames | None:
+        """One episode with a random target; None if the expert did not solve it.
+
+        Half of the episodes begin with the hand led astray. Motion commands get noise and pushes; labels are the
+        expert's actions from the states that those lead to (DART, Laskey et al. 2017).
+        """
+        rng = np.random.default_rng([seed, self._env.task.index, 2])
+        self.placements.shuffle(seed)
+        name = self.placements.names[rng.integers(len(self.placements.names))]
+        if rng.random() < 0.5:
+            self._wander(rng)
+        rows, actions, push = [], [], Pushes(_PUSHES, rng)
+        law, goal = FeedbackExpert(self._env, self.goal(name)), self.goal(name)
+        for step in range(_LIMIT):
+            if step % _EVERY == 0:
+                rows.append(self.frame(name, law.holds_object()))
+            actions.append(law.act())
+            action = actions[-1] + _NOISE * np.append(rng.standard_normal(6), 0.0)
+            action[:3] += push()
+            self._env.advance(np.clip(action, -1, 1))
+            if law.scene.holds(goal):
+                break
+        else:
+            return None
+        ahead = np.minimum(np.arange(0, step + 1, _EVERY)[:, None] + np.arange(CHUNK), step)
+        frames = stack(rows)
+        frames["actions"] = np.asarray(actions, np.float32)[ahead]
+        frames["acts"][:] = True
+        return frames
+
+    def goal(self, name: str) -> tuple[str, str, str]:
+        """The predicate that fetching this object is to make true: the task's own, with this object."""
+        predicate, _, target = self._env.simulator.env.parsed_problem["goal_state"][0]
+        return predicate, name, target
+
+    def frame(self, name: str, held: bool) -> dict[str, Any]:
+        """The present picture and its labels, when an object is the target."""
+        seen = self._env.observe()
+        size, number = self._size, self.kinds.index(kind(name))
+        site = self._env.simulator.env.sim.data.site_xpos[self._env.simulator.robots[0].eef_site_id]
+        return {
+            "image": np.stack([resize_with_pad(seen[key], size, size) for key in CAMERAS]),
+            "segmentation": self._labels.segmentation(),
+            "position": self._labels.positions(),
+            "site": np.array(site, np.float32),
+            "turn": self._labels.grasps([name])[number],
+            "target": np.int32(number),
+            "held": np.int32(number if held else -1),
+            "actions": np.zeros((CHUNK, 7), np.float32),
+            "acts": np.bool_(False),
+        }
+
+    def _wander(self, rng: np.random.Generator) -> None:
+        """Moves the hand somewhere else before an episode: along a line, downwards more often than up."""
+        line = rng.standard_normal(3)
+        line /= np.linalg.norm(line)
+        line[2] = -0.7 * abs(line[2])
+        spin = 0.25 * rng.standard_normal()
+        for _ in range(rng.integers(4, 20)):
+            noise = 0.2 * rng.standard_normal(3)
+            turn = [*(0.1 * rng.standard_normal(2)), spin]
+            self._env.advance(np.clip([*(line + noise), *turn, -1.0], -1, 1))
+
+    def _arms(self, seed: int, rng: np.random.Generator) -> np.ndarray:
+        """Joint angles [n, 7] along one noisy episode."""
+        name = self.placements.names[seed % len(self.placements.names)]
+        law, joints = FeedbackExpert(self._env, self.goal(name)), []
+        for _ in range(90):
+            noise = 0.4 * np.append(rng.standard_normal(6), 0.0)
+            self._env.advance(np.clip(law.act() + noise, -1, 1))
+            joints.append(self.placements.arm())
+        return np.array(joints[::2])
+
+
+@contextlib.contextmanager
+def open_scenes(suite: str, task: int, size: int = 112) -> Iterator[SceneMaker]:
+    """A maker with its own fast environment, which is closed afterwards."""
+    with LiberoEnv(load_task(suite, task), coarse=True) as env:
+        yield SceneMaker(env, size)
+
+
+def stack(rows: list[dict[str, Any]]) -> Frames:
+    """Frames along a new leading axis."""
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def write(path: Path, frames: Frames, about: dict[str, Any]) -> None:
+    """Writes one file, which appears under its name when it is complete."""
+    T, C, S = frames["image"].shape[:3]
+    pictures = [_jpeg(image) for image in frames["image"].reshape(T * C, S, S, 3)]
+    arrays = {key: value for key, value in frames.items() if key != "image"}
+    arrays["jpeg"] = np.frombuffer(b"".join(pictures), np.uint8)
+    arrays["jpeg_length"] = np.array([len(p) for p in pictures], np.int32)
+    text = json.dumps({"format": FORMAT, "size": S, **about})
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, about=np.array(text), **arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[Frames, dict[str, Any]]:
+    """One file's frames, and what is known about them: suite, task, seed, kinds, size.
+
+    Raises:
+      ValueError: not such a file; the message names it.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        about = json.loads(str(arrays.pop("about")))
+        if about["format"] != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}, got {about['format']!r}")
+        blob, lengths = arrays.pop("jpeg").tobytes(), arrays.pop("jpeg_length")
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of labelled scenes ({error}); collect some with openpi scenes") from error
+    ends = np.cumsum(lengths)
+    images = [np.asarray(Image.open(io.BytesIO(blob[b - n : b]))) for b, n in zip(ends, lengths, strict=True)]
+    T, C, S, _ = arrays["segmentation"].shape
+    return {"image": np.stack(images).reshape(T, C, S, S, 3), **arrays}, about
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -1,0 +1,125 @@
+"""Collects labelled scenes and demonstrations for training a policy that sees.
+
+python scripts/collect_scenes.py --out data/scenes --scenes 20 --demonstrations 60 --workers 2
+
+Writes <out>/<suite>_<task>_<scenes|demo>_<seed>.npz. Start it again with the same or larger numbers and it goes on:
+files that are there are complete. docs/training.md says what is in them.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import tyro
+
+SPACE = 2**30
+"""Bytes that must be free."""
+DEATHS = 3
+"""Times that workers may die before the run is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to collect.
+
+    Args:
+      out: folder.
+      suite: benchmark suite; its objects must be free joints, and its tasks put one of them somewhere.
+      tasks: indices; all ten if none are given.
+      scenes: files of 60 teleported scenes per task.
+      demonstrations: episodes per task.
+      first: first seed; runs with other seeds have other scenes.
+      size: pixels per side of images and labels, a multiple of 14.
+      workers: processes, one core each.
+    """
+
+    out: Path
+    suite: str = "libero_object"
+    tasks: tuple[int, ...] = tuple(range(10))
+    scenes: int = 20
+    demonstrations: int = 60
+    first: int = 1000
+    size: int = 112
+    workers: int = 2
+
+
+@functools.cache
+def maker(suite: str, task: int, size: int):
+    """This process's environment; the one before is closed."""
+    from safe_pruner_jax.libero.env import LiberoEnv, load_task
+    from safe_pruner_jax.libero.scenes import SceneMaker
+
+    while _open:
+        _open.pop().close()
+    maker.cache_clear()
+    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
+    return SceneMaker(_open[-1], size)
+
+
+_open: list = []
+
+
+def make(path: Path, suite: str, task: int, what: str, seed: int, size: int) -> tuple[str, int]:
+    """One file; returns its name and its number of frames (0: the expert failed)."""
+    from safe_pruner_jax.libero.scenes import write
+
+    source = maker(suite, task, size)
+    frames = source.scenes(seed) if what == "scenes" else source.demonstration(seed)
+    if frames is None:
+        path.with_suffix(".failed").touch()
+        return path.name, 0
+    write(path, frames, {"suite": suite, "task": task, "what": what, "seed": seed, "kinds": source.kinds})
+    return path.name, len(frames["site"])
+
+
+def jobs(args: Args) -> list[tuple]:
+    """What is missing, in rounds over tasks, so that a run that is stopped has some of everything."""
+    rows = []
+    for what, count in (("scenes", args.scenes), ("demo", args.demonstrations)):
+        for task in args.tasks:
+            for k in range(count):
+                path = args.out / f"{args.suite}_{task}_{what}_{args.first + k}.npz"
+                if not path.exists() and not path.with_suffix(".failed").exists():
+                    round_ = k * 4 // count if count >= 4 else k
+                    rows.append(((round_, task, what, k), (path, args.suite, task, what, args.first + k, args.size)))
+    return [job for _, job in sorted(rows, key=lambda row: row[0])]
+
+
+def main(args: Args) -> int:
+    """Collects until all is there, or says in one line why not."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    deaths, start, frames, failed = 0, time.perf_counter(), 0, 0
+    while todo := jobs(args):
+        if shutil.disk_usage(args.out).free < SPACE:
+            print(f"gave up: less than {SPACE >> 20} MiB are free in {args.out}", file=sys.stderr)
+            return 1
+        try:
+            with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+                running = [pool.submit(make, *job) for job in todo]
+                for number, done in enumerate(as_completed(running), 1):
+                    name, count = done.result()
+                    frames, failed = frames + count, failed + (count == 0)
+                    seconds = time.perf_counter() - start
+                    print(f"[{seconds:6.0f} s] {number}/{len(todo)} {name}: {count} frames, {frames} in all, "
+                          f"{failed} failed episodes", flush=True)
+        except BrokenProcessPool:
+            deaths += 1
+            if deaths >= DEATHS:
+                print(f"gave up: workers died {deaths} times", file=sys.stderr)
+                return 1
+        except OSError as error:
+            print(f"gave up: {error}; free some space and start it again", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
