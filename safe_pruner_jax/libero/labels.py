@@ -65,10 +65,11 @@ class Labels:
             result[self.kinds.index(kind(name))] = inner.sim.data.body_xpos[inner.obj_body_id[name]]
         return result
 
-    def grasps(self, names: list[str]) -> np.ndarray:
-        """How far the hand has to turn for each object, float32 [kinds] in radians (half turns are no turn); NaN."""
-        result = np.full(len(self.kinds), np.nan, np.float32)
+    def yaw(self) -> float:
+        """Direction in which the fingers open, radians in the table's plane."""
+        return Expert(self._env, goals=()).scene.yaw
+
+    def turn(self, name: str) -> float:
+        """How far the hand has to turn for grasping an object, radians in [-π/2, π/2]."""
         script = Expert(self._env, goals=())
-        for name in names:
-            result[self.kinds.index(kind(name))] = script.scene.turn(script.choose(name).yaw)
-        return result
+        return script.scene.turn(script.choose(name).yaw)

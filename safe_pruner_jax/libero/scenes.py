@@ -38,8 +38,9 @@ _LIMIT = 250
 
 Frames = dict[str, np.ndarray]
 """Leading axis T: image uint8 [T, cameras, S, S, 3], segmentation uint8 [T, cameras, S, S], position float32 [T, kinds,
-3] and site [T, 3] in metres, turn float32 [T] in radians (of the hand, to the target's grasp), target and held int32 [T]
-(number of the kind; held is -1 with an empty hand), actions float32 [T, 10, 7], acts bool [T] (actions are labels)."""
+3] and site [T, 3] in metres, yaw float32 [T] in radians (the fingers' direction) and turn [T] (from it to the target's
+grasp), target and held int32 [T] (number of the kind; held is -1 with an empty hand), actions float32 [T, 10, 7], acts
+bool [T] (actions are labels)."""
 
 
 class SceneMaker:
@@ -112,7 +113,8 @@ class SceneMaker:
             "segmentation": self._labels.segmentation(),
             "position": self._labels.positions(),
             "site": np.array(site, np.float32),
-            "turn": self._labels.grasps([name])[number],
+            "yaw": np.float32(self._labels.yaw()),
+            "turn": np.float32(self._labels.turn(name)),
             "target": np.int32(number),
             "held": np.int32(number if held else -1),
             "actions": np.zeros((CHUNK, 7), np.float32),

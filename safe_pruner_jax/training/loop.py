@@ -1,6 +1,9 @@
 """The training loop: AdamW, EMA, checkpoints that resume, curves written as they come.
 
-    fit(config, samples, params, Settings(...), out)  →  out/metrics.jsonl, out/state/<step>/, and the EMA parameters
+    fit(flow_objective(config, s), Demonstrations(samples, s), params, s, out)
+        →  out/metrics.jsonl, out/state/<step>/, and the EMA parameters
+
+What is learned is an `Objective`, what it is learned from a `Source`; the loop knows neither.
 
 One step is one compiled function of (train state, batch), sharded over all devices: the batch is split along its first
 axis, parameters are replicated or, with `fsdp`, split along their largest axis. A run may be stopped at any time and
@@ -10,10 +13,10 @@ goes on from its last checkpoint with the same batches.
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +108,30 @@ class Batch:
     waypoints: Array
 
 
+class Objective(NamedTuple):
+    """What a run minimises: Σ weights[k] · losses(…)[k].
+
+    Args:
+      losses: (params, batch, key) → {name: scalar}.
+      measures: (params, batch, key) → {name: scalar}, on held-out batches, without augmentation.
+      weights: of the losses, by name.
+    """
+
+    losses: Callable[[Params, Any, Array], dict[str, Array]]
+    measures: Callable[[Params, Any, Array], dict[str, Array]]
+    weights: Mapping[str, float]
+
+
+class Source(Protocol):
+    """Where batches come from, pytrees with a leading axis B."""
+
+    def batches(self, seed: int, start: int) -> Iterator[Any]:
+        """Endless training batches from number `start` on, the same for the same seed."""
+
+    def checks(self) -> list[Any]:
+        """Fixed held-out batches."""
+
+
 def learning_rate(s: Settings) -> optax.Schedule:
     """Linear warm-up, the peak, and a cosine down to a tenth over the last `decay` steps."""
     decay = max(s.steps - s.warmup, 1) if s.decay is None else min(s.decay, max(s.steps - s.warmup, 1))
@@ -126,10 +153,8 @@ def optimiser(s: Settings) -> optax.GradientTransformation:
     )
 
 
-def init_state(params: Params, config: Pi0Config, s: Settings) -> TrainState:
+def init_state(params: Params, s: Settings) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
-    if s.waypoint:
-        params = {**params, HEAD: waypoint_head(config)}
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimiser(s).init(params))
 
@@ -160,15 +185,23 @@ def losses_of(
     return losses
 
 
-def train_step(config: Pi0Config, s: Settings, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    """One update: loss, gradient, AdamW, average."""
+def flow_objective(config: Pi0Config, s: Settings) -> Objective:
+    """Flow matching on demonstrations, with the waypoint loss where the parameters have its head."""
+    losses = lambda params, batch, key: losses_of(params, config, batch, key, s.draws, s.augment)
+    measures = lambda params, batch, key: losses_of(params, config, batch, key, s.draws, False)
+    return Objective(losses, measures, {"loss": 1.0, "waypoint_loss": s.waypoint})
+
+
+def train_step(objective: Objective, s: Settings, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    """One update: losses, gradient, AdamW, average."""
     key = jax.random.fold_in(jax.random.key(s.seed), state.step)
 
     def total(params: Params) -> tuple[Array, dict[str, Array]]:
-        losses = losses_of(params, config, batch, key, s.draws, s.augment)
-        return losses["loss"] + s.waypoint * losses.get("waypoint_loss", 0.0), losses
+        losses = objective.losses(params, batch, key)
+        return sum(objective.weights[name] * value for name, value in losses.items()), losses
 
-    (_, losses), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+    (loss, losses), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+    losses = losses | {"total": loss}
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     updates, moments = optimiser(s).update(grads, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -205,9 +238,30 @@ def gather(samples: Samples, steps: np.ndarray) -> Batch:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """Samples as batches: whole shuffled passes; held out are whole demonstrations."""
+
+    samples: Samples
+    settings: Settings
+    devices: int = 1
+
+    def batches(self, seed: int, start: int) -> Iterator[Batch]:
+        """See `Source`."""
+        training, _ = split(self.samples, self.settings.validation, self.settings.seed)
+        for indices in batches(training, self.settings.batch, seed, start):
+            yield gather(self.samples, indices)
+
+    def checks(self) -> list[Batch]:
+        """One batch of at most four times the training size."""
+        _, held = split(self.samples, self.settings.validation, self.settings.seed)
+        size = min(len(held), 4 * self.settings.batch) // self.devices * self.devices or self.devices
+        return [gather(self.samples, next(batches(held, size, self.settings.seed + 1)))]
+
+
 def fit(
-    config: Pi0Config,
-    samples: Samples,
+    objective: Objective,
+    source: Source,
     params: Params,
     s: Settings,
     out: Path,
@@ -217,12 +271,12 @@ def fit(
     """Trains, or goes on training.
 
     Args:
-      config: model; `image_size` must be the samples'.
-      samples: demonstrations.
+      objective: what is minimised.
+      source: of batches.
       params: initial parameters; ignored when `out` holds a checkpoint of this run.
       s: settings.
-      out: folder of the run: `metrics.jsonl` (one line per log, with step, loss, samples per second; validation lines
-        have `validation`) and `state/`.
+      out: folder of the run: `metrics.jsonl` (one line per log, with step, losses, samples per second; held-out lines
+        have `validation`, the objective's measures) and `state/`.
       on_log: called with every row that is written.
 
     Returns:
@@ -236,7 +290,7 @@ def fit(
     if s.batch % mesh.size:
         raise ValueError(f"batch: expected a multiple of the {mesh.size} devices, got {s.batch}")
     out.mkdir(parents=True, exist_ok=True)
-    state = init_state(params, config, s)
+    state = init_state(params, s)
     placed = shardings(mesh, state, s.fsdp)
     spread = NamedSharding(mesh, PartitionSpec("data"))
     manager = ocp.CheckpointManager((out / "state").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
@@ -244,13 +298,10 @@ def fit(
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     state = jax.device_put(state, placed)
     update = xla.jit(
-        partial(train_step, config, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
+        partial(train_step, objective, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
     )
-    evaluate = jax.jit(lambda p, b, k: losses_of(p, config, b, k, s.draws, False))
-
-    training, held = split(samples, s.validation, s.seed)
-    check = next(batches(held, min(len(held), 4 * s.batch) // mesh.size * mesh.size or mesh.size, s.seed + 1))
-    check = jax.device_put(gather(samples, check), spread)
+    measure = xla.jit(objective.measures)
+    checks = [jax.device_put(batch, spread) for batch in source.checks()]
     step = start = int(state.step)
     began = last = time.perf_counter()
     with (out / "metrics.jsonl").open("a") as file:
@@ -265,25 +316,24 @@ def fit(
                 manager.save(step, args=ocp.args.StandardSave(state))
                 manager.wait_until_finished()
 
-        losses = []
-        for indices in batches(training, s.batch, s.seed, start):
+        recent: list[dict[str, Array]] = []
+        for batch in source.batches(s.seed, start):
             if step >= s.steps or (s.max_seconds and time.perf_counter() - began > s.max_seconds):
                 break
-            state, metrics = update(state, jax.device_put(gather(samples, indices), spread))
-            losses.append(metrics["loss"])
+            state, metrics = update(state, jax.device_put(batch, spread))
+            recent.append(metrics)
             step += 1
             if step % s.log_every == 0 or step == s.steps:
-                loss = float(np.mean(jax.device_get(losses)))
-                if not np.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {step}; lower the learning rate and resume")
+                means = _means(recent)
+                if not np.isfinite(means["total"]):
+                    text = f"the loss is {means['total']} at step {step}; lower the learning rate and resume"
+                    raise FloatingPointError(text)
                 now = time.perf_counter()
-                rate = len(losses) * s.batch / (now - last)
-                last_step = {name: float(value) for name, value in metrics.items()}
-                log({"step": step, **last_step, "loss": loss, "samples_per_s": rate})
-                losses, last = [], now
+                log({"step": step, **means, "samples_per_s": len(recent) * s.batch / (now - last)})
+                recent, last = [], now
             if step % s.validate_every == 0 or step == s.steps:
-                found = jax.device_get(evaluate(state.ema, check, jax.random.key(s.seed)))
-                log({"step": step} | {name.replace("loss", "validation"): float(v) for name, v in found.items()})
+                key = jax.random.key(s.seed)
+                log({"step": step, "validation": _means([measure(state.ema, batch, key) for batch in checks])})
             if step % s.save_every == 0:
                 save()
         if step > start:
@@ -291,3 +341,8 @@ def fit(
     manager.close()
     result = {name: leaf for name, leaf in state.ema.items() if name != HEAD}
     return jax.tree.map(np.asarray, jax.device_get(result)), step
+
+
+def _means(rows: list[dict[str, Array]]) -> dict[str, float]:
+    rows = jax.device_get(rows)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
