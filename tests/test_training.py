@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from tiny_training import DATA, SETTINGS, demo, equal, tiny
 
 from safe_pruner_jax.cli import train
@@ -20,7 +19,7 @@ from safe_pruner_jax.model.params import draw_params, param_shapes
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer
-from safe_pruner_jax.training import augment, data, loop
+from safe_pruner_jax.training import augment, data, imitation, loop
 
 pytestmark = pytest.mark.newest
 
@@ -71,20 +70,6 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
             np.testing.assert_allclose(loss[b, d], want, rtol=2e-3)
 
 
-def test_waypoints_are_read_from_the_values_of_the_prompt():
-    config = tiny(depth=2)
-    params, rng = draw_params(config), np.random.default_rng(0)
-    images, cameras = rng.integers(0, 255, (2, 1, 28, 28, 3), np.uint8), np.ones((2, 1), bool)
-    tokens, mask = rng.integers(0, 99, (2, 5)).astype(np.int32), np.arange(5) < np.array([[5], [3]])
-    prefix = flow.prefix(params, config, images, cameras, tokens, mask)
-    head = {"kernel": rng.normal(size=(16, 6)), "bias": rng.normal(size=6)}
-    want = rng.normal(size=(2, 6))
-    got = flow.waypoint_loss(head, prefix, mask, want)
-    for b, length in enumerate((5, 3)):
-        values = np.concatenate([np.asarray(s.v)[b, 4 : 4 + length].mean(0).ravel() for s in prefix.segments])
-        assert got[b] == pytest.approx(np.square(values @ head["kernel"] + head["bias"] - want[b]).mean(), rel=1e-5)
-
-
 def test_times_are_betas():
     times = np.asarray(flow.draw_times(jax.random.key(0), (50_000,)))
     assert times.min() >= 0.001 and times.max() <= 1.0
@@ -105,7 +90,7 @@ def test_samples_of_sparse_frames_are_the_dense_ones_of_those_steps(samples):
     stats = data.norm_stats([dense])
     a, b = (data.make_samples([d], config, stats, tokenizer) for d in (dense, sparse))
     assert len(b.prompt) == 3
-    for name in ("frames", "state", "actions", "prompt", "episode", "waypoints"):
+    for name in ("frames", "state", "actions", "prompt", "episode"):
         np.testing.assert_array_equal(getattr(a, name)[::3], getattr(b, name))
 
 
@@ -132,17 +117,6 @@ def test_chunks_follow_the_step_and_repeat_the_last_action(samples):
     assert (samples.actions[:, :, 7:] == 0).all()  # padding of the network's width
     assert samples.tokens[samples.prompt[0]].tolist() != samples.tokens[samples.prompt[10]].tolist()
     assert samples.prompt[0] == samples.prompt[-1] and samples.episode.tolist() == [0] * 9 + [1] * 6 + [2] * 7
-
-
-def test_waypoints_are_the_next_change_of_the_gripper():
-    d = demo(7, 0)
-    d.actions[:, -1] = [-1, -0.5, 1, 1, 1, -1, -1]
-    stats = data.norm_stats([d])["state"]
-    got = data.waypoints(d, stats)
-    to = np.array([2, 2, 5, 5, 5, 6, 6])  # closes at 2, opens at 5, ends at 6
-    position = d.state[:, :3]
-    np.testing.assert_allclose(got[:, :3], (position[to] - position) / stats.std[:3], rtol=1e-5)
-    np.testing.assert_allclose(got[:, 3:], (position - stats.mean[:3]) / stats.std[:3], rtol=1e-5)
 
 
 def test_validation_holds_out_whole_demonstrations(samples):
@@ -195,7 +169,7 @@ def test_augmentation_moves_outside_cameras_and_recolours_all():
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path):
     config, rows = tiny(), []
-    whole, step = loop.fit(config, samples, draw_params(config), SETTINGS, tmp_path / "a", on_log=rows.append)
+    whole, step = imitation.imitate(config, samples, draw_params(config), SETTINGS, tmp_path / "a", on_log=rows.append)
     assert step == 6 and [r["step"] for r in rows if "loss" in r] == [2, 4, 6]
     assert [r["step"] for r in rows if "validation" in r] == [3, 6]
 
@@ -207,8 +181,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(samples, tmp_path
             raise Stop
 
     with pytest.raises(Stop):
-        loop.fit(config, samples, draw_params(config), SETTINGS, tmp_path / "b", on_log=stop)
-    resumed, step = loop.fit(config, samples, draw_params(config, seed=9), SETTINGS, tmp_path / "b")
+        imitation.imitate(config, samples, draw_params(config), SETTINGS, tmp_path / "b", on_log=stop)
+    resumed, step = imitation.imitate(config, samples, draw_params(config, seed=9), SETTINGS, tmp_path / "b")
     assert step == 6
     equal(whole, resumed)
 
@@ -223,37 +197,25 @@ def test_the_rate_falls_over_the_whole_run_or_over_its_end():
 def test_it_learns(samples, tmp_path):
     config, rows = tiny(), []
     settings = dataclasses.replace(SETTINGS, steps=60, augment=False, validation=0.0, log_every=10, save_every=60)
-    loop.fit(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
+    imitation.imitate(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
     losses = [r["loss"] for r in rows if "loss" in r]
     assert losses[-1] < 0.6 * losses[0]
-    assert not any("waypoint_loss" in r for r in rows)
-
-
-def test_the_auxiliary_loss_falls_and_leaves_the_model_as_it_is(samples, tmp_path):
-    config, rows, few = tiny(depth=2), [], samples.episode == 1  # the first layer's values know nothing of the images
-    names = ("frames", "state", "actions", "prompt", "episode", "waypoints")
-    samples = dataclasses.replace(samples, **{name: getattr(samples, name)[few] for name in names})
-    settings = dataclasses.replace(SETTINGS, steps=100, augment=False, validation=0.0, log_every=10, waypoint=1.0)
-    params, _ = loop.fit(config, samples, draw_params(config), settings, tmp_path, on_log=rows.append)
-    losses = [r["waypoint_loss"] for r in rows if "loss" in r]
-    assert min(losses) < 0.6 * losses[0] and "waypoint_validation" in [r for r in rows if "validation" in r][-1]
-    assert flatten_dict(params, sep="/").keys() == flatten_dict(draw_params(config), sep="/").keys()
 
 
 def test_the_full_size_model_trains_with_the_same_step():
     config = sizes.pi05(action_horizon=10, discrete_state_input=False)
     s = loop.Settings(batch=2, draws=1)
     shape = jax.ShapeDtypeStruct
-    batch = loop.Batch(
+    batch = imitation.Batch(
         images=shape((2, 2, 224, 224, 3), jnp.uint8),
         state=shape((2, 32), jnp.float32),
         actions=shape((2, 10, 32), jnp.float32),
         tokens=shape((2, 32), jnp.int32),
         token_mask=shape((2, 32), bool),
-        waypoints=shape((2, 6), jnp.float32),
     )
-    state = jax.eval_shape(lambda p: loop.init_state(p, config, s), param_shapes(config))
-    after, metrics = jax.eval_shape(lambda st, b: loop.train_step(config, s, st, b), state, batch)
+    state = jax.eval_shape(lambda p: loop.init_state(p, s), param_shapes(config))
+    objective = imitation.flow_objective(config, s)
+    after, metrics = jax.eval_shape(lambda st, b: loop.train_step(objective, s, st, b), state, batch)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
 
@@ -278,7 +240,7 @@ def test_two_devices_give_the_result_of_one(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]] * 3)
     with pytest.raises(ValueError, match="multiple of the 3 devices, got 4"):
-        loop.fit(tiny(), samples, {}, SETTINGS, tmp_path)
+        imitation.imitate(tiny(), samples, {}, SETTINGS, tmp_path)
 
 
 # command

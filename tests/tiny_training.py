@@ -16,7 +16,7 @@ from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import draw_params
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer
-from safe_pruner_jax.training import data, loop
+from safe_pruner_jax.training import data, imitation, loop
 
 DATA = Path(__file__).parent / "data"
 
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     demos = [demo(9, 0), demo(6, 1)]
     made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
     settings = dataclasses.replace(SETTINGS, steps=2, augment=False, fsdp=True)
-    params, _ = loop.fit(tiny(), made, draw_params(tiny()), settings, folder)
+    params, _ = imitation.imitate(tiny(), made, draw_params(tiny()), settings, folder)
     np.save(folder / "w.npy", params["action_out_proj"]["kernel"])
     print(len(jax.devices()))
 

@@ -1,6 +1,7 @@
 """`openpi train`: demonstrations in, a checkpoint in openpi's layout out.
 
 openpi train --data demos/*.hdf5 --out runs/mini --settings.steps 20000
+openpi train --stage all --see.scenes data/scenes --out runs/sees
 """
 
 import dataclasses
@@ -9,9 +10,11 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from safe_pruner_jax.cli.stages import Stages, run_stages
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
@@ -19,7 +22,8 @@ from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats
-from safe_pruner_jax.training.loop import Settings, fit
+from safe_pruner_jax.training.imitation import imitate
+from safe_pruner_jax.training.loop import Settings
 from safe_pruner_jax.training.start import drawn, start_from
 
 logger = logging.getLogger(__name__)
@@ -27,10 +31,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a policy on demonstrations by flow matching.
+    """Train a policy: by flow matching on demonstrations, or in stages on labelled scenes.
 
     Args:
+      stage: "flow" trains on demonstrations as openpi does; "align", "refer", "act", "correct" are the stages of a
+        policy that sees, each after the one before, and "all" is all four.
       data: demonstration files: LIBERO's HDF5, or packed archives.
+      see: of the stages.
       out: folder of the run; a run that is there goes on.
       config: name of the policy configuration.
       init: checkpoint to start from, or "embedded"; None starts from random parameters. Its position embedding is
@@ -40,8 +47,10 @@ class Train:
       settings: of the optimiser and the loop.
     """
 
-    data: tuple[Path, ...]
     out: Path
+    data: tuple[Path, ...] = ()
+    stage: Literal["flow", "align", "refer", "act", "correct", "all"] = "flow"
+    see: Stages = dataclasses.field(default_factory=Stages)
     config: str = EMBEDDED
     init: str | None = None
     tokenizer: Path | None = None
@@ -61,6 +70,9 @@ def run_train(args: Train) -> None:
     tokenizer = args.tokenizer or (embedded_folder() / "tokenizer.model" if config.name == EMBEDDED else None)
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
+    if args.stage != "flow":
+        run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out)
+        return
     demos = [demo for path in args.data for demo in read(path, model.image_size)]
     stats = norm_stats(demos)
     served = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len))  # refuses what could not be served
@@ -84,7 +96,7 @@ def run_train(args: Train) -> None:
                 text = f"loss {row['loss']:.4f}, {row['samples_per_s']:.1f} samples/s"
                 progress.update(bar, completed=row["step"], loss=text)
 
-        params, step = fit(model, samples, params, args.settings, args.out, on_log=show)
+        params, step = imitate(model, samples, params, args.settings, args.out, on_log=show)
     checkpoint = args.out / "checkpoint"
     save_params(checkpoint, params, overwrite=True)
     save_norm_stats(checkpoint, config.asset_id, stats)
@@ -112,7 +124,8 @@ def curves(out: Path) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, label in (("loss", "training, last steps"), ("validation", "held-out demonstrations, EMA")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        value = (lambda row: row["validation"]["loss"]) if key == "validation" else (lambda row: row["loss"])
+        points = [(row["step"], value(row)) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")

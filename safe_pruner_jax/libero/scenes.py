@@ -52,15 +52,15 @@ class SceneMaker:
     """
 
     def __init__(self, env: LiberoEnv, size: int):
-        self._env, self._size = env, size
+        self.env, self._size = env, size
         self.placements, self._labels = Placements(env), Labels(env, size)
         self.kinds = self._labels.kinds
 
     def scenes(self, seed: int, count: int = PER_SCENE_FILE) -> Frames:
         """Pictures without physics, each of another placement."""
-        rng = np.random.default_rng([seed, self._env.task.index, 1])
+        rng = np.random.default_rng([seed, self.env.task.index, 1])
         self.placements.shuffle(seed)
-        base, arms = self._env.simulator.get_sim_state().copy(), self._arms(seed, rng)
+        base, arms = self.env.simulator.get_sim_state().copy(), self._arms(seed, rng)
         rows = []
         for _ in range(count):
             held = self.placements.teleport(rng, base, arms)
@@ -74,20 +74,20 @@ class SceneMaker:
         Half of the episodes begin with the hand led astray. Motion commands get noise and pushes; labels are the
         expert's actions from the states that those lead to (DART, Laskey et al. 2017).
         """
-        rng = np.random.default_rng([seed, self._env.task.index, 2])
+        rng = np.random.default_rng([seed, self.env.task.index, 2])
         self.placements.shuffle(seed)
         name = self.placements.names[rng.integers(len(self.placements.names))]
         if rng.random() < 0.5:
             self._wander(rng)
         rows, actions, push = [], [], Pushes(_PUSHES, rng)
-        law, goal = FeedbackExpert(self._env, self.goal(name)), self.goal(name)
+        law, goal = FeedbackExpert(self.env, self.goal(name)), self.goal(name)
         for step in range(_LIMIT):
             if step % _EVERY == 0:
                 rows.append(self.frame(name, law.holds_object()))
             actions.append(law.act())
             action = actions[-1] + _NOISE * np.append(rng.standard_normal(6), 0.0)
             action[:3] += push()
-            self._env.advance(np.clip(action, -1, 1))
+            self.env.advance(np.clip(action, -1, 1))
             if law.scene.holds(goal):
                 break
         else:
@@ -100,14 +100,14 @@ class SceneMaker:
 
     def goal(self, name: str) -> tuple[str, str, str]:
         """The predicate that fetching this object is to make true: the task's own, with this object."""
-        predicate, _, target = self._env.simulator.env.parsed_problem["goal_state"][0]
+        predicate, _, target = self.env.simulator.env.parsed_problem["goal_state"][0]
         return predicate, name, target
 
     def frame(self, name: str, held: bool) -> dict[str, Any]:
         """The present picture and its labels, when an object is the target."""
-        seen = self._env.observe()
+        seen = self.env.observe()
         size, number = self._size, self.kinds.index(kind(name))
-        site = self._env.simulator.env.sim.data.site_xpos[self._env.simulator.robots[0].eef_site_id]
+        site = self.env.simulator.env.sim.data.site_xpos[self.env.simulator.robots[0].eef_site_id]
         return {
             "image": np.stack([resize_with_pad(seen[key], size, size) for key in CAMERAS]),
             "segmentation": self._labels.segmentation(),
@@ -130,15 +130,15 @@ class SceneMaker:
         for _ in range(rng.integers(4, 20)):
             noise = 0.2 * rng.standard_normal(3)
             turn = [*(0.1 * rng.standard_normal(2)), spin]
-            self._env.advance(np.clip([*(line + noise), *turn, -1.0], -1, 1))
+            self.env.advance(np.clip([*(line + noise), *turn, -1.0], -1, 1))
 
     def _arms(self, seed: int, rng: np.random.Generator) -> np.ndarray:
         """Joint angles [n, 7] along one noisy episode."""
         name = self.placements.names[seed % len(self.placements.names)]
-        law, joints = FeedbackExpert(self._env, self.goal(name)), []
+        law, joints = FeedbackExpert(self.env, self.goal(name)), []
         for _ in range(90):
             noise = 0.4 * np.append(rng.standard_normal(6), 0.0)
-            self._env.advance(np.clip(law.act() + noise, -1, 1))
+            self.env.advance(np.clip(law.act() + noise, -1, 1))
             joints.append(self.placements.arm())
         return np.array(joints[::2])
 

@@ -1,6 +1,6 @@
 """Flow matching: the loss that trains a π0 or π0.5, and the flow times it is drawn at.
 
-prefix() once per observation, flow_loss() for any number of times and noises; waypoint_loss() is optional.
+prefix() once per observation, flow_loss() for any number of times and noises.
 """
 
 import jax
@@ -68,24 +68,6 @@ def flow_loss(
         return jnp.square(v.astype(jnp.float32) - (noise - actions)).mean(-1)
 
     return jax.vmap(draw, in_axes=1, out_axes=1)(times, noise)
-
-
-def waypoint_loss(head: Params, prefix: Prefix, token_mask: Array, waypoints: Array) -> Array:
-    """Squared error [B] of waypoints read linearly from the values of the prompt's tokens in all layers.
-
-    An auxiliary loss: what the expert attends to has to say where things are. Not openpi's; π0.5 itself was trained to
-    locate objects beside acting, on data that demonstrations do not have.
-
-    Args:
-      head: "kernel" [L·K·H, W] and "bias" [W].
-      prefix: with the prompt's slots last.
-      token_mask: [B, T] bool.
-      waypoints: [B, W] float32.
-    """
-    share = token_mask / token_mask.sum(1, keepdims=True)
-    mean = lambda v: jnp.einsum("bt,btkh->bkh", share, v[:, -token_mask.shape[1] :].astype(jnp.float32))
-    read = jnp.concatenate([mean(s.v).reshape(len(waypoints), -1) for s in prefix.segments], axis=1)
-    return jnp.square(read @ head["kernel"] + head["bias"] - waypoints).mean(-1)
 
 
 def draw_times(key: Array, shape: tuple[int, ...]) -> Array:

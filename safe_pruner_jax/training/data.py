@@ -9,13 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.libero.demonstrations import subtasks
 from safe_pruner_jax.robots.transform import PolicyConfig
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, normalise
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
-
-WAYPOINT = 6
-"""Numbers of a waypoint, see `waypoints`."""
 
 CAMERA_KEYS = ("observation/image", "observation/wrist_image")
 """Image entries of a demonstration in slot order: outside camera, wrist camera."""
@@ -33,7 +29,6 @@ class Samples:
       token_mask: [prompts, T] bool.
       prompt: [N] int32, row of `tokens`.
       episode: [N] int32, number of the demonstration.
-      waypoints: [N, 6] float32, see `waypoints`.
     """
 
     frames: np.ndarray
@@ -43,7 +38,6 @@ class Samples:
     token_mask: np.ndarray
     prompt: np.ndarray
     episode: np.ndarray
-    waypoints: np.ndarray
 
 
 def norm_stats(demos: Sequence[Any]) -> dict[str, NormStats]:
@@ -117,28 +111,7 @@ def make_samples(
         token_mask=mask,
         prompt=np.array([prompts[ids] for ids in asked], np.int32),
         episode=np.repeat(np.arange(len(demos)), lengths).astype(np.int32),
-        waypoints=np.concatenate([waypoints(demo, stats["state"])[:: demo.every] for demo in demos]),
     )
-
-
-def waypoints(demo: Any, stats: NormStats) -> np.ndarray:
-    """Where the hand is, and where it will be when the gripper's command changes next (or the demonstration ends).
-
-    Taken from what every demonstration has, states and actions: before the grasp it is where the object is, after it
-    where to let go. The moment of a change looks ahead to the next.
-
-    Args:
-      demo: `state` [T, >= 3], position first, and `actions` [T, ·], gripper command last.
-      stats: of states.
-
-    Returns:
-      [T, 6] float32, in standard deviations of the position: from the hand to the waypoint, from the mean to the hand.
-    """
-    last = len(demo.actions) - 1
-    changes = np.append(np.flatnonzero(np.diff(subtasks(demo.actions[:, -1]))) + 1, last)
-    ahead = changes[np.searchsorted(changes, np.arange(last + 1), side="right").clip(max=len(changes) - 1)]
-    here = normalise(demo.state[:, :3], stats, quantiles=False)
-    return np.concatenate([here[ahead] - here, here], axis=1).astype(np.float32)
 
 
 def split(samples: Samples, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

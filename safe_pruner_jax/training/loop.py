@@ -1,6 +1,6 @@
 """The training loop: AdamW, EMA, checkpoints that resume, curves written as they come.
 
-    fit(flow_objective(config, s), Demonstrations(samples, s), params, s, out)
+    fit(objective, source, params, Settings(...), out)
         →  out/metrics.jsonl, out/state/<step>/, and the EMA parameters
 
 What is learned is an `Objective`, what it is learned from a `Source`; the loop knows neither.
@@ -28,15 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine import xla
-from safe_pruner_jax.model import flow
-from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.training.augment import augment
-from safe_pruner_jax.training.data import WAYPOINT, Samples, batches, split
-
-MOVING = (False, True)
-"""Whether each camera of a sample moves with the robot: outside, wrist."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -55,7 +47,6 @@ class Settings:
       ema: decay of the averaged parameters, which are the result.
       validation: share of the demonstrations held out.
       augment: openpi's image augmentations.
-      waypoint: weight of the auxiliary loss `flow.waypoint_loss`; 0, as in openpi, leaves it out.
       seed: of shuffling, augmentation, times and noise.
       log_every, validate_every, save_every: in steps.
       max_seconds: stop (with a checkpoint) after so long; the next run goes on.
@@ -73,17 +64,12 @@ class Settings:
     ema: float = 0.999
     validation: float = 0.05
     augment: bool = True
-    waypoint: float = 0.0
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 1000
     max_seconds: float | None = None
     fsdp: bool = False
-
-
-HEAD = "waypoint_head"
-"""Entry of the parameters while they train with `Settings.waypoint`; it is not part of the model."""
 
 
 @struct.dataclass
@@ -94,18 +80,6 @@ class TrainState:
     params: Params
     ema: Params
     moments: Any
-
-
-@struct.dataclass
-class Batch:
-    """Samples of one step, leading axis B; see `data.Samples`."""
-
-    images: Array
-    state: Array
-    actions: Array
-    tokens: Array
-    token_mask: Array
-    waypoints: Array
 
 
 class Objective(NamedTuple):
@@ -159,39 +133,6 @@ def init_state(params: Params, s: Settings) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimiser(s).init(params))
 
 
-def waypoint_head(config: Pi0Config) -> Params:
-    """A linear head that says zero."""
-    width = config.depth * config.prefix.num_kv_heads * config.prefix.head_dim
-    return {"kernel": jnp.zeros((width, WAYPOINT), jnp.float32), "bias": jnp.zeros(WAYPOINT, jnp.float32)}
-
-
-def losses_of(
-    params: Params, config: Pi0Config, batch: Batch, key: Array, draws: int, augmented: bool
-) -> dict[str, Array]:
-    """Mean losses of a batch, float32 scalars: "loss", of flow matching, and "waypoint_loss" where there is its head.
-
-    Every draw of augmentation, time and noise is from `key`.
-    """
-    B = batch.actions.shape[0]
-    images, for_times, for_noise = jax.random.split(key, 3)
-    x = augment(images, batch.images, moving=MOVING) if augmented else batch.images
-    times = flow.draw_times(for_times, (B, draws))
-    noise = jax.random.normal(for_noise, (B, draws, *batch.actions.shape[1:]))
-    cameras = jnp.ones(batch.images.shape[:2], bool)
-    prefix = flow.prefix(params, config, x, cameras, batch.tokens, batch.token_mask)
-    losses = {"loss": flow.flow_loss(params, config, prefix, batch.state, batch.actions, times, noise).mean()}
-    if HEAD in params:
-        losses["waypoint_loss"] = flow.waypoint_loss(params[HEAD], prefix, batch.token_mask, batch.waypoints).mean()
-    return losses
-
-
-def flow_objective(config: Pi0Config, s: Settings) -> Objective:
-    """Flow matching on demonstrations, with the waypoint loss where the parameters have its head."""
-    losses = lambda params, batch, key: losses_of(params, config, batch, key, s.draws, s.augment)
-    measures = lambda params, batch, key: losses_of(params, config, batch, key, s.draws, False)
-    return Objective(losses, measures, {"loss": 1.0, "waypoint_loss": s.waypoint})
-
-
 def train_step(objective: Objective, s: Settings, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
     """One update: losses, gradient, AdamW, average."""
     key = jax.random.fold_in(jax.random.key(s.seed), state.step)
@@ -223,40 +164,6 @@ def shardings(mesh: Mesh, tree: Any, fsdp: bool) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "data"))
 
     return jax.tree.map(place, tree)
-
-
-def gather(samples: Samples, steps: np.ndarray) -> Batch:
-    """The batch of some steps, on the host."""
-    prompt = samples.prompt[steps]
-    return Batch(
-        samples.frames[steps],
-        samples.state[steps],
-        samples.actions[steps],
-        samples.tokens[prompt],
-        samples.token_mask[prompt],
-        samples.waypoints[steps],
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Demonstrations:
-    """Samples as batches: whole shuffled passes; held out are whole demonstrations."""
-
-    samples: Samples
-    settings: Settings
-    devices: int = 1
-
-    def batches(self, seed: int, start: int) -> Iterator[Batch]:
-        """See `Source`."""
-        training, _ = split(self.samples, self.settings.validation, self.settings.seed)
-        for indices in batches(training, self.settings.batch, seed, start):
-            yield gather(self.samples, indices)
-
-    def checks(self) -> list[Batch]:
-        """One batch of at most four times the training size."""
-        _, held = split(self.samples, self.settings.validation, self.settings.seed)
-        size = min(len(held), 4 * self.settings.batch) // self.devices * self.devices or self.devices
-        return [gather(self.samples, next(batches(held, size, self.settings.seed + 1)))]
 
 
 def fit(
@@ -339,8 +246,7 @@ def fit(
         if step > start:
             save()
     manager.close()
-    result = {name: leaf for name, leaf in state.ema.items() if name != HEAD}
-    return jax.tree.map(np.asarray, jax.device_get(result)), step
+    return jax.tree.map(np.asarray, jax.device_get(state.ema)), step
 
 
 def _means(rows: list[dict[str, Array]]) -> dict[str, float]:

@@ -89,19 +89,17 @@ def look(params: Params, config: Pi0Config, batch: SceneBatch, images: Array, wo
     """The whole prefix of a batch (`images` may be augmented) and all read-outs."""
     heads = params[HEADS]
     weights = pi0.prepare({k: v for k, v in params.items() if k != HEADS}, config)
-    z = pi0.embed_images(weights, config, images)
-    B, n = z.shape[:2]
-    x = jnp.concatenate([z, pi0.embed_prompt(weights, config, batch.tokens)], axis=1)
-    mask = jnp.concatenate([jnp.ones((B, n), bool), batch.token_mask], axis=1)
-    pos, middle = pi0.positions(mask), supervised_layers(config.depth)
-    early, first, _ = pi0.prefix_layers(weights, config, x, pos, mask, range(CUT))
-    late, rest, logits = pi0.prefix_layers(weights, config, early, pos, mask, range(CUT, config.depth), middle)
+    B, C = images.shape[:2]
+    n, middle = C * config.tokens_per_camera, supervised_layers(config.depth)
+    rows = pi0.embed_prefix(weights, config, images, jnp.ones((B, C), bool), batch.tokens, batch.token_mask)
+    early, first, _ = pi0.prefix_layers(weights, config, rows, range(CUT))
+    late, rest, logits = pi0.prefix_layers(weights, config, rows.replace(x=early), range(CUT, config.depth), middle)
     segments = first + rest
     share = batch.token_mask / batch.token_mask.sum(1, keepdims=True)
     values = [jnp.einsum("bt,btkh->bkh", share, s.v[:, n:].astype(jnp.float32)).reshape(B, -1) for s in segments]
     read = jnp.concatenate(values, axis=1)
     attention = [jax.nn.softmax(logits[i][:, :, n:, :n].astype(jnp.float32), -1).mean(1) for i in middle]
-    seen = _dense_looks(heads, weights.embedding, z, words)
+    seen = _dense_looks(heads, weights.embedding, rows.x[:, :n], words)
     return seen.replace(
         mask_cut=_affine(heads["mask_cut"], _unit(early[:, :n]))[..., 0],
         mask=_affine(heads["mask"], _unit(late[:, :n]))[..., 0],
@@ -109,7 +107,7 @@ def look(params: Params, config: Pi0Config, batch: SceneBatch, images: Array, wo
         way=_affine(heads["way"], read),
         held=_affine(heads["held"], read)[..., 0],
         turn=_affine(heads["turn"], read),
-        prefix=flow.Prefix(weights, segments, mask.sum(1, dtype=jnp.int32)),
+        prefix=flow.Prefix(segments, rows.count, weights),
     )
 
 

@@ -1,0 +1,116 @@
+"""`openpi train --stage …`: a policy that sees, stage by stage, from labelled scenes.
+
+openpi train --stage all --scenes data/scenes --out runs/sees
+openpi train --stage act --scenes data/scenes --out runs/sees --settings.steps 3000
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.robots.configs import PolicyConfig
+from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, load_norm_stats
+from safe_pruner_jax.training.loop import Settings
+from safe_pruner_jax.training.rounds import Rounds, correct, export
+from safe_pruner_jax.training.scenes import Scenes
+from safe_pruner_jax.training.stages import STAGES, WEIGHTS, initial, load_weights, save_weights, train_stage
+
+MOTION = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.5, 1.0])
+"""What the expert's commands are scaled by: ±1 moves and closes; turns seldom exceed a third of the command range."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What `--stage` needs beside the settings.
+
+    Args:
+      scenes: folders of labelled scenes (scripts/collect_scenes.py).
+      without: losses left out, by name; "attention" gives the policy without attention supervision.
+      acting: share of a batch that is drawn among frames with actions, in act and correct.
+      rounds: of the stage `correct`.
+    """
+
+    scenes: tuple[Path, ...] = ()
+    without: tuple[str, ...] = ()
+    acting: float = 0.7
+    rounds: Rounds = dataclasses.field(default_factory=Rounds)
+
+
+def run_stages(stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, s: Settings, out: Path) -> None:
+    """Trains one stage, or all of them, and exports `out/checkpoint`.
+
+    Raises:
+      ValueError: no scenes, scenes of another kind, a stage whose predecessor is not there, an unknown loss.
+    """
+    if unknown := set(args.without) - {name for weights in WEIGHTS.values() for name in weights}:
+        raise ValueError(f"without: expected losses of {', '.join(WEIGHTS['act'])}, got {', '.join(sorted(unknown))}")
+    stats = action_stats(config)
+    params: Params | None = None
+    for name in STAGES if stage == "all" else (stage,):
+        params = _stage(name, args, config, stats, tokenizer, s, out)
+    assert params is not None
+    export(out / "checkpoint", params, config, stats, tokenizer)
+
+
+def action_stats(config: PolicyConfig) -> dict[str, NormStats]:
+    """Statistics with which stages train: the embedded policy's states, and `MOTION` for actions."""
+    stats = load_norm_stats(embedded_folder(), config.asset_id)
+    return stats | {"actions": NormStats(np.zeros(len(MOTION)), MOTION, -MOTION, MOTION)}
+
+
+def _stage(
+    name: str,
+    args: Stages,
+    config: PolicyConfig,
+    stats: dict[str, NormStats],
+    tokenizer: Path,
+    s: Settings,
+    out: Path,
+) -> Params:
+    weights = {loss: weight for loss, weight in WEIGHTS[name].items() if loss not in args.without}
+    acting = args.acting if name in ("act", "correct") else 0.0
+    extra = (out / "correct" / "data",) if name == "correct" else ()
+    words = Tokenizer(tokenizer, config.model.max_token_len)
+
+    def scenes() -> Scenes:
+        folders = (*args.scenes, *(folder for folder in extra if folder.exists()))
+        repeat = [3 if folder in extra else 1 for folder in folders]
+        return Scenes(folders, words, stats, config.model, repeat=repeat, acts_share=acting)
+
+    def train(params: Params, steps: int, data: Scenes) -> Params:
+        settings = dataclasses.replace(s, steps=steps)
+        return train_stage(name, config.model, data, params, settings, out, weights=weights, on_log=show)[0]
+
+    def show(row: dict[str, Any]) -> None:
+        values = row.get("validation", row)
+        text = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "step")
+        logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
+
+    before = _weights_before(name, out)
+    if name != "correct":
+        data = scenes()
+        return train(initial(config.model, len(data.kinds), s.seed) if before is None else before, s.steps, data)
+    params = before
+    more = lambda params, number: train(params, (number + 1) * s.steps, scenes())
+    for row, params in correct(args.rounds, before, config, stats, tokenizer, out / name, more):
+        logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
+        save_weights(out / name / "weights.npz", params)
+    return params
+
+
+def _weights_before(name: str, out: Path) -> Params | None:
+    """Weights of the stage before; None before the first."""
+    if name == STAGES[0]:
+        return None
+    before = STAGES[STAGES.index(name) - 1]
+    path = out / before / "weights.npz"
+    if not path.is_file():
+        raise ValueError(f"stage {name}: expected {path}, the weights of stage {before}, got none; train {before} first")
+    return load_weights(path)

@@ -1,0 +1,85 @@
+"""States that a policy visits itself, with what the expert would have done there (DAgger, Ross et al. 2011).
+
+    played = play(maker, policy, seed, mix=0.3)      one episode: frames with labels, and how it went
+
+At every call of the policy the simulator is saved, the feedback law is run ten steps without rendering, its actions
+are kept as label, and the simulator is put back (`law.label`). With probability `mix` the label is executed instead of
+the policy's chunk, so that late phases are visited by a policy that does not get there by itself yet.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert, label
+from safe_pruner_jax.libero.scenes import Frames, SceneMaker, stack
+
+Infer = Callable[[dict[str, Any]], dict[str, Any]]
+"""Request → reply with "actions" [≥ 10, 7], as `Session.infer`."""
+
+
+class Played(NamedTuple):
+    """One episode.
+
+    Args:
+      frames: one per call, all with labels; None where labels were not wanted.
+      success: whether the object got where it should.
+      steps: control steps.
+      closest: least distance of the hand to the object, metres.
+    """
+
+    frames: Frames | None
+    success: bool
+    steps: int
+    closest: float
+
+
+def play(
+    maker: SceneMaker,
+    policy: Infer,
+    seed: int,
+    instruction: Callable[[str], str],
+    *,
+    fixed: bool = False,
+    labels: bool = True,
+    mix: float = 0.0,
+    limit: int = 280,
+) -> Played:
+    """Plays one episode of a shuffled scene, or of a fixed initial state with the task's own object.
+
+    Args:
+      maker: draws scenes and frames.
+      policy: is told of the new episode by "reset".
+      seed: of scene, target and mixture; the number of the initial state if `fixed`.
+      instruction: kind of object → prompt.
+      fixed: play LIBERO's own initial state; such frames must not be trained on.
+      labels: whether frames and labels are wanted.
+      mix: share of calls at which the expert's chunk is executed.
+      limit: control steps.
+    """
+    env, rng = maker.env, np.random.default_rng([seed, maker.env.task.index, 3])
+    if fixed:
+        env.reset(seed)
+        name = env.simulator.env.parsed_problem["goal_state"][0][1]
+    else:
+        maker.placements.shuffle(seed)
+        name = maker.placements.names[rng.integers(len(maker.placements.names))]
+    goal = maker.goal(name)
+    law, rows, steps, closest, success = FeedbackExpert(env, goal), [], 0, np.inf, False
+    words = {"prompt": instruction(name.rsplit("_", 1)[0])}
+    while steps < limit and not success:
+        request = env.observe() | words | ({"reset": True} if steps == 0 else {})
+        chunk = np.asarray(policy(request)["actions"])[:CHUNK]
+        if labels:
+            rows.append(maker.frame(name, law.holds_object()))
+            rows[-1] |= {"actions": label(env, goal), "acts": np.bool_(True)}
+            if rng.random() < mix:
+                chunk = rows[-1]["actions"]
+        for action in chunk:
+            env.advance(np.clip(action, -1, 1))
+            steps += 1
+            closest = min(closest, float(np.linalg.norm(law.scene.site - law.scene.position(name))))
+            if success := law.scene.holds(goal):
+                break
+    return Played(stack(rows) if labels else None, success, steps, closest)

@@ -1,0 +1,176 @@
+"""The `correct` stage: play, relabel, add, train, round after round.
+
+    out/correct/round_0/checkpoint       the policy that played, in openpi's layout
+    out/correct/data/*.npz               one file per episode, all rounds
+    out/correct/rounds.jsonl             success per round, with counts
+
+Episodes are played by processes with a simulator and a policy each. A file is complete when it is there, so a run that
+is stopped goes on with the episode it was at; a worker that dies costs its episode, which is played again.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.scenes import SceneMaker, read, write
+from safe_pruner_jax.model.checkpoint import save_params
+from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.policy.loading import load_policy
+from safe_pruner_jax.robots.configs import PolicyConfig
+from safe_pruner_jax.robots.transforms import NormStats, save_norm_stats
+from safe_pruner_jax.training.correct import Infer, play
+from safe_pruner_jax.training.perception import HEADS
+from safe_pruner_jax.training.scenes import prompt
+
+DEATHS = 3
+"""Times that workers may die in one round before the run is given up."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How to correct.
+
+    Args:
+      suite: benchmark suite.
+      tasks: whose scenes are played.
+      rounds: of playing and training.
+      episodes: per task and round.
+      mix: share of calls at which the expert's chunk is executed; halved every round.
+      first: seed of the first episode.
+      workers: processes, one core each.
+    """
+
+    suite: str = "libero_object"
+    tasks: tuple[int, ...] = tuple(range(10))
+    rounds: int = 3
+    episodes: int = 10
+    mix: float = 0.4
+    first: int = 500_000
+    workers: int = 2
+
+
+def export(out: Path, params: Params, config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Path) -> Path:
+    """Writes a checkpoint in openpi's layout, without heads; returns its folder."""
+    save_params(out, {name: leaf for name, leaf in params.items() if name != HEADS}, overwrite=True)
+    save_norm_stats(out, config.asset_id, stats)
+    shutil.copy(tokenizer, out / "tokenizer.model")
+    return out
+
+
+def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path, size: int) -> dict[str, Any]:
+    """Plays what is missing of one round.
+
+    Args:
+      r: settings.
+      number: of the round, from 0.
+      config, checkpoint: of the policy that plays.
+      out: folder of the episodes' files.
+      size: pixels per side of images and labels.
+
+    Returns:
+      {"round", "episodes", "successes", "frames", "steps"}, of all the round's episodes.
+
+    Raises:
+      RuntimeError: workers died several times.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
+    jobs = {out / f"{r.suite}_{task}_correct_{seed}.npz": (task, seed) for task in r.tasks for seed in seeds}
+    mix, deaths = r.mix * 0.5**number, 0
+    while missing := [job for job in jobs.items() if not job[0].exists()]:
+        try:
+            with ProcessPoolExecutor(r.workers, get_context("spawn")) as pool:
+                rows = [
+                    pool.submit(_episode, path, r.suite, task, seed, mix, config, str(checkpoint), size)
+                    for path, (task, seed) in missing
+                ]
+                for count, done in enumerate(as_completed(rows), 1):
+                    logger.info("round %d, %d of %d: %s", number, count, len(missing), done.result())
+        except BrokenProcessPool as error:
+            deaths += 1
+            if deaths >= DEATHS:
+                raise RuntimeError(f"gave up: workers died {deaths} times in round {number}") from error
+    return summary(number, jobs)
+
+
+def summary(number: int, paths: Any) -> dict[str, Any]:
+    """Counts over the files of a round."""
+    about = [read(path)[1] for path in paths]
+    return {
+        "round": number,
+        "episodes": len(about),
+        "successes": sum(row["success"] for row in about),
+        "frames": sum(row["frames"] for row in about),
+        "steps": sum(row["steps"] for row in about),
+    }
+
+
+def correct(
+    r: Rounds,
+    params: Params,
+    config: PolicyConfig,
+    stats: dict[str, NormStats],
+    tokenizer: Path,
+    out: Path,
+    train: Callable[[Params, int], Params],
+) -> Iterator[tuple[dict[str, Any], Params]]:
+    """Plays and trains, yielding what came of every round and the weights after it.
+
+    Args:
+      r: settings.
+      params: weights that act, heads included.
+      config, stats, tokenizer: of the policy.
+      out: folder of the stage.
+      train: (weights, round) → weights trained on the data that there is then.
+    """
+    for number in range(r.rounds):
+        folder = export(out / f"round_{number}" / "checkpoint", params, config, stats, tokenizer)
+        row = play_round(r, number, config.name, folder, out / "data", config.model.image_size)
+        with (out / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        params = train(params, number)
+        yield row, params
+
+
+_open: list[LiberoEnv] = []
+
+
+@functools.lru_cache(1)
+def _maker(suite: str, task: int, size: int) -> SceneMaker:
+    while _open:
+        _open.pop().close()
+    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
+    return SceneMaker(_open[-1], size)
+
+
+@functools.lru_cache(1)
+def _policy(config: str, checkpoint: str) -> Infer:
+    return load_policy(config, checkpoint, prompt_lengths=(32,)).session().infer
+
+
+def _episode(
+    path: Path, suite: str, task: int, seed: int, mix: float, config: str, checkpoint: str, size: int
+) -> str:
+    """One episode in a worker; returns a line about it."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
+    maker = _maker(suite, task, size)
+    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=mix)
+    about = {"suite": suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
+    about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
+    write(path, played.frames, about)
+    outcome = "solved" if played.success else f"closest {100 * played.closest:.1f} cm"
+    return f"task {task} seed {seed}: {outcome} in {np.round(played.steps)} steps"

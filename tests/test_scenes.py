@@ -1,0 +1,130 @@
+"""Labelled scenes, the expert as a feedback law, and the simulator saved and restored."""
+
+import numpy as np
+import pytest
+
+from safe_pruner_jax.libero import meshes, scenes
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.labels import CLASSES
+from safe_pruner_jax.libero.law import FeedbackExpert, label
+from safe_pruner_jax.libero.placements import APART, Placements
+from safe_pruner_jax.libero.snapshot import restore, save
+
+
+@pytest.fixture(scope="module")
+def maker():
+    with scenes.open_scenes("libero_object", 0) as made:
+        yield made
+
+
+@pytest.mark.libero
+def test_asked_every_ten_steps_the_law_solves_a_shuffled_scene(maker):
+    maker.placements.shuffle(3)
+    goal = maker.goal("cream_cheese_1")
+    law, phases, steps = FeedbackExpert(maker.env, goal), [], 0
+    while steps < 200 and not law.scene.holds(goal):
+        for action in label(maker.env, goal):
+            law.act()
+            phases.append(law.phase)
+            maker.env.advance(np.clip(action, -1, 1))
+        steps += 10
+    assert law.scene.holds(goal), phases
+    order = ["approach", "descend", "close", "lift", "over", "lower"]
+    assert [phases.index(phase) for phase in order] == sorted(phases.index(phase) for phase in order)
+
+
+@pytest.mark.libero
+def test_a_label_leaves_the_simulator_as_it_was_and_says_the_same_again(maker):
+    maker.placements.shuffle(4)
+    goal = maker.goal("milk_1")
+    law = FeedbackExpert(maker.env, goal)
+    for _ in range(35):  # down at the object, the gripper on its way
+        maker.env.advance(np.clip(law.act(), -1, 1))
+    before, actions = save(maker.env), label(maker.env, goal)
+    np.testing.assert_allclose(save(maker.env).physics, before.physics, atol=1e-9)
+    np.testing.assert_allclose(label(maker.env, goal), actions, atol=1e-3)
+
+    def played():
+        for action in actions:
+            maker.env.advance(np.clip(action, -1, 1))
+        return maker.env.simulator.get_sim_state().copy()
+
+    first = played()
+    restore(maker.env, before)
+    np.testing.assert_allclose(played(), first, atol=1e-3)
+
+
+@pytest.mark.libero
+def test_no_scene_is_a_fixed_initial_state(maker):
+    placements = maker.placements
+    columns = [[placements._places[n], placements._places[n] + 1] for n in placements.names]
+    fixed = maker.env.init_states[:, columns]
+    for seed in range(4):
+        placements.shuffle(seed)
+        now = maker.env.simulator.get_sim_state()[columns]
+        assert np.linalg.norm(fixed - now, axis=-1).max(-1).min() > 0.01
+        gaps = np.linalg.norm(now[:, None] - now, axis=-1)[np.triu_indices(len(now), 1)]
+        assert gaps.min() > APART - 0.01  # they settle
+
+
+@pytest.mark.libero
+def test_frames_of_scenes_have_labels_that_agree_with_one_another(maker, tmp_path):
+    frames = maker.scenes(5, 12)
+    assert frames["image"].shape == (12, 2, 112, 112, 3) and frames["segmentation"].max() < len(CLASSES) + 11
+    for i in range(12):
+        shown = set(np.unique(frames["segmentation"][i])) - {0, 1, 2}
+        present = np.flatnonzero(~np.isnan(frames["position"][i, :, 0])) + len(CLASSES)
+        assert shown <= set(present)
+        if frames["held"][i] >= 0:
+            gap = frames["position"][i, frames["held"][i]] - frames["site"][i]
+            assert np.linalg.norm(gap) < 0.06 and frames["held"][i] == frames["target"][i]
+    assert np.ptp(frames["site"], axis=0).min() > 0.05 and not frames["acts"].any()
+    scenes.write(tmp_path / "a.npz", frames, {"suite": "libero_object", "seed": 5})
+    again, about = scenes.read(tmp_path / "a.npz")
+    assert about["seed"] == 5 and np.abs(again["image"].astype(int) - frames["image"]).mean() < 2
+    np.testing.assert_array_equal(again["segmentation"], frames["segmentation"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.libero
+def test_a_demonstration_is_the_law_with_noise(maker):
+    frames = maker.demonstration(2)
+    assert frames["acts"].all() and np.abs(frames["actions"]).max() <= 1.0
+    assert frames["held"][0] == -1 and frames["held"][-1] == frames["target"][0]
+    assert frames["actions"][0, 0, 6] == -1 and (frames["actions"][:, :, 6] == 1).any()
+
+
+@pytest.mark.libero
+def test_coarse_pictures_are_those_of_evaluation_but_for_details():
+    pictures = []
+    for coarse in (False, True):
+        with LiberoEnv(load_task("libero_object", 1), coarse=coarse) as env:
+            Placements(env).shuffle(1)
+            seen = env.observe()
+            pictures.append(np.stack([seen["observation/image"], seen["observation/wrist_image"]]).astype(float))
+    error = np.square(pictures[0] - pictures[1]).mean()
+    assert 0 < error and 10 * np.log10(255**2 / error) > 25  # 30 dB where this was measured
+
+
+def test_thinning_a_mesh_keeps_its_shape():
+    turn, height = np.meshgrid(np.linspace(0, 2 * np.pi, 60, endpoint=False), np.linspace(0, 0.2, 40))
+    vertices = np.stack([0.05 * np.cos(turn), 0.05 * np.sin(turn), height], -1).reshape(-1, 3)
+    corner = (np.arange(39)[:, None] * 60 + np.arange(60)).ravel()
+    right = np.where(corner % 60 == 59, corner - 59, corner + 1)
+    faces = np.concatenate([np.stack([corner, right, corner + 60], 1), np.stack([right, right + 60, corner + 60], 1)])
+    kept, thin = meshes._thin(vertices, faces, 0.01)
+    assert 100 < len(kept) < len(faces) / 2 and len(np.unique(np.sort(thin, 1), axis=0)) == len(thin)
+    area = lambda f: np.linalg.norm(
+        np.cross(vertices[f[:, 1]] - vertices[f[:, 0]], vertices[f[:, 2]] - vertices[f[:, 0]]), axis=1
+    ).sum()
+    assert area(thin) == pytest.approx(area(faces), rel=0.1)
+    np.testing.assert_allclose(np.linalg.norm(vertices[thin.ravel(), :2], axis=1), 0.05, atol=1e-9)
+
+
+def test_a_file_that_is_something_else_is_named(tmp_path):
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"other.npz: not a file of labelled scenes .*collect some"):
+        scenes.read(tmp_path / "other.npz")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"torn.npz: not a file of labelled scenes"):
+        scenes.read(tmp_path / "torn.npz")
