@@ -108,8 +108,11 @@ def main(args: Args) -> int:
                     name, count = done.result()
                     frames, failed = frames + count, failed + (count == 0)
                     seconds = time.perf_counter() - start
-                    print(f"[{seconds:6.0f} s] {number}/{len(todo)} {name}: {count} frames, {frames} in all, "
-                          f"{failed} failed episodes", flush=True)
+                    print(
+                        f"[{seconds:6.0f} s] {number}/{len(todo)} {name}: {count} frames, {frames} in all, "
+                        f"{failed} failed episodes",
+                        flush=True,
+                    )
         except BrokenProcessPool:
             deaths += 1
             if deaths >= DEATHS:

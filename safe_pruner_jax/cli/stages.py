@@ -112,5 +112,7 @@ def _weights_before(name: str, out: Path) -> Params | None:
     before = STAGES[STAGES.index(name) - 1]
     path = out / before / "weights.npz"
     if not path.is_file():
-        raise ValueError(f"stage {name}: expected {path}, the weights of stage {before}, got none; train {before} first")
+        raise ValueError(
+            f"stage {name}: expected {path}, the weights of stage {before}, got none; train {before} first"
+        )
     return load_weights(path)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.expert import (
     CLOSED,
     OPEN,
@@ -24,7 +25,6 @@ from safe_pruner_jax.libero.expert import (
     Expert,
     Grasp,
 )
-from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.snapshot import restore, save
 
 CHUNK = 10
@@ -84,7 +84,7 @@ class FeedbackExpert:
     def _leave(self, half: float) -> np.ndarray:
         """The object stands where it should: let go, then go up."""
         away = half > _AJAR
-        site = self.scene.site + [0, 0, 0.06 if away else 0.0]
+        site = self.scene.site + np.array([0, 0, 0.06 if away else 0.0])
         return self._towards("retreat" if away else "open", site, self.scene.yaw, OPEN)
 
     def _fetch(self, touched: bool, half: float, speed: float) -> np.ndarray:
@@ -106,7 +106,7 @@ class FeedbackExpert:
 
     def _grip(self, firm: bool, yaw: float) -> np.ndarray:
         """The object is between the fingers: close them, and lift when it is firmly held."""
-        site = self.scene.site + [0, 0, 0.06 if firm else 0.0]
+        site = self.scene.site + np.array([0, 0, 0.06 if firm else 0.0])
         return self._towards("lift" if firm else "close", site, self.scene.yaw if firm else yaw, CLOSED)
 
     def _carry(self) -> np.ndarray:

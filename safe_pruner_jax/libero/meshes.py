@@ -1,8 +1,9 @@
 """Coarser meshes for training pictures: the same model, a seventh of the time.
 
 LIBERO's scenes have 320 thousand visible triangles, and a software renderer pays for vertices, not for pixels.
-`decimate` merges vertices that fall into one cell of a grid (Rossignac & Borrel 1993) in the compiled model, in place and
-before a rendering context is made. Collision shapes are other geometries and stay. Evaluation keeps LIBERO's own meshes.
+`decimate` merges vertices that fall into one cell of a grid (Rossignac & Borrel 1993) in the compiled model, in place
+and before a rendering context is made. Collision shapes are other geometries and stay. Evaluation keeps LIBERO's own
+meshes.
 """
 
 from typing import Any

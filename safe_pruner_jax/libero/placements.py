@@ -88,7 +88,7 @@ class Placements:
         draw = rng.random()
         if draw < 0.2:
             held = name
-            state[place : place + 3] = site + rng.normal(0.0, 0.006, 3) + [0, 0, rng.uniform(-0.03, 0.0)]
+            state[place : place + 3] = site + rng.normal(0.0, 0.006, 3) + np.array([0, 0, rng.uniform(-0.03, 0.0)])
             state[self._fingers] = 0.022, -0.022
         elif draw < 0.6:
             state[place : place + 2] = site[:2] + rng.normal(0.0, 0.025, 2)
@@ -117,4 +117,3 @@ class Placements:
         state[columns] = new
         for name in self._fixed:
             state[self._places[name] : self._places[name] + 2] += rng.normal(0.0, RECEPTACLE_JITTER, 2)
-

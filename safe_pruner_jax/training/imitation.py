@@ -1,6 +1,6 @@
 """Imitation as openpi trains it: flow matching on demonstrations, nothing else.
 
-    params, step = imitate(config, samples, params, Settings(...), out)
+params, step = imitate(config, samples, params, Settings(...), out)
 """
 
 import dataclasses

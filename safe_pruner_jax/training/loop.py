@@ -30,6 +30,7 @@ from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine import xla
 from safe_pruner_jax.model.params import Params
 
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How to train.

@@ -162,9 +162,7 @@ def _policy(config: str, checkpoint: str) -> Infer:
     return load_policy(config, checkpoint, prompt_lengths=(32,)).session().infer
 
 
-def _episode(
-    path: Path, suite: str, task: int, seed: int, mix: float, config: str, checkpoint: str, size: int
-) -> str:
+def _episode(path: Path, suite: str, task: int, seed: int, mix: float, config: str, checkpoint: str, size: int) -> str:
     """One episode in a worker; returns a line about it."""
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
     maker = _maker(suite, task, size)

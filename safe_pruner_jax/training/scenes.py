@@ -127,7 +127,9 @@ class Scenes:
         self.kinds: tuple[str, ...] = ()
         self.refresh()
         if not self._parts:
-            raise ValueError(f"data: expected labelled scenes in {', '.join(map(str, folders))}, got none; collect some")
+            raise ValueError(
+                f"data: expected labelled scenes in {', '.join(map(str, folders))}, got none; collect some"
+            )
 
     def refresh(self) -> int:
         """Reads files that have appeared; returns how many."""
@@ -179,7 +181,7 @@ class Scenes:
     def batch(self, index: np.ndarray, targets: np.ndarray) -> SceneBatch:
         """Frames `index` [B], prompted to fetch the kinds `targets` [B]."""
         d = {key: value[index] for key, value in self._all.items()}
-        B, rows = len(index), np.arange(len(index))
+        rows = np.arange(len(index))
         share = d["share"].astype(np.float32)  # [B, n, classes]
         things = share[..., len(CLASSES) :]
         from_hand = (d["position"] - d["site"][:, None]) / UNIT
