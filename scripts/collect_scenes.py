@@ -95,7 +95,7 @@ def jobs(args: Args) -> list[tuple]:
 def main(args: Args) -> int:
     """Collects until all is there, or says in one line why not."""
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread: no waiting for another
     deaths, start, frames, failed = 0, time.perf_counter(), 0, 0
     while todo := jobs(args):
         if shutil.disk_usage(args.out).free < SPACE:

@@ -170,7 +170,7 @@ def test_wrong_runs_are_refused_in_one_line(folder, tmp_path):
         run("act", scenes=(folder,))
     with pytest.raises(ValueError, match=r"without: expected losses of cells, .* got beauty"):
         run("align", scenes=(folder,), without=("beauty",))
-    with pytest.raises(ValueError, match=r"expected labelled scenes in .*, got none; collect some"):
+    with pytest.raises(ValueError, match=r"expected labelled scenes in .*, got none; run scripts"):
         run("align", scenes=(tmp_path / "nothing",))
     save(folder / "7.npz", 7, kinds=("bowl", "plate"))
     with pytest.raises(ValueError, match=r"7.npz: expected scenes of one suite \(basket, butter, milk\)"):

@@ -186,7 +186,7 @@ def read(path: Path) -> tuple[Frames, dict[str, Any]]:
             raise ValueError(f"expected the format {FORMAT!r}, got {about['format']!r}")
         blob, lengths = arrays.pop("jpeg").tobytes(), arrays.pop("jpeg_length")
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of labelled scenes ({error}); collect some with openpi scenes") from error
+        raise ValueError(f"{path}: not a file of labelled scenes ({error}); collect some with scripts/collect_scenes.py") from error
     ends = np.cumsum(lengths)
     images = [np.asarray(Image.open(io.BytesIO(blob[b - n : b]))) for b, n in zip(ends, lengths, strict=True)]
     T, C, S, _ = arrays["segmentation"].shape
