@@ -7,7 +7,6 @@ files that are there are complete. docs/training.md says what is in them.
 """
 
 import dataclasses
-import functools
 import os
 import shutil
 import sys
@@ -50,27 +49,11 @@ class Args:
     workers: int = 2
 
 
-@functools.cache
-def maker(suite: str, task: int, size: int):
-    """This process's environment; the one before is closed."""
-    from safe_pruner_jax.libero.env import LiberoEnv, load_task
-    from safe_pruner_jax.libero.scenes import SceneMaker
-
-    while _open:
-        _open.pop().close()
-    maker.cache_clear()
-    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
-    return SceneMaker(_open[-1], size)
-
-
-_open: list = []
-
-
 def make(path: Path, suite: str, task: int, what: str, seed: int, size: int) -> tuple[str, int]:
     """One file; returns its name and its number of frames (0: the expert failed)."""
-    from safe_pruner_jax.libero.scenes import write
+    from safe_pruner_jax.libero.scenes import current_maker, write
 
-    source = maker(suite, task, size)
+    source = current_maker(suite, task, size)
     frames = source.scenes(seed) if what == "scenes" else source.demonstration(seed)
     if frames is None:
         path.with_suffix(".failed").touch()

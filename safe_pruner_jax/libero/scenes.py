@@ -10,6 +10,7 @@ are exact. What is drawn is 256² resized to 224² and to the policy's size, the
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -150,6 +151,18 @@ def open_scenes(suite: str, task: int, size: int = 112) -> Iterator[SceneMaker]:
         yield SceneMaker(env, size)
 
 
+_open: list[LiberoEnv] = []
+
+
+@functools.lru_cache(1)
+def current_maker(suite: str, task: int, size: int) -> SceneMaker:
+    """This process's maker, for workers that are given one job after the other; the environment before is closed."""
+    while _open:
+        _open.pop().close()
+    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
+    return SceneMaker(_open[-1], size)
+
+
 def stack(rows: list[dict[str, Any]]) -> Frames:
     """Frames along a new leading axis."""
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -186,7 +199,9 @@ def read(path: Path) -> tuple[Frames, dict[str, Any]]:
             raise ValueError(f"expected the format {FORMAT!r}, got {about['format']!r}")
         blob, lengths = arrays.pop("jpeg").tobytes(), arrays.pop("jpeg_length")
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of labelled scenes ({error}); collect some with scripts/collect_scenes.py") from error
+        raise ValueError(
+            f"{path}: not a file of labelled scenes ({error}); collect some with scripts/collect_scenes.py"
+        ) from error
     ends = np.cumsum(lengths)
     images = [np.asarray(Image.open(io.BytesIO(blob[b - n : b]))) for b, n in zip(ends, lengths, strict=True)]
     T, C, S, _ = arrays["segmentation"].shape

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_pruner_jax.libero.env import LiberoEnv, load_task
-from safe_pruner_jax.libero.scenes import SceneMaker, read, write
+from safe_pruner_jax.libero.scenes import current_maker, read, write
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.loading import load_policy
@@ -146,17 +145,6 @@ def correct(
         yield row, params
 
 
-_open: list[LiberoEnv] = []
-
-
-@functools.lru_cache(1)
-def _maker(suite: str, task: int, size: int) -> SceneMaker:
-    while _open:
-        _open.pop().close()
-    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
-    return SceneMaker(_open[-1], size)
-
-
 @functools.lru_cache(1)
 def _policy(config: str, checkpoint: str) -> Infer:
     return load_policy(config, checkpoint, prompt_lengths=(32,)).session().infer
@@ -165,7 +153,7 @@ def _policy(config: str, checkpoint: str) -> Infer:
 def _episode(path: Path, suite: str, task: int, seed: int, mix: float, config: str, checkpoint: str, size: int) -> str:
     """One episode in a worker; returns a line about it."""
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
-    maker = _maker(suite, task, size)
+    maker = current_maker(suite, task, size)
     played = play(maker, _policy(config, checkpoint), seed, prompt, mix=mix)
     about = {"suite": suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}

@@ -127,9 +127,8 @@ class Scenes:
         self.kinds: tuple[str, ...] = ()
         self.refresh()
         if not self._parts:
-            raise ValueError(
-                f"data: expected labelled scenes in {', '.join(map(str, folders))}, got none; collect some"
-            )
+            where = ", ".join(map(str, folders))
+            raise ValueError(f"data: expected labelled scenes in {where}, got none; run scripts/collect_scenes.py")
 
     def refresh(self) -> int:
         """Reads files that have appeared; returns how many."""
