@@ -16,7 +16,7 @@ import pytest
 
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.libero import simulator
-from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task
+from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task, parent
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
 pytestmark = pytest.mark.newest
@@ -124,6 +124,26 @@ def test_unknown_suite_lists_the_suites():
 def test_limits_are_those_of_openpis_client():
     assert SUITES == ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
     assert [LIMITS[suite] for suite in SUITES] == [220, 280, 300, 520, 400]
+
+
+def test_variants_have_the_limits_of_their_suite():
+    assert [parent(s) for s in ("libero_object_swap", "libero_10_lan", "libero_90")] == [
+        "libero_object",
+        "libero_10",
+        "libero_90",
+    ]
+    with pytest.raises(ValueError, match=r"unknown suite 'libero_1'; there are libero_spatial, .* libero_object_swap"):
+        parent("libero_1")
+
+
+@pytest.mark.libero
+def test_a_suite_of_libero_pro_is_named_like_any_other():
+    swapped, own = load_task("libero_object_swap", 0), load_task("libero_object", 0)
+    assert swapped.language == own.language and swapped.bddl != own.bddl
+    with pytest.raises(
+        ValueError, match=r"unknown suite 'libero_object_upside_down'; of libero_object .*libero_object_swap"
+    ):
+        load_task("libero_object_upside_down", 0)
 
 
 @pytest.mark.parametrize(

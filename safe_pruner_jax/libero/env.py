@@ -31,6 +31,7 @@ from safe_pruner_jax.robots.transforms import resize_with_pad
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Control steps (20 Hz) per episode of each suite: a little over its longest demonstration, from openpi's client."""
 SUITES = tuple(LIMITS)
+"""The standard suites; variants of them that the installed benchmark has (LIBERO-PRO's) are named like their parent."""
 REST = (0.0,) * 6 + (-1.0,)  # stand still, gripper open
 CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "robot0_eye_in_hand"}
 
@@ -55,6 +56,18 @@ class StepResult(NamedTuple):
 
     success: bool
     done: bool
+
+
+def parent(suite: str) -> str:
+    """The standard suite that a suite is a variant of: "libero_object_swap" → "libero_object".
+
+    Raises:
+      ValueError: it is a variant of none.
+    """
+    known = [name for name in SUITES if suite == name or suite.startswith(f"{name}_")]
+    if not known:
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, and variants, libero_object_swap")
+    return max(known, key=len)
 
 
 def num_tasks(suite: str) -> int:
@@ -120,7 +133,7 @@ class LiberoEnv:
     ):
         lib = simulator()
         self.task, self.steps = task, 0
-        self.max_steps = LIMITS[task.suite] if max_steps is None else max_steps
+        self.max_steps = LIMITS[parent(task.suite)] if max_steps is None else max_steps
         self._init_states = np.asarray(_benchmark(task.suite).get_task_init_states(task.index))
         self.num_init_states = len(self._init_states)
         self._observed_size, self._wait = observed_size, wait
@@ -184,7 +197,7 @@ class LiberoEnv:
         """
         if self.simulator is None:
             raise RuntimeError("the environment is closed")
-        generator = np.random.RandomState([seed, SUITES.index(self.task.suite), self.task.index])
+        generator = np.random.RandomState([seed, SUITES.index(parent(self.task.suite)), self.task.index])
         model, env = self.simulator.sim.model, self.simulator.env
         for fixture in env.fixtures_dict.values():  # the sampler adds a fixture's new place to where its parts are now
             body = model.body_name2id(fixture.root_body)
@@ -392,7 +405,10 @@ def _global_generator(state: Any) -> Iterator[Callable[[], Any]]:
 
 @functools.cache
 def _benchmark(suite: str) -> Any:
-    if suite not in LIMITS:
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
+    standard = parent(suite)
+    suites = simulator().benchmark.get_benchmark_dict()
+    if suite not in suites:
+        variants = sorted(name for name in suites if name.startswith(f"{standard}_"))
+        raise ValueError(f"unknown suite {suite!r}; of {standard} the installed benchmark has {', '.join(variants)}")
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its task order
-        return simulator().benchmark.get_benchmark_dict()[suite]()
+        return suites[suite]()
