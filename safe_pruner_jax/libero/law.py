@@ -38,6 +38,7 @@ _PADS, _UNDERSIDE = 0.008, 0.020
 _CLEARANCE = 0.04
 _OVER = 0.025  # of the basket's middle: near enough to go down
 _FAST = 0.02  # m/s of a finger that still closes
+_STILL = 0.01  # m/s of a hand that gets no nearer
 _AJAR = 0.0385  # half opening of a hand that nothing has begun to close
 _EMPTY = 0.002  # half opening of a hand that closed on nothing
 _INSIDE = 0.07  # of the target's middle: it will stay there when let go
@@ -95,9 +96,11 @@ class FeedbackExpert:
         aligned = abs(scene.turn(grasp.yaw)) < _ALIGNED
         if _EMPTY < half < _AJAR and away < 0.03 and depth < 0.03:  # it has begun to close here
             return self._grip(touched and speed < _FAST, grasp.yaw)
-        if away < _REACHED and depth < _DEPTH and aligned and half >= _AJAR:
+        there = away < _REACHED and depth < _DEPTH
+        stuck = away < _COLUMN and depth < 2 * _DEPTH and self._speed() < _STILL  # far out the arm stops short
+        if (there or stuck) and aligned and half >= _AJAR:
             return self._grip(False, grasp.yaw)
-        if away < _COLUMN and aligned and scene.site[2] < above + _COLUMN:
+        if away < _COLUMN and aligned:
             return self._towards("descend", at, grasp.yaw, OPEN)
         cruise = max(above, scene.highest_between(scene.site[:2], at[:2], 0.11, self._thing) + _PADS + _CLEARANCE)
         if away > 0.05 and scene.site[2] < cruise - 0.03:
@@ -132,6 +135,11 @@ class FeedbackExpert:
         move = np.clip(POSITION_GAIN * (position - self.scene.site), -1, 1)
         turn = np.clip(ORIENTATION_GAIN * self.scene.rotation_to(yaw), -ORIENTATION_LIMIT, ORIENTATION_LIMIT)
         return np.array([*move, *turn, gripper])
+
+    def _speed(self) -> float:
+        """Of the grip site, m/s."""
+        site = self._robot.gripper.important_sites["grip_site"]
+        return float(np.linalg.norm(self._robot.sim.data.get_site_xvelp(site)))
 
     def _fingers(self) -> tuple[float, float]:
         """Half opening (m) and speed (m/s) of the fingers."""
