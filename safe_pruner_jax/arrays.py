@@ -15,5 +15,15 @@ import jax
 
 Array = jax.Array
 
+
+def beside(v: Array, x: Array) -> Array:
+    """v [..., E] with as many axes as x [..., E] has, for an operation between them.
+
+    jax would do it by itself; done by hand, an operation between shapes that were not meant for one another is an error
+    (`jax_numpy_rank_promotion="raise"` in the tests).
+    """
+    return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
+
+
 Layers = tuple[int, ...]
 """Layer indices, 0 is the first layer of the language model (and of the expert)."""

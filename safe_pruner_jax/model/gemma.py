@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, beside
 from safe_pruner_jax.model.config import GemmaConfig
 from safe_pruner_jax.model.matrix import Matrix, Upright, columns, dense
 from safe_pruner_jax.model.params import by_layer
@@ -93,7 +93,7 @@ def prepare_layers(
 def rope(positions: Array, head_dim: int) -> tuple[Array, Array]:
     """cos and sin [B, S, 1, H/2] in float32 for positions [B, S]; timescale_i = 10000^(2i/H)."""
     exponent = (2.0 / head_dim) * jnp.arange(head_dim // 2, dtype=jnp.float32)
-    angle = positions[..., None].astype(jnp.float32) / (10_000**exponent)
+    angle = positions[..., None].astype(jnp.float32) / beside(10_000**exponent, positions[..., None])
     return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 
 
@@ -108,8 +108,8 @@ def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> t
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + 1e-6)
     if mod is None:
-        return (f * gain).astype(x.dtype), 1.0  # pyright: ignore[reportOperatorIssue]  without mod there is a gain
-    scale, shift, gate = jnp.split(mod, 3, axis=-1)
+        return (f * beside(gain, f)).astype(x.dtype), 1.0  # pyright: ignore[reportOperatorIssue]  without mod there is a gain
+    scale, shift, gate = jnp.split(beside(mod, f), 3, axis=-1)
     return (f * (1 + scale) + shift).astype(x.dtype), gate
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, beside
 
 
 @struct.dataclass
@@ -44,7 +44,7 @@ def dense(x: Array, w: Matrix) -> Array:
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, Scaled):
         y = jnp.matmul(rows, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
-        y = (y * w.scale).astype(x.dtype)
+        y = (y * beside(w.scale, y)).astype(x.dtype)
     else:
         y = rows @ w
     return y.reshape(*x.shape[:-1], w.shape[-1])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, Layers
+from safe_pruner_jax.arrays import Array, Layers, beside
 from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.guidance import Guide, guided
@@ -85,7 +85,7 @@ def time_embedding(times: Sequence[float] | np.ndarray | Array, width: int) -> n
     """
     period = 4e-3 * 1000.0 ** np.linspace(0.0, 1.0, width // 2)
     if isinstance(times, jax.Array):
-        angle = times[:, None] * (2 * np.pi / period).astype(np.float32)
+        angle = times[:, None] * (2 * np.pi / period).astype(np.float32)[None]
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
     angle = 2 * np.pi * np.asarray(times, np.float64)[:, None] / period
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
@@ -134,14 +134,23 @@ def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndar
     """The schedule of given flow times [s], see `Schedule`."""
     times = times if isinstance(times, jax.Array) else np.asarray(times, np.float32)
     emb = jnp.asarray(time_embedding(times, config.expert.width))
-    dense = lambda name, x: x @ read(params[name]["kernel"]) + read(params[name]["bias"])
+
+    def dense(name: str, x: Array) -> Array:
+        y = x @ read(params[name]["kernel"])
+        return y + beside(read(params[name]["bias"]), y)
+
     if not config.pi05:
         first = params["action_time_mlp_in"]
-        mix = emb @ read(first["kernel"])[config.expert.width :] + read(first["bias"])
+        mix = emb @ read(first["kernel"])[config.expert.width :]
+        mix = mix + beside(read(first["bias"]), mix)
         return Schedule(jnp.asarray(times), None, None, None, mix)
     cond = jax.nn.swish(dense("time_mlp_out", jax.nn.swish(dense("time_mlp_in", emb))))
     dtype = jnp.dtype(config.dtype)
-    modulate = lambda kernel, bias: cond.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+
+    def modulate(kernel: Array, bias: Array) -> Array:
+        y = cond.astype(dtype) @ kernel.astype(dtype)
+        return y + beside(bias.astype(dtype), y)
+
     llm = params["PaliGemma"]["llm"]
     attn, mlp, last = (
         (norm["Dense_0"]["kernel"], norm["Dense_0"]["bias"])
@@ -290,12 +299,17 @@ def prefix_layers(
 
 def suffix_tokens(weights: Weights, config: Pi0Config, state: Array, x_t: Array, mix: Array | None) -> Array:
     """Expert input [B, R, W] float32: action tokens; π0 mixes the time in and puts one state token first."""
-    affine = lambda x, a: x @ a.w.astype(jnp.float32) + a.b
+
+    def affine(x: Array, a: siglip.Affine) -> Array:
+        y = x @ a.w.astype(jnp.float32)
+        return y + beside(a.b, y)
+
     tokens = affine(x_t, weights.action_in)
     if config.pi05:
         return tokens
     first, second = weights.mixer  # pyright: ignore[reportGeneralTypeIssues]  π0 has one
-    tokens = affine(jax.nn.swish(tokens @ first.astype(jnp.float32) + mix), second)
+    mixed = tokens @ first.astype(jnp.float32)
+    tokens = affine(jax.nn.swish(mixed + beside(mix, mixed)), second)
     return jnp.concatenate([affine(state, weights.state)[:, None], tokens], axis=1)
 
 
@@ -332,7 +346,7 @@ def expert_layers(
     """
     c = config.expert
     h = tokens.astype(config.dtype)
-    rotation = gemma.rope(prefix.alive[:, None] + jnp.arange(h.shape[1]), c.head_dim)
+    rotation = gemma.rope(prefix.alive[:, None] + jnp.arange(h.shape[1])[None], c.head_dim)
     mask = jnp.asarray(suffix_mask(config))
     kept = {}
     for i, segment in enumerate(prefix.segments):
@@ -375,7 +389,8 @@ def velocity(
     h, logits = expert_layers(weights, config, tokens, prefix, at.mods, logits_of=logits_of, use=use)
     h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
     h = h[:, -config.action_horizon :]
-    return h @ weights.action_out.w + weights.action_out.b, logits
+    v = h @ weights.action_out.w
+    return v + beside(weights.action_out.b, v), logits
 
 
 def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array, over: str = "visual") -> Array:

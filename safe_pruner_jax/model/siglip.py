@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, beside
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.matrix import dense
 from safe_pruner_jax.model.params import by_layer, read
@@ -102,7 +102,8 @@ def encode(w: VisionWeights, config: Pi0Config, images: Array) -> Array:
     p, g, dtype = config.vision.patch, config.grid, jnp.dtype(config.dtype)
     x = images.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if images.dtype == jnp.uint8 else images
     x = x.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p * 3)
-    x = (_dense(x, w.patch) + w.positions).astype(dtype)
+    x = _dense(x, w.patch)
+    x = (x + beside(w.positions, x)).astype(dtype)
     for block in w.blocks:
         x = _block(block, x, config.vision.num_heads)
     return _dense(_layer_norm(x, w.norm), w.head)
@@ -121,11 +122,12 @@ def _block(w: BlockWeights, x: Array, heads: int) -> Array:
 
 
 def _dense(x: Array, a: Affine) -> Array:
-    return dense(x, a.w) + a.b
+    y = dense(x, a.w)
+    return y + beside(a.b, y)
 
 
 def _layer_norm(x: Array, a: Affine) -> Array:
     f = x.astype(jnp.float32)
     mean = f.mean(-1, keepdims=True)
     var = jnp.maximum((f * f).mean(-1, keepdims=True) - mean * mean, 0.0)
-    return ((f - mean) * (jax.lax.rsqrt(var + 1e-6) * a.w) + a.b).astype(x.dtype)
+    return ((f - mean) * (jax.lax.rsqrt(var + 1e-6) * beside(a.w, f)) + beside(a.b, f)).astype(x.dtype)

@@ -182,7 +182,7 @@ def cluster(x: Array, valid: Array, count: Array) -> tuple[Array, Array]:
     distance = jnp.where(jnp.eye(m, dtype=bool), 0.0, jnp.minimum(distance, distance.T))
     pair = valid[:, None] & valid[None, :]
     near = jnp.sort(jnp.where(pair, distance, jnp.inf), axis=-1)
-    near = jnp.where((jnp.arange(m) < count) & jnp.isfinite(near), near, 0.0)
+    near = jnp.where((jnp.arange(m)[None] < count) & jnp.isfinite(near), near, 0.0)
     density = jnp.exp(-(near**2).sum(-1) / jnp.maximum(count, 1))
     first = jnp.arange(m)
     denser = (density[None, :] > density[:, None]) | (
