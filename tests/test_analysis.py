@@ -9,7 +9,7 @@ import pytest
 from demonstrations import demo
 from tiny_policy import moving_scene
 
-from safe_pruner_jax.analysis import calibrate, cost, forecast, kappa, measures, recall
+from safe_pruner_jax.analysis import attention, calibrate, cost, forecast, kappa, measures, recall
 from safe_pruner_jax.analysis.rows import Rows, RowsError, read_rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.cli import analyze
@@ -163,6 +163,22 @@ def test_forecasts_of_a_moving_still_life_are_exact_and_of_noise_are_not():
     assert [(r["age"], r["pairs"]) for r in first if r["quantity"] == forecast.LATE] == [(a, 1) for a in (1, 2, 3, 4)]
 
 
+def test_attention_is_counted_in_tokens():
+    uniform, one = np.ones(8) / 8, np.eye(8)[2]
+    np.testing.assert_allclose(attention.effective(np.stack([uniform, one, np.repeat([0.5, 0], [2, 6])])), [8, 1, 2])
+    np.testing.assert_allclose(attention.effective(3 * uniform), 8)  # whatever it sums to
+    trace = synthetic()
+    narrow = np.zeros_like(trace.text)
+    narrow[..., 0] = 1.0  # one token of the first camera has it all
+    rows = [{"part": "a"} | row for row in attention.measure(dataclasses.replace(trace, text=narrow))]
+    prompt = attention.medians(rows, "prompt")
+    assert all(share == pytest.approx(1 / trace.alive[0].sum()) and outside == 1 for share, outside in prompt.values())
+    action = attention.medians(rows, "action")
+    assert all(0.5 < share < 1 for share, _ in action.values()) and len(action) == len(prompt) + 1
+    assert "| 4 | – | – |" in attention.table(rows)  # the last layer of the language model has no rows
+    assert attention.figure(rows).axes[0].get_lines()[0].get_ydata()[0] == prompt[0][0]
+
+
 def test_kappa_rows_tell_keyframes_references_and_boundaries(watched):
     rows = kappa.measure(watched, cut=2, threshold=-1.0)
     free = [r["kappa"] for r in rows if r["queries"] == "text"]
@@ -283,7 +299,8 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
     assert loads == [1]  # calibrate had measured both
     analyze.run_kappa(analyze.Kappa(**own, limit=1), load, about)
     assert loads == [1, 1]
-    for name in ("recall", "forecast", "kappa", "calibrate"):
+    analyze.run_attention(analyze.Attention(**own, limit=1), load, about)
+    for name in ("recall", "forecast", "kappa", "calibrate", "attention"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "out" / f"{name}.md").read_text().startswith("| ")
     assert {r["part"] for r in read_rows(tmp_path / "out" / "kappa.jsonl")} == {f"{tmp_path.name}/butter_demo#0"}

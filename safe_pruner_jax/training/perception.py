@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.arrays import Array, beside
 from safe_pruner_jax.model import flow, pi0, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
@@ -127,7 +127,7 @@ def _dense_looks(heads: Params, embedding: Array, z: Array, words: Vocabulary) -
     share = words.name / words.name.sum(1, keepdims=True)
     names = jnp.einsum("kt,ktd->kd", share, embedding.astype(jnp.float32)[words.tokens])
     names = _unit(jnp.concatenate([heads["names"]["nothing"], names]), 1e-9)
-    scale = jnp.exp(heads["names"]["log_scale"]) / z.shape[-1]
+    scale = jnp.exp(heads["names"]["log_scale"][0]) / z.shape[-1]
     cells = _affine(heads["cells"], z)
     return Looks(
         cells=cells.reshape(*z.shape[:2], CELLS**2, -1),
@@ -138,7 +138,8 @@ def _dense_looks(heads: Params, embedding: Array, z: Array, words: Vocabulary) -
 
 
 def _affine(head: Params, x: Array) -> Array:
-    return x @ head["kernel"] + head["bias"]
+    y = x @ head["kernel"]
+    return y + beside(head["bias"], y)
 
 
 def _unit(x: Array, eps: float = 1e-6) -> Array:
