@@ -150,18 +150,39 @@ def test_acting_on_all_tokens_is_the_full_pass_and_on_others_is_not(policy):
     assert (errors > 1e-4).all() and np.abs(halves[0] - halves[1]).max() > 1e-4
 
 
-def test_the_command_measures_the_policy_itself_and_goes_on(policy, tmp_path, capsys):
-    write_demos(tmp_path / "butter_demo.hdf5", [demo(seed=s, steps=9, side=56, every=2) for s in range(2)])
-    args = command.Controls(data=(str(tmp_path / "butter_demo.hdf5"),), out=tmp_path / "out", cuts=(2,), keep=0.5)
-    loads = []
-    command.run_controls(args, lambda: loads.append(1) or policy, {"policy": "tiny"})
+def test_the_command_watches_each_episode_twice_and_goes_on(tmp_path, capsys, monkeypatch):
+    demos = [demo(seed=s, steps=9, side=56, every=2) for s in range(2)]
+    write_demos(tmp_path / "butter_demo.hdf5", demos)
+    args = command.Controls(data=(str(tmp_path / "butter_demo.hdf5"),), out=tmp_path / "out", cuts=(2,), keep=0.25)
+    loads, watched = [], []
+
+    class Watching:
+        policy = None
+
+        def __init__(self, policy):
+            assert policy == "loaded"
+
+        def __call__(self, calls):
+            state = next(iter(calls)).request["observation/state"]
+            seed = next(i for i, one in enumerate(demos) if np.allclose(one.state[0], state))
+            watched.append(seed)
+            return policy_of("forecast works", seed)[0]
+
+    def acting(policy, keep):
+        assert keep == 0.25
+        missed = lambda trace, t, kept: 1 - trace.late()[t, 0][kept].sum(1)
+        return lambda trace, t, cut, kept: np.broadcast_to(missed(trace, t, kept)[:, None, None], (len(kept), 6, 8))
+
+    monkeypatch.setattr(command, "Watch", Watching)
+    monkeypatch.setattr(controls, "Acting", acting)
+    command.run_controls(args, lambda: loads.append(1) or "loaded", {"policy": "tiny"})
     rows = read_rows(tmp_path / "out" / "controls.jsonl")
-    assert len(loads) == 1 and len(rows) == 2 * 6 * 6
-    assert all(e > 0 for row in rows for e in row["errors"])
+    assert loads == [1] and watched == [0, 1, 0, 1] and len(rows) == 2 * 6 * 6
     assert (tmp_path / "out" / "controls.png").stat().st_size > 5000
     text = (tmp_path / "out" / "controls.md").read_text()
-    assert "for `safe` as described (cut 2)" in text and text in capsys.readouterr().out
-    assert np.load(tmp_path / "out" / "prior.npy").shape == (512,)
+    assert "**forecast works** for `safe` as described (cut 2)" in text and text in capsys.readouterr().out
+    others = [policy_of("forecast works", seed)[0].late()[:, [0, -2, -1]].mean((0, 1)) for seed in (0, 1)]
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "prior.npy"), np.mean(others, axis=0), atol=1e-6)
     command.run_controls(args, lambda: pytest.fail("nothing is left to compute"), {"policy": "tiny"})
     with pytest.raises(ValueError, match="at least two episodes"):
-        command.run_controls(dataclasses.replace(args, limit=1, out=tmp_path / "one"), lambda: policy, {})
+        command.run_controls(dataclasses.replace(args, limit=1, out=tmp_path / "one"), lambda: "loaded", {})
