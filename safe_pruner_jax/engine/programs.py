@@ -136,7 +136,7 @@ def _evidence(
 
 def _layers(captures: tuple[Capture, ...], layers: range) -> tuple[int, ...]:
     """Layers of a range whose prefix logits are wanted."""
-    return tuple(c.layer for c in captures if c.rows != "action" and c.layer in layers)
+    return tuple(c.layer for c in captures if c.rows != "action" and c.layer is not None and c.layer in layers)
 
 
 def draw_noise(config: Pi0Config, key: Array) -> Array:
@@ -149,7 +149,7 @@ def _action_saliency(
     config: Pi0Config, plan: Plan, weights: pi0.Weights, prefix: pi0.Prefix, state: Array, *, noise: Array, alive: Array
 ) -> dict[int, Callable[[str], Array]]:
     """{layer: over → [B, n] saliency of the action tokens at flow time 1} for the captures that ask for it."""
-    actions = tuple(c.layer for c in plan.capture if c.rows == "action")
+    actions = tuple(c.layer for c in plan.capture if c.rows == "action" and c.layer is not None)
     if not actions:
         return {}
     first = jax.tree.map(lambda a: a[0], weights.schedule)
