@@ -261,6 +261,18 @@ def test_every_robot_of_a_batch_equals_the_robot_alone(engines, name):
     assert alive[-1][0].sum() > alive[-1][1].sum()  # the budget is taken of the alive tokens
 
 
+def test_a_step_may_be_run_in_full_whatever_the_pruner_decides(engines):
+    """DivPrune makes no keyframe by itself."""
+    engine, x = engines("divprune"), inputs((0,), 0)
+    control = engine.init((0,), 2)
+    pruned, _, info = engine.step(control, x)
+    assert not info.keyframe.any()
+    actions, _, info = engine.step(control, x, full=True)
+    assert info.keyframe.all() and np.abs(actions - pruned).max() > 1e-4
+    want, _ = engine.full(engine.weights, engine.shallow(engine.weights, control, x, None), None)
+    np.testing.assert_array_equal(actions, want)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_second_episode_compiles_and_copies_nothing(engines, name):
     engine = engines(name)
