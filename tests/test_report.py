@@ -97,8 +97,9 @@ def test_the_share_is_the_one_that_was_asked_for_and_not_the_first_cuts():
 
 
 def test_labels_show_what_is_not_the_default():
-    choices = {"keep": 0.5, "fuse": 0.0, "cut": 3, "late_layers": [0, -2, -1], "every": 8}
+    choices = {"keep": 0.5, "fuse": 0.0, "cut": 3, "late_layers": None, "every": 8}
     assert method_label({"pruner": "safe", "choices": choices}) == "safe fuse=0.0 every=8"
+    assert method_label({"pruner": "specprune", "choices": {"translation": [0, 1, 2]}}) == "specprune"
     assert method_label({"pruner": "mine", "choices": {"a": 1}}) == "mine a=1"
     assert safe(keep=0.5).name == "safe"
 
