@@ -218,7 +218,7 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
         raise ValueError(f"replay: expected one of {', '.join(REPLAYED)}, got {pruner.name}, which needs more evidence")
     plan = pruner.plan.for_depth(trace.depth)
     captured = [trace.captured(c) for c in plan.capture]
-    late = trace.late(plan.late_steps, plan.late_over)[:, list(plan.late_layers)]
+    late = trace.late(plan.late_steps, plan.late_over)[:, [int(l) for l in plan.late_layers]]
     past = [trace.captured(c) for c in plan.remember]
 
     def evidence(t: int, since: int, reference: int) -> Evidence:

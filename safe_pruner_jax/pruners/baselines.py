@@ -118,7 +118,8 @@ def evenly(camera: Array) -> Array:
     slot = (same & (jnp.arange(camera.shape[0])[None, :] < jnp.arange(camera.shape[0])[:, None])).sum(1)
     x, y = slot % side, slot // side
     bit = lambda a, b: (a >> b) & 1
-    rank = sum((2 * bit(x ^ y, b) + bit(y, b)) << (2 * (BITS - 1 - b)) for b in range(BITS))
+    digits = [(2 * bit(x ^ y, b) + bit(y, b)) << (2 * (BITS - 1 - b)) for b in range(BITS)]
+    rank = jnp.stack(digits).sum(0)
     return 1.0 - (rank + 1) / 4.0**BITS
 
 
