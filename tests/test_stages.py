@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from safe_pruner_jax.cli.stages import Stages, action_stats, run_stages
+from safe_pruner_jax.cli.stages import Stages, action_stats, curves, run_stages
 from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.scenes import write
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
@@ -159,6 +159,9 @@ def test_all_stages_end_in_a_checkpoint_without_heads(folder, tmp_path):
         np.abs(flatten_dict(params)[k] - flatten_dict(stages.initial(TINY, 3))[k]).max() for k in flatten_dict(params)
     ]
     assert np.isfinite(moved).all() and sum(m > 0 for m in moved) > 0.9 * len(moved)
+    drawn = curves(tmp_path / "run")
+    assert {line.get_label() for line in drawn.axes[0].get_lines()} >= {"place_cm", "near_cm"}
+    assert [text.get_text() for text in drawn.axes[2].texts] == [" align", " refer", " act"]
     rows = (tmp_path / "run" / "act" / "metrics.jsonl").read_text()
     assert '"flow"' in rows and '"near_cm"' in rows and '"turn_deg"' in rows
 

@@ -5,12 +5,15 @@ openpi train --stage act --scenes data/scenes --out runs/sees --settings.steps 3
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from safe_pruner_jax.figures.theme import panels
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.robots.configs import PolicyConfig
@@ -22,6 +25,13 @@ from safe_pruner_jax.training.stages import STAGES, WEIGHTS, initial, load_weigh
 
 MOTION = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.5, 1.0])
 """What the expert's commands are scaled by: ±1 moves and closes; turns seldom exceed a third of the command range."""
+
+CURVES = {
+    "centimetres": ("place_cm", "offset_wrist_cm", "target_cm", "near_cm"),
+    "share": ("cell_accuracy", "name_accuracy", "iou", "held_accuracy", "target_mass"),
+    "flow-matching loss": ("flow",),
+}
+"""Panels of `curves`: axis label → held-out measures."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +67,31 @@ def run_stages(stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, 
         params = _stage(name, args, config, stats, tokenizer, s, out)
     assert params is not None
     export(out / "checkpoint", params, config, stats, tokenizer)
+    curves(out).savefig(out / "curves.png")
+
+
+def curves(out: Path) -> Figure:
+    """Held-out measures of all stages that have run, one after the other along the steps."""
+    drawn, axes = panels(len(CURVES))
+    start = 0
+    for stage in STAGES:
+        path = out / stage / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        rows = [row for row in rows if "validation" in row]
+        for ax, (label, names) in zip(axes[0], CURVES.items(), strict=True):
+            ax.set(xlabel="step, all stages", ylabel=label)
+            for number, name in enumerate(names):
+                points = [(start + row["step"], row["validation"][name]) for row in rows if name in row["validation"]]
+                if points:
+                    ax.plot(*zip(*points, strict=True), marker=".", color=f"C{number}", label=name)
+            if rows:
+                ax.axvline(start, color="#9aa3ab", lw=0.8)
+                ax.text(start, 1.0, f" {stage}", transform=ax.get_xaxis_transform(), fontsize=8, va="bottom")
+        start += max((row["step"] for row in rows), default=0)
+    for ax in axes[0]:
+        handles = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+        ax.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+    return drawn
 
 
 def action_stats(config: PolicyConfig) -> dict[str, NormStats]:
