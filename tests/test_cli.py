@@ -103,7 +103,7 @@ def test_split_pruner():
         (["--pruner=safe", "--pruner.threshold", "3"], "threshold: expected"),
         (["policy:checkpoint", "--policy.config=pi05_libro", "--policy.dir=x"], "did you mean pi05_libero"),
         (["policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/no/such"], "/no/such"),
-        (["policy:embedded", "--pruner=fastv", "--pruner.cut", "40"], "below the model's depth 8, got 40"),
+        (["policy:embedded", "--pruner=fastv", "--pruner.cut", "40"], "below the model's depth 18, got 40"),
         (["policy:embedded", "--pruner=safe", "--pruner.keep", "600"], "visual tokens (2 cameras ×"),
     ],
 )

@@ -129,7 +129,7 @@ def test_drawn_params_are_seeded():
         ("pi0_fast_libero", None, full(), "not supported"),
         ("pi0_libero", None, full(), "no published weights"),
         ("pi05_libero", "/no/such/folder", full(), "/no/such/folder"),
-        (EMBEDDED, None, fastv(cut=8), "below the model's depth 8, got 8"),
+        (EMBEDDED, None, fastv(cut=18), "below the model's depth 18, got 18"),
     ],
 )
 def test_a_policy_that_cannot_be_loaded_says_why(config, checkpoint, pruner, text):

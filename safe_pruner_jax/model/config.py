@@ -147,12 +147,12 @@ def pi0(**changes: Any) -> Pi0Config:
 
 
 def mini(**changes: Any) -> Pi0Config:
-    """The embedded model: π0.5's architecture, 256 tokens per camera, small enough for two CPU cores."""
+    """The embedded model: π0.5's architecture and depth, 256 tokens per camera, narrow enough for two CPU cores."""
     base = Pi0Config(
         True,
-        prefix=GemmaConfig(192, 8, 768, 8, 1, 32),
-        expert=GemmaConfig(128, 8, 512, 8, 1, 32),
-        vision=SiglipConfig(128, 4, 512, 4),
+        prefix=GemmaConfig(128, 18, 256, 4, 1, 32),
+        expert=GemmaConfig(128, 18, 256, 4, 1, 32),
+        vision=SiglipConfig(128, 6, 512, 4),
         vocab_size=512,
         action_dim=8,
         action_horizon=10,
