@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from safe_pruner_jax.libero.env import CAMERAS, LiberoEnv, load_task, num_tasks
+from safe_pruner_jax.libero.cameras import CAMERAS
+from safe_pruner_jax.libero.env import LiberoEnv, load_task, num_tasks
 from safe_pruner_jax.libero.expert import Expert
 from safe_pruner_jax.libero.simulator import simulator
 

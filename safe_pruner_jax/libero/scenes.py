@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from safe_pruner_jax.libero.env import CAMERAS, LiberoEnv, load_task
+from safe_pruner_jax.libero.cameras import CAMERAS
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.libero.expert import Pushes
 from safe_pruner_jax.libero.labels import Labels, kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert
