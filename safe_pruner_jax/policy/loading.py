@@ -37,7 +37,7 @@ PARAMS = "params.npz"
 EMBEDDED = "mini_libero"
 """Name of the configuration whose assets are inside the package."""
 
-EMBEDDED_WEIGHTS = "trained on tasks 0, 1 and 2 of LIBERO-Object, 112² pixels; docs/training.md"
+EMBEDDED_WEIGHTS = "trained on shuffled scenes of LIBERO-Object, all ten tasks, 112² pixels; docs/training.md"
 """What the embedded policy can do; shown wherever it is used."""
 
 CALIBRATION = "calibrate.json"
