@@ -284,7 +284,8 @@ def _method(text: str, keep: float) -> Method:
     """What "name" or "name:choice=value,choice=value" asks for, at a share kept."""
     name, _, rest = text.partition(":")
     defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
-    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", rest)) if rest else {}
+    parts = re.split(r",(?=\w+=)", rest) if rest else []
+    given = {key: text for key, _, text in (part.partition("=") for part in parts)}
     if "keep" not in defaults or not given.keys() <= defaults.keys() - {"keep"}:
         own = ", ".join(key for key in defaults if key != "keep")
         choices = own if "keep" in defaults else "none: it keeps everything"

@@ -62,10 +62,9 @@ def run_stages(stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, 
     if unknown := set(args.without) - {name for weights in WEIGHTS.values() for name in weights}:
         raise ValueError(f"without: expected losses of {', '.join(WEIGHTS['act'])}, got {', '.join(sorted(unknown))}")
     stats = action_stats(config)
-    params: Params | None = None
+    params: Params = {}
     for name in STAGES if stage == "all" else (stage,):
         params = _stage(name, args, config, stats, tokenizer, s, out)
-    assert params is not None
     export(out / "checkpoint", params, config, stats, tokenizer)
     curves(out).savefig(out / "curves.png")
 
@@ -128,22 +127,21 @@ def _stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "step")
         logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
 
-    before = _weights_before(name, out)
-    if name != "correct":
+    if name == STAGES[0]:
         data = scenes()
-        return train(initial(config.model, len(data.kinds), s.seed) if before is None else before, s.steps, data)
-    params = before
+        return train(initial(config.model, len(data.kinds), s.seed), s.steps, data)
+    params = _weights_before(name, out)
+    if name != "correct":
+        return train(params, s.steps, scenes())
     more = lambda params, number: train(params, (number + 1) * s.steps, scenes())
-    for row, params in correct(args.rounds, before, config, stats, tokenizer, out / name, more):
+    for row, params in correct(args.rounds, params, config, stats, tokenizer, out / name, more):
         logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
         save_weights(out / name / "weights.npz", params)
     return params
 
 
-def _weights_before(name: str, out: Path) -> Params | None:
-    """Weights of the stage before; None before the first."""
-    if name == STAGES[0]:
-        return None
+def _weights_before(name: str, out: Path) -> Params:
+    """Weights of the stage before."""
     before = STAGES[STAGES.index(name) - 1]
     path = out / before / "weights.npz"
     if not path.is_file():

@@ -182,8 +182,9 @@ class Expert:
                     point = np.array([*(edge - inward * _direction(yaw)), rim - 0.012])
                     cost = 0.5 * abs(scene.turn(yaw)) + 10 * inward + np.linalg.norm(point - scene.site)
                     candidates.append((cost, Grasp(yaw, point - origin)))
-        best, chosen = math.inf, None
-        for cost, grasp in sorted(candidates, key=lambda c: c[0]):
+        candidates.sort(key=lambda c: c[0])
+        best, chosen = math.inf, candidates[0][1]
+        for cost, grasp in candidates:
             if cost >= best:
                 break  # collisions only add to the cost
             total = cost + 0.2 * obstacles.count(_hand(origin + grasp.offset, grasp.yaw))

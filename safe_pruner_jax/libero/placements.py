@@ -104,7 +104,7 @@ class Placements:
     def _mix(self, state: np.ndarray, rng: np.random.Generator, *, permute: bool) -> None:
         """Moves objects and receptacle in a flattened state; objects stay `APART` where that can be had."""
         columns = np.array([[self._places[n], self._places[n] + 1] for n in self.names])
-        now = state[columns]
+        now = new = state[columns]
         for _ in range(_TRIES):
             if permute:
                 new = now[rng.permutation(len(now))] + rng.normal(0.0, JITTER, now.shape)

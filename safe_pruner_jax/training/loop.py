@@ -102,9 +102,11 @@ class Source(Protocol):
 
     def batches(self, seed: int, start: int) -> Iterator[Any]:
         """Endless training batches from number `start` on, the same for the same seed."""
+        ...
 
     def checks(self) -> list[Any]:
         """Fixed held-out batches."""
+        ...
 
 
 def learning_rate(s: Settings) -> optax.Schedule:
@@ -140,7 +142,8 @@ def train_step(objective: Objective, s: Settings, state: TrainState, batch: Any)
 
     def total(params: Params) -> tuple[Array, dict[str, Array]]:
         losses = objective.losses(params, batch, key)
-        return sum(objective.weights[name] * value for name, value in losses.items()), losses
+        weighted = [objective.weights[name] * value for name, value in losses.items()]
+        return jnp.stack(weighted).sum(), losses
 
     (loss, losses), grads = jax.value_and_grad(total, has_aux=True)(state.params)
     losses = losses | {"total": loss}

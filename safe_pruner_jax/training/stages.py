@@ -107,7 +107,7 @@ def objective(config: Pi0Config, scenes: Scenes, weights: Mapping[str, float], s
             return perception.glance(params, config, images, words)
         return perception.look(params, config, batch, images, words)
 
-    def losses(params: Params, batch: SceneBatch, key: Array, train: bool) -> tuple[dict, perception.Looks]:
+    def evaluate(params: Params, batch: SceneBatch, key: Array, train: bool) -> tuple[dict, perception.Looks]:
         for_images, for_flow = jax.random.split(key)
         looks = seen(params, batch, for_images if train else None)
         values = {name: perception.LOSSES[name](looks, batch) for name in weights if name != FLOW}
@@ -115,11 +115,14 @@ def objective(config: Pi0Config, scenes: Scenes, weights: Mapping[str, float], s
             values[FLOW] = acting(params, config, batch, looks.prefix, for_flow, s.draws)
         return values, looks
 
+    def losses(params: Params, batch: SceneBatch, key: Array) -> dict[str, Array]:
+        return evaluate(params, batch, key, True)[0]
+
     def measures(params: Params, batch: SceneBatch, key: Array) -> dict[str, Array]:
-        values, looks = losses(params, batch, key, False)
+        values, looks = evaluate(params, batch, key, False)
         return values | perception.measures(looks, batch)
 
-    return Objective(lambda *args: losses(*args, True)[0], measures, weights)
+    return Objective(losses, measures, weights)
 
 
 def acting(params: Params, config: Pi0Config, batch: SceneBatch, prefix: flow.Prefix, key: Array, draws: int) -> Array:
