@@ -130,11 +130,11 @@ def _stage(
     if name == STAGES[0]:
         data = scenes()
         return train(initial(config.model, len(data.kinds), s.seed), s.steps, data)
-    params = _weights_before(name, out)
+    before = params = _weights_before(name, out)
     if name != "correct":
-        return train(params, s.steps, scenes())
+        return train(before, s.steps, scenes())
     more = lambda params, number: train(params, (number + 1) * s.steps, scenes())
-    for row, params in correct(args.rounds, params, config, stats, tokenizer, out / name, more):
+    for row, params in correct(args.rounds, before, config, stats, tokenizer, out / name, more):
         logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
         save_weights(out / name / "weights.npz", params)
     return params
