@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from safe_pruner_jax.cli.stages import Stages, action_stats, curves, run_stages
+from safe_pruner_jax.cli.stages import Stages, action_stats, curves, embedded_weights, run_stages
 from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.scenes import write
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
@@ -164,6 +164,14 @@ def test_all_stages_end_in_a_checkpoint_without_heads(folder, tmp_path):
     assert [text.get_text() for text in drawn.axes[2].texts] == [" align", " refer", " act"]
     rows = (tmp_path / "run" / "act" / "metrics.jsonl").read_text()
     assert '"flow"' in rows and '"near_cm"' in rows and '"turn_deg"' in rows
+
+
+def test_training_goes_on_from_the_package():
+    config = get_config("mini_libero").model
+    weights = embedded_weights()
+    heads = perception.init_heads(config, 11, len(CLASSES) + 11)
+    assert jax.tree.map(np.shape, weights.pop(perception.HEADS)) == jax.tree.map(np.shape, heads)
+    assert jax.tree.map(np.shape, weights) == jax.tree.map(np.shape, draw_params(config))
 
 
 def test_wrong_runs_are_refused_in_one_line(folder, tmp_path):

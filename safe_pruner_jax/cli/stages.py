@@ -10,21 +10,26 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.figures.theme import panels
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import PolicyConfig
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, load_norm_stats
 from safe_pruner_jax.training.loop import Settings
+from safe_pruner_jax.training.perception import HEADS
 from safe_pruner_jax.training.rounds import Rounds, correct, export
 from safe_pruner_jax.training.scenes import Scenes
 from safe_pruner_jax.training.stages import STAGES, WEIGHTS, initial, load_weights, save_weights, train_stage
 
 MOTION = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.5, 1.0])
 """What the expert's commands are scaled by: ±1 moves and closes; turns seldom exceed a third of the command range."""
+
+HEADS_FILE = "heads.npz"
+"""File of the embedded policy's heads, beside its parameters."""
 
 CURVES = {
     "centimetres": ("place_cm", "offset_wrist_cm", "target_cm", "near_cm"),
@@ -53,8 +58,12 @@ class Stages:
     rounds: Rounds = dataclasses.field(default_factory=Rounds)
 
 
-def run_stages(stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, s: Settings, out: Path) -> None:
+def run_stages(
+    stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, s: Settings, out: Path, *, go_on: bool = False
+) -> None:
     """Trains one stage, or all of them, and exports `out/checkpoint`.
+
+    With `go_on` the first of them starts from the embedded policy instead of the stage before.
 
     Raises:
       ValueError: no scenes, scenes of another kind, a stage whose predecessor is not there, an unknown loss.
@@ -62,9 +71,10 @@ def run_stages(stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, 
     if unknown := set(args.without) - {name for weights in WEIGHTS.values() for name in weights}:
         raise ValueError(f"without: expected losses of {', '.join(WEIGHTS['act'])}, got {', '.join(sorted(unknown))}")
     stats = action_stats(config)
-    params: Params = {}
+    params = embedded_weights() if go_on else None
     for name in STAGES if stage == "all" else (stage,):
-        params = _stage(name, args, config, stats, tokenizer, s, out)
+        params = _stage(name, args, config, stats, tokenizer, s, out, params)
+    assert params is not None  # there is a stage
     export(out / "checkpoint", params, config, stats, tokenizer)
     curves(out).savefig(out / "curves.png")
 
@@ -107,6 +117,7 @@ def _stage(
     tokenizer: Path,
     s: Settings,
     out: Path,
+    before: Params | None,
 ) -> Params:
     weights = {loss: weight for loss, weight in WEIGHTS[name].items() if loss not in args.without}
     acting = args.acting if name in ("act", "correct") else 0.0
@@ -127,10 +138,10 @@ def _stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "step")
         logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
 
-    if name == STAGES[0]:
+    if before is None and name == STAGES[0]:
         data = scenes()
         return train(initial(config.model, len(data.kinds), s.seed), s.steps, data)
-    before = params = _weights_before(name, out)
+    before = params = _weights_before(name, out) if before is None else before
     if name != "correct":
         return train(before, s.steps, scenes())
     more = lambda params, number: train(params, (number + 1) * s.steps, scenes())
@@ -138,6 +149,12 @@ def _stage(
         logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
         save_weights(out / name / "weights.npz", params)
     return params
+
+
+def embedded_weights() -> Params:
+    """The embedded policy and the heads it was trained with."""
+    heads = load_weights(embedded_folder() / HEADS_FILE)
+    return embedded_params() | {HEADS: jax.tree.map(lambda a: a.astype(np.float32), heads)}
 
 
 def _weights_before(name: str, out: Path) -> Params:

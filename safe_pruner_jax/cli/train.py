@@ -71,7 +71,10 @@ def run_train(args: Train) -> None:
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
     if args.stage != "flow":
-        run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out)
+        if args.init not in (None, "embedded"):
+            raise ValueError(f"init: expected embedded, or nothing, with --stage {args.stage}, got {args.init}")
+        go_on = args.init is not None
+        run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out, go_on=go_on)
         return
     demos = [demo for path in args.data for demo in read(path, model.image_size)]
     stats = norm_stats(demos)
