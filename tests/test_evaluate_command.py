@@ -111,7 +111,7 @@ def test_no_server_is_one_line():
 def test_what_is_described():
     config = describe(EMBEDDED, embedded_folder(), safe(keep=0.1), {"keep": 0.1}, dtype="bfloat16")
     assert (config.pruner, config.precision, config.plan["cut"]["keep"]) == ("safe", "bfloat16", 0.1)
-    assert config.plan["late_layers"] == (0, 6, 7)
+    assert config.plan["late_layers"] == (0, 16, 17)
     with pytest.raises(ValueError, match=r"pi05_droid drives DROID.*choose pi0_libero, pi05_libero"):
         describe("pi05_droid", embedded_folder(), full(), {})
     with pytest.raises(ValueError, match="did you mean pi05_libero"):

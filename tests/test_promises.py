@@ -19,7 +19,6 @@ from tiny_policy import request, tiny_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.cli import main as cli
-from safe_pruner_jax.cli.inspect import Inspect
 from safe_pruner_jax.robots import configs
 from safe_pruner_jax.serving import pack, unpack
 from safe_pruner_jax.serving.episodes import MAGIC, EpisodeRecorder, Recorded, read_episode
@@ -302,9 +301,9 @@ def test_an_episode_from_before_the_temperature_is_replayed_at_1(monkeypatch):
     monkeypatch.setattr("safe_pruner_jax.serving.replay.load_policy", lambda *_, **options: asked.update(options))
     options = {"prompt_lengths": [16], "kernels": [], "num_steps": 10}
     told = header("mini_libero", None, "safe", {}, options=options)
-    load(Recorded(told, (), 0), Inspect(Path("old.episode")))
+    load(Path("old.episode"), Recorded(told, (), 0))
     assert asked["temperature"] == 1.0 and asked["num_steps"] == 10
-    load(Recorded(told | {"options": options | {"temperature": None}}, (), 0), Inspect(Path("new.episode")))
+    load(Path("new.episode"), Recorded(told | {"options": options | {"temperature": None}}, (), 0))
     assert asked["temperature"] is None
 
 

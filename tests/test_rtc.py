@@ -234,8 +234,8 @@ def test_robots_of_one_step_equal_robots_alone(tiny, played):
 
 
 def test_who_asks_for_it_does_not_share_a_step_with_who_does_not(tiny):
-    assert tiny.read(asking(0, 0)).group != tiny.read(request(0, 0)).group
-    assert tiny.read(asking(0, 0)).group == tiny.read(asking(1, 0, delay=1)).group
+    assert tiny.prepare(asking(0, 0)).group != tiny.prepare(request(0, 0)).group
+    assert tiny.prepare(asking(0, 0)).group == tiny.prepare(asking(1, 0, delay=1)).group
 
 
 def test_a_fresh_episode_has_nothing_to_continue(tiny):
@@ -264,7 +264,7 @@ def test_a_pruned_step_that_is_not_finite_is_guided_on_the_full_path(tiny, monke
 @pytest.mark.parametrize("bad", [[4, 3], {"executed": 4}, {"executed": 4.5, "delay": 1}, {"executed": 4, "delay": -1}])
 def test_a_bad_request_says_what_is_expected(tiny, bad):
     with pytest.raises(RequestError, match=r"request\['rtc'\]: expected .* got .*"):
-        tiny.read(request(0, rtc=bad))
+        tiny.prepare(request(0, rtc=bad))
 
 
 def test_a_fleet_that_is_not_prepared_for_it_refuses(tiny):

@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def read(path: Path) -> tuple[Frames, dict[str, Any]]:
         if about["format"] != FORMAT:
             raise ValueError(f"expected the format {FORMAT!r}, got {about['format']!r}")
         blob, lengths = arrays.pop("jpeg").tobytes(), arrays.pop("jpeg_length")
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not a file of labelled scenes ({error}); collect some with scripts/collect_scenes.py"
         ) from error

@@ -82,6 +82,7 @@ def warmed(factory: Callable[..., Pruner], follows: str | None = None) -> Callab
             warm_start = choices.get(follows, signature.parameters[follows].default)
         return pruner if warm_start is None else warm(pruner, warm_start)
 
+    del made.__wrapped__  # who unwraps it to read its types would not see this choice
     choice = inspect.Parameter(CHOICE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=int | None)
     made.__signature__ = signature.replace(parameters=[*signature.parameters.values(), choice])
     made.__annotations__ = {CHOICE: int | None} | factory.__annotations__
