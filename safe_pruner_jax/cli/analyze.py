@@ -8,79 +8,22 @@ import ast
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis import attention, calibrate, cost, deviation, forecast, kappa, overlap, recall
-from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
+from safe_pruner_jax.cli.recordings import Analysis, Load, OnEpisodes, OnRequests, leave, logger, recordings
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy, layout_of
 from safe_pruner_jax.policy.spec import Method
 from safe_pruner_jax.pruners import PRUNERS, factory
-
-logger = logging.getLogger(__name__)
-
-Load = Callable[[], Policy]
-"""Loads the policy; called only if something is left to compute."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Analysis:
-    """What every analysis writes, and where.
-
-    Args:
-      out: folder; NAME.jsonl, NAME.md and NAME.png appear in it, and an interrupted run goes on.
-    """
-
-    out: Path = Path("out/analysis")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnRequests(Analysis):
-    """An analysis of what a policy is asked.
-
-    Args:
-      data: files of demonstrations (HDF5 or packed), libero:SUITE/TASK/TRIAL played live, or "example", the recording
-        inside the package.
-      driver: of live episodes: the scripted expert, or the policy without pruning.
-      limit: episodes, at most.
-      replan: robot actions between two policy calls.
-    """
-
-    data: tuple[str, ...] = (EXAMPLE,)
-    driver: Literal["expert", "policy"] = "expert"
-    limit: int | None = None
-    replan: int = 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnEpisodes(OnRequests):
-    """An analysis of what a policy attends to.
-
-    Args:
-      cut: layer index before which tokens are dropped.
-      late_layers: layers of the late saliency.
-      late_steps: denoise steps averaged for it.
-    """
-
-    cut: int = 3
-    late_layers: tuple[int, ...] = (0, -2, -1)
-    late_steps: Literal["half", "all", "last"] = "half"
-
-    def late(self) -> dict[str, Any]:
-        """The choices that every measurement takes."""
-        return {"cut": self.cut, "late_layers": self.late_layers, "late_steps": self.late_steps}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,34 +305,6 @@ def _conditions(kind: OnEpisodes) -> set[str]:
     names = {f.name for f in dataclasses.fields(type(kind))} - {"out", "data", "limit"}
     home = next(cls for cls in (Recall, Forecast, Kappa, Overlap, Attention) if isinstance(kind, cls))
     return names & {f.name for f in dataclasses.fields(home)}
-
-
-def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
-    """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
-    infer = _driver(policy) if args.driver == "policy" else None
-    found = (recording for source in args.data for recording in episodes(source, replan=args.replan, infer=infer))
-    seen = set()
-    for recording in itertools.islice(found, args.limit):
-        if recording.name in seen:
-            raise ValueError(f"data: expected every episode once, got {recording.name} twice; rename one file")
-        seen.add(recording.name)
-        yield recording
-    if not seen:
-        raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
-
-
-def _driver(policy: Load) -> Callable[[dict], dict]:
-    """One robot, whose policy is loaded when it is asked for the first time."""
-    session = functools.cache(lambda: policy().session())
-    return lambda request: session().infer(request)
-
-
-def leave(out: Path, name: str, table: str, figure: Figure) -> None:
-    """Writes and prints the table, draws the figure."""
-    (out / f"{name}.md").write_text(table, encoding="utf-8")
-    figure.savefig(out / f"{name}.png")
-    print(table, end="")
-    print(f"\nrows are in {out}, this table and its figure in {out / name}.md and .png")
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {

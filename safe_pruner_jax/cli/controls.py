@@ -12,7 +12,7 @@ import numpy as np
 from safe_pruner_jax.analysis import controls
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
-from safe_pruner_jax.cli.analyze import Load, OnRequests, leave, logger, recordings
+from safe_pruner_jax.cli.recordings import Load, OnRequests, leave, logger, recordings
 
 PRIOR = "prior.npy"
 """The mean late saliency of all episodes, as `baseline/prior` takes it."""
