@@ -74,13 +74,13 @@ class FeedbackExpert:
 
     def act(self) -> np.ndarray:
         """The next action, float64 [7]: translation 3, rotation 3 (both in [-1, 1]), gripper (1 closes)."""
-        scene, (half, speed) = self.scene, self._fingers()
-        touched = scene.in_hand(self._thing)
+        scene = self.scene
         if self.holds_object():
             return self._carry()
+        half, speed = self._fingers()
         if np.linalg.norm((scene.position(self._thing) - scene.place(self._target))[:2]) < _INSIDE:
             return self._leave(half)
-        return self._fetch(touched, half, speed)
+        return self._fetch(half, speed)
 
     def _leave(self, half: float) -> np.ndarray:
         """The object stands where it should: let go, then go up."""
@@ -88,14 +88,14 @@ class FeedbackExpert:
         site = self.scene.site + np.array([0, 0, 0.06 if away else 0.0])
         return self._towards("retreat" if away else "open", site, self.scene.yaw, OPEN)
 
-    def _fetch(self, touched: bool, half: float, speed: float) -> np.ndarray:
+    def _fetch(self, half: float, speed: float) -> np.ndarray:
         scene, grasp = self.scene, self.grasp()
         at = scene.position(self._thing) + grasp.offset
         above = scene.boxes(self._thing).top + _ABOVE + _PADS
         away, depth = np.linalg.norm((scene.site - at)[:2]), abs(scene.site[2] - at[2])
         aligned = abs(scene.turn(grasp.yaw)) < _ALIGNED
         if _EMPTY < half < _AJAR and away < 0.03 and depth < 0.03:  # it has begun to close here
-            return self._grip(touched and speed < _FAST, grasp.yaw)
+            return self._grip(speed < _FAST and scene.in_hand(self._thing), grasp.yaw)
         there = away < _REACHED and depth < _DEPTH
         stuck = away < _COLUMN and depth < 2 * _DEPTH and self._speed() < _STILL  # far out the arm stops short
         if (there or stuck) and aligned and half >= _AJAR:

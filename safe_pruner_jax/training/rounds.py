@@ -21,8 +21,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from safe_pruner_jax.libero.scenes import current_maker, read, write
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.params import Params
@@ -159,4 +157,4 @@ def _episode(path: Path, suite: str, task: int, seed: int, mix: float, config: s
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
     write(path, played.frames, about)
     outcome = "solved" if played.success else f"closest {100 * played.closest:.1f} cm"
-    return f"task {task} seed {seed}: {outcome} in {np.round(played.steps)} steps"
+    return f"task {task} seed {seed}: {outcome} in {played.steps} steps"
