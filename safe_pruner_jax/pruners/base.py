@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.pruners.plan import Capture, Cut, Later, Plan, check_layer, whole
+from safe_pruner_jax.pruners.checks import check_layer, whole
+from safe_pruner_jax.pruners.plan import Capture, Cut, Later, Plan
 
 __all__ = [
     "NO_HISTORY",

@@ -29,6 +29,7 @@ from safe_pruner_jax.pruners.base import (
     stateless,
     whole,
 )
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.pruners.warm import warmed
 from safe_pruner_jax.tokens import top_k
 
@@ -54,8 +55,7 @@ def camera(*, keep: float = 0.5, cut: int = 3, dropped: int = 1) -> Pruner:
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
       dropped: place of the camera among the encoded ones; 1 is LIBERO's wrist.
     """
-    if not whole(dropped, 0):
-        raise ValueError(f"dropped: expected the place of a camera, 0 or more, got {dropped!r}")
+    require(whole(dropped, 0), "dropped", "the place of a camera, 0 or more", dropped)
     score = lambda e: (e.camera != dropped) + evenly(e.camera)
     return _stateless("baseline/camera", Plan(Cut(check_layer(cut), keep)), score, keep)
 
@@ -68,8 +68,7 @@ def prior(*, keep: float = 0.2, cut: int = 3, map: str = "") -> Pruner:
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
       map: .npy file of [n] float32, such as the prior.npy that `openpi analyze controls` leaves.
     """
-    if not Path(map).is_file():
-        raise ValueError(f"map: expected a .npy file from `openpi analyze controls`, got {map!r}")
+    require(Path(map).is_file(), "map", "a .npy file from `openpi analyze controls`", map)
     mean = np.load(map)
 
     def score(e: Evidence) -> Array:

@@ -16,6 +16,7 @@ from safe_pruner_jax.pruners.base import (
     finite,
     stateless,
 )
+from safe_pruner_jax.pruners.checks import one_of
 from safe_pruner_jax.tokens import top_k
 
 
@@ -33,8 +34,7 @@ def fastv(*, keep: float = 0.2, cut: int = 3, queries: Literal["all", "last"] = 
     References:
       "An Image is Worth 1/2 Tokens After Layer 2", Section 4.1.
     """
-    if queries not in ("all", "last"):
-        raise ValueError(f'queries: expected "all" or "last", got {queries!r}')
+    one_of(("all", "last"), "queries", queries)
     plan = Plan(Cut(check_layer(cut), keep), capture=(Capture(cut - 1, queries, over="all"),))
 
     def step(state: State, e: Evidence) -> tuple[State, Selection]:

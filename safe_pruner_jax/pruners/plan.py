@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from safe_pruner_jax.arrays import Layers
+from safe_pruner_jax.pruners.checks import check_layer, one_of
 from safe_pruner_jax.tokens import check_keep
 
 ROWS = ("action", "text", "last", "all", "each", "to_text", "heads_to_text", "entropy", "text_entropy")
@@ -47,10 +48,8 @@ class Capture:
     over: Literal["visual", "all"] = "visual"
 
     def __post_init__(self):
-        if self.rows not in ROWS:
-            raise ValueError(f"queries: expected {_one_of(ROWS)}, got {self.rows!r}")
-        if self.over not in ("visual", "all"):
-            raise ValueError(f'over: expected "visual" or "all", got {self.over!r}')
+        one_of(ROWS, "queries", self.rows)
+        one_of(("visual", "all"), "over", self.over)
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ class Plan:
             ("late_from", ("full", "every")),
             ("dropped", ("discard", "reuse")),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected {_one_of(known)}, got {getattr(self, name)!r}")
+            one_of(known, name, getattr(self, name))
         cut = self.cut.layer if self.cut else 0
         for c in self.capture:
             if c.layer is not None and not -cut <= c.layer < cut:
@@ -196,18 +194,6 @@ class Plan:
         )
 
 
-def whole(value: object, least: int) -> bool:
-    """Whether a choice is a whole number, and no bool, of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_layer(layer: int, least: int = 1) -> int:
-    """A layer index of at least `least`; raises ValueError."""
-    if not whole(layer, least):
-        raise ValueError(f"cut: expected a layer index of at least {least}, got {layer!r}; use for example cut=3")
-    return layer
-
-
 def _resolve(captures: tuple[Capture, ...], start: int, stop: int) -> tuple[Capture, ...]:
     """Captures with the layer indices of a range of layers start..stop-1."""
     out = []
@@ -217,8 +203,3 @@ def _resolve(captures: tuple[Capture, ...], start: int, stop: int) -> tuple[Capt
             raise ValueError(f"capture: layer {c.layer} is not between the cuts before layers {start} and {stop}")
         out += [replace(c, layer=l) for l in layers]
     return tuple(out)
-
-
-def _one_of(known: tuple[str, ...]) -> str:
-    quoted = [f'"{k}"' for k in known]
-    return f"{', '.join(quoted[:-1])} or {quoted[-1]}"

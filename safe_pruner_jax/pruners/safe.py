@@ -12,7 +12,6 @@ saliency of late layers S_τ^ℓ, ℓ ∈ L_d. At every later step t:
 With `pool` above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
 """
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array, Layers
-from safe_pruner_jax.pruners import forecast
+from safe_pruner_jax.pruners import checks, forecast
 from safe_pruner_jax.pruners.base import (
     NO_HISTORY,
     Capture,
@@ -33,6 +32,7 @@ from safe_pruner_jax.pruners.base import (
     finite,
     whole,
 )
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.pruners.diversity import max_min
 from safe_pruner_jax.tokens import among_the_best, budget, top_k
 
@@ -109,8 +109,10 @@ def safe(
     weight = (1.0 if released else 0.5) if fuse is None else fuse
     keys = ("all" if released else "visual") if over is None else over
     layers = ((0, -1) if released else (0, -2, -1)) if late_layers is None else tuple(late_layers)
-    _check_scores(weight, threshold, queries, keys, late, layers, variant)
-    _check_choices(features, match, pool, every, max_age, per_camera)
+    _check_scores(
+        fuse=weight, threshold=threshold, queries=queries, over=keys, late=late, layers=layers, variant=variant
+    )
+    _check_choices(features=features, match=match, pool=pool, every=every, max_age=max_age, per_camera=per_camera)
     first = released and 0 in layers  # of L_d, layer 0 is the tested saliency itself
     deep = tuple(l for l in layers if l != 0) if first else layers
     capture = (Capture(cut - 1, queries, keys),) + ((Capture(0, "last", keys),) if released else ())
@@ -173,28 +175,22 @@ def _widened(keep: float, pool: float, n: int) -> float:
     return min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), n)
 
 
-def _require(ok: bool, name: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _check_scores(weight: Any, threshold: Any, queries: Any, over: Any, late: Any, layers: Any, variant: Any):
-    _require(0 <= weight <= 1, "fuse", "λ in [0, 1]", weight)
-    _require(-1 <= threshold <= 1, "threshold", "γ in [-1, 1]", threshold)
-    known = ("action", "text", "last", "all")
-    _require(queries in known, "queries", '"action", "text", "last" or "all"', queries)
-    _require(over in ("visual", "all"), "over", '"visual" or "all"', over)
-    _require(late in ("expert", "prefix"), "late", '"expert" or "prefix"', late)
+def _check_scores(*, fuse: Any, threshold: Any, queries: Any, over: Any, late: Any, layers: Any, variant: Any):
+    checks.within(0, 1, "fuse", "λ", fuse)
+    checks.within(-1, 1, "threshold", "γ", threshold)
+    checks.one_of(("action", "text", "last", "all"), "queries", queries)
+    checks.one_of(("visual", "all"), "over", over)
+    checks.one_of(("expert", "prefix"), "late", late)
     some = len(layers) > 0 and all(isinstance(l, int) for l in layers)
-    _require(some, "late_layers", "at least one whole layer index", layers)
-    _require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)
+    require(some, "late_layers", "at least one whole layer index", layers)
+    checks.variant(variant)
 
 
-def _check_choices(features: Any, match: Any, pool: Any, every: Any, max_age: Any, per_camera: Any):
-    _require(features in ("Z", "hidden"), "features", '"Z" or "hidden"', features)
-    _require(match in ("all", "camera"), "match", '"all" or "camera"', match)
-    _require(isinstance(pool, int | float) and 1 <= pool < math.inf, "pool", "μ of at least 1", pool)
-    _require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
-    _require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
-    _require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
-    _require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)
+def _check_choices(*, features: Any, match: Any, pool: Any, every: Any, max_age: Any, per_camera: Any):
+    checks.one_of(("Z", "hidden"), "features", features)
+    checks.one_of(("all", "camera"), "match", match)
+    checks.at_least(1, "pool", "μ of at least 1", pool)
+    require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
+    require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)
+    require(max_age is None or whole(max_age, 1), "max_age", "a whole number of steps >= 1 or None", max_age)
+    require(whole(per_camera, 0), "per_camera", "a whole number of tokens >= 0", per_camera)

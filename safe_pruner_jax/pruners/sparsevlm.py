@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners import checks
 from safe_pruner_jax.pruners.base import (
     Capture,
     Cut,
@@ -54,14 +55,10 @@ def sparsevlm(
       "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", Sections 3.2 to 3.4.
     """
     layers = tuple(layers)
-    if version not in PUBLISHED:
-        raise ValueError(f'version: expected "v1" or "v2", got {version!r}')
-    if len(layers) != 3 or layers[0] < 0 or not layers[0] < layers[1] < layers[2] < 31:
-        raise ValueError(f"layers: expected three ascending layers of 0 to 30, got {layers!r}")
-    if isinstance(keep, bool) or not 0 < keep <= 1:
-        raise ValueError(
-            f"keep: expected a share of the visual tokens in (0, 1], got {keep!r}; use for example keep=0.2"
-        )
+    checks.one_of(tuple(PUBLISHED), "version", version)
+    checks.require(len(layers) == 3, "layers", "three ascending layers of 0 to 30", layers)
+    checks.ascending(layers, 0, 30)
+    checks.share(keep)
     kept = tuple(1.0 if keep == 1 else min(1.0, keep * m / 192) for m in PUBLISHED[version])
     rows = (Capture(-1, "each", over="all"),)
     compares = []

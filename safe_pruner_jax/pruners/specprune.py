@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners import checks
 from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Cut, Evidence, Later, Plan, Pruner, Selection, finite
+from safe_pruner_jax.pruners.checks import require, whole
 from safe_pruner_jax.pruners.frames import camera_count, patch_similarity, rank_in_camera
 from safe_pruner_jax.tokens import best, budget, table
 
@@ -305,27 +307,20 @@ def updated(
     return (1 - beta) * importance + beta * weight * confidence
 
 
-def _require(ok: bool, name: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _check_sizes(keep: Any, alpha: Any, layers: Any, drop: Any, smoothing: Any, slope: Any, tau: Any):
+def _check_sizes(*, keep: Any, alpha: Any, layers: Any, drop: Any, smoothing: Any, slope: Any, tau: Any):
     Cut(2, keep)
-    _require(alpha is None or alpha > 0, "alpha", "α > 0 or None", alpha)
-    ascending = all(a < b for a, b in zip((2, *layers), layers, strict=False))
-    _require(len(layers) > 0 and ascending and layers[-1] < 32, "layers", "ascending layers of 3 to 31", layers)
-    _require(0 <= drop < 1, "drop", "a share in [0, 1)", drop)
-    _require(0 <= smoothing <= 1, "smoothing", "β in [0, 1]", smoothing)
-    _require(slope > 0, "slope", "k > 0", slope)
-    _require(-1 <= tau <= 1, "threshold", "τ in [-1, 1]", tau)
+    require(alpha is None or alpha > 0, "alpha", "α > 0 or None", alpha)
+    checks.ascending(layers, 3, 31)
+    require(0 <= drop < 1, "drop", "a share in [0, 1)", drop)
+    checks.within(0, 1, "smoothing", "β", smoothing)
+    require(slope > 0, "slope", "k > 0", slope)
+    checks.within(-1, 1, "threshold", "τ", tau)
 
 
-def _check_motion(slow: Any, still: Any, executed: Any, translation: Any, rotation: Any, variant: Any):
-    places = lambda p: len(p) == 3 and all(isinstance(i, int) and i >= 0 for i in p)
-    _require(slow >= 0, "slow", "a speed >= 0", slow)
-    _require(still >= 0, "still", "a speed >= 0", still)
-    _require(isinstance(executed, int) and executed >= 1, "executed", "a whole number of actions >= 1", executed)
-    _require(places(translation), "translation", "three places in an action", translation)
-    _require(places(rotation), "rotation", "three places in an action", rotation)
-    _require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)
+def _check_motion(*, slow: Any, still: Any, executed: Any, translation: Any, rotation: Any, variant: Any):
+    for name, speed in (("slow", slow), ("still", still)):
+        checks.at_least(0, name, "a speed >= 0", speed)
+    require(whole(executed, 1), "executed", "a whole number of actions >= 1", executed)
+    for name, places in (("translation", translation), ("rotation", rotation)):
+        require(len(places) == 3 and all(whole(i, 0) for i in places), name, "three places in an action", places)
+    checks.variant(variant)

@@ -11,12 +11,13 @@ the surplus rows are there but count for nothing. Where fewer tokens may be reus
 everything.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners import checks
 from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Cut, Evidence, Later, Plan, Pruner, Selection, finite
 from safe_pruner_jax.pruners.frames import camera_count, patch_similarity, rank_in_camera
 from safe_pruner_jax.tokens import best, budget, table
@@ -64,7 +65,13 @@ def vla_cache(
     layers = tuple(layers)
     static = 1 - keep / 2 if static is None else static
     relevant = keep / 2 if relevant is None else relevant
-    _check(keep, threshold, static, relevant, growth, layers, variant)
+    checks.share(keep)
+    checks.within(-1, 1, "threshold", "a cosine", threshold)
+    for name, value in (("static", static), ("relevant", relevant)):
+        checks.within(0, 1, name, "a share", value)
+    checks.within(0, 1, "growth", "a factor", growth)
+    checks.ascending(layers, 1, 31)
+    checks.variant(variant)
     shares = tuple(1 - (i + 1) / len(layers) * (1 - keep) for i in range(len(layers)))
     first, *later = zip(layers, shares, strict=True)
     plan = Plan(
@@ -130,18 +137,3 @@ def reuse_shares(entropy: Array, growth: float) -> Array:
 def _place(order: Array) -> Array:
     """The place [n] int32 of every token in an order [n] of tokens."""
     return jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
-
-
-def _check(keep: Any, threshold: Any, static: Any, relevant: Any, growth: Any, layers: Any, variant: Any):
-    def require(ok: bool, name: str, expected: str, got: Any) -> None:
-        if not ok:
-            raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-    require(not isinstance(keep, bool) and 0 < keep <= 1, "keep", "a share of the visual tokens in (0, 1]", keep)
-    require(-1 <= threshold <= 1, "threshold", "a cosine in [-1, 1]", threshold)
-    require(0 <= static <= 1, "static", "a share in [0, 1]", static)
-    require(0 <= relevant <= 1, "relevant", "a share in [0, 1]", relevant)
-    require(0 <= growth <= 1, "growth", "a factor in [0, 1]", growth)
-    ascending = all(a < b for a, b in zip((0, *layers), layers, strict=False))
-    require(len(layers) > 0 and ascending and layers[-1] < 32, "layers", "ascending layers of 1 to 31", layers)
-    require(variant in ("as_described", "as_released"), "variant", '"as_described" or "as_released"', variant)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.pruners import checks
 from safe_pruner_jax.pruners.base import (
     NO_HISTORY,
     Capture,
@@ -90,12 +91,9 @@ def vla_pruner(
 
 def build(parts: Parts, *, keep: float, cut: int, window: int, decay: float, variant: str) -> Pruner:
     """The method from some of its parts; the other arguments are those of `vla_pruner`, all given."""
-    if not whole(window, 1):
-        raise ValueError(f"window: expected a whole number of steps >= 1, got {window!r}")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected γ in [0, 1], got {decay!r}")
-    if variant not in ("as_described", "as_released"):
-        raise ValueError(f'variant: expected "as_described" or "as_released", got {variant!r}')
+    checks.require(whole(window, 1), "window", "a whole number of steps >= 1", window)
+    checks.within(0, 1, "decay", "γ", decay)
+    checks.variant(variant)
     plan = Plan(
         Cut(check_layer(cut), keep),
         capture=(Capture(cut - 1, "all", over="all"),),

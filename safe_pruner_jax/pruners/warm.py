@@ -18,6 +18,7 @@ from flax import struct
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Pruner, Selection, State, whole
+from safe_pruner_jax.pruners.checks import require
 
 CHOICE = "warm_start"
 """The keyword that `warmed` adds to a factory."""
@@ -42,8 +43,7 @@ def warm(pruner: Pruner, w: int) -> Pruner:
     References:
       VLA-Pruner, Section 4.2: "We warm-start VLA-Pruner with w steps".
     """
-    if not whole(w, 1):
-        raise ValueError(f"{CHOICE}: expected a whole number of steps >= 1 or None, got {w!r}")
+    require(whole(w, 1), CHOICE, "a whole number of steps >= 1 or None", w)
     if pruner.plan.cut is None:
         return pruner
     decide = pruner.later
