@@ -11,17 +11,14 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import tyro
 
+from safe_pruner_jax.training.pool import finish
+
 SPACE = 2**30
 """Bytes that must be free."""
-DEATHS = 3
-"""Times that workers may die before the run is given up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +46,38 @@ class Args:
     workers: int = 2
 
 
-def make(path: Path, suite: str, task: int, what: str, seed: int, size: int) -> tuple[str, int]:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One file: `what` is "scenes" or "demo"."""
+
+    path: Path
+    suite: str
+    task: int
+    what: str
+    seed: int
+    size: int
+
+
+def make(job: Job) -> tuple[str, int]:
     """One file; returns its name and its number of frames (0: the expert failed)."""
     from safe_pruner_jax.libero.scenes import current_maker, write
 
-    source = current_maker(suite, task, size)
-    frames = source.scenes(seed) if what == "scenes" else source.demonstration(seed)
+    source = current_maker(job.suite, job.task, job.size)
+    frames = source.scenes(job.seed) if job.what == "scenes" else source.demonstration(job.seed)
     if frames is None:
-        path.with_suffix(".failed").touch()
-        return path.name, 0
-    write(path, frames, {"suite": suite, "task": task, "what": what, "seed": seed, "kinds": source.kinds})
-    return path.name, len(frames["site"])
+        job.path.with_suffix(".failed").touch()
+        return job.path.name, 0
+    about = {"suite": job.suite, "task": job.task, "what": job.what, "seed": job.seed, "kinds": source.kinds}
+    write(job.path, frames, about)
+    return job.path.name, len(frames["site"])
 
 
-def jobs(args: Args) -> list[tuple]:
-    """What is missing, in rounds over tasks, so that a run that is stopped has some of everything."""
+def missing(args: Args) -> list[Job]:
+    """What is to be made, in rounds over tasks, so that a run that is stopped has some of everything.
+
+    Raises:
+      OSError: there is something, and no space for it.
+    """
     rows = []
     for what, count in (("scenes", args.scenes), ("demo", args.demonstrations)):
         for task in args.tasks:
@@ -71,7 +85,9 @@ def jobs(args: Args) -> list[tuple]:
                 path = args.out / f"{args.suite}_{task}_{what}_{args.first + k}.npz"
                 if not path.exists() and not path.with_suffix(".failed").exists():
                     round_ = k * 4 // count if count >= 4 else k
-                    rows.append(((round_, task, what, k), (path, args.suite, task, what, args.first + k, args.size)))
+                    rows.append(((round_, task, what, k), Job(path, args.suite, task, what, args.first + k, args.size)))
+    if rows and shutil.disk_usage(args.out).free < SPACE:
+        raise OSError(f"less than {SPACE >> 20} MiB are free in {args.out}")
     return [job for _, job in sorted(rows, key=lambda row: row[0])]
 
 
@@ -79,31 +95,19 @@ def main(args: Args) -> int:
     """Collects until all is there, or says in one line why not."""
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread: no waiting for another
-    deaths, start, frames, failed = 0, time.perf_counter(), 0, 0
-    while todo := jobs(args):
-        if shutil.disk_usage(args.out).free < SPACE:
-            print(f"gave up: less than {SPACE >> 20} MiB are free in {args.out}", file=sys.stderr)
-            return 1
-        try:
-            with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-                running = [pool.submit(make, *job) for job in todo]
-                for number, done in enumerate(as_completed(running), 1):
-                    name, count = done.result()
-                    frames, failed = frames + count, failed + (count == 0)
-                    seconds = time.perf_counter() - start
-                    print(
-                        f"[{seconds:6.0f} s] {number}/{len(todo)} {name}: {count} frames, {frames} in all, "
-                        f"{failed} failed episodes",
-                        flush=True,
-                    )
-        except BrokenProcessPool:
-            deaths += 1
-            if deaths >= DEATHS:
-                print(f"gave up: workers died {deaths} times", file=sys.stderr)
-                return 1
-        except OSError as error:
-            print(f"gave up: {error}; free some space and start it again", file=sys.stderr)
-            return 1
+    start, frames, failed = time.perf_counter(), 0, 0
+    try:
+        for number, total, (name, count) in finish(lambda: missing(args), make, args.workers):
+            frames, failed = frames + count, failed + (count == 0)
+            seconds = time.perf_counter() - start
+            text = f"{name}: {count} frames, {frames} in all, {failed} failed episodes"
+            print(f"[{seconds:6.0f} s] {number}/{total} {text}", flush=True)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"gave up: {error}; free some space and start it again", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -66,11 +66,8 @@ class Labels:
             result[self.kinds.index(kind(name))] = inner.sim.data.body_xpos[inner.obj_body_id[name]]
         return result
 
-    def yaw(self) -> float:
-        """Direction in which the fingers open, radians in the table's plane."""
-        return Expert(self._env, goals=()).scene.yaw
-
-    def turn(self, name: str) -> float:
-        """How far the hand has to turn for grasping an object, radians in [-π/2, π/2]."""
-        script = Expert(self._env, goals=())
-        return script.scene.turn(script.choose(name).yaw)
+    def hand(self, name: str) -> tuple[float, float]:
+        """Direction in which the fingers open, radians in the table's plane, and how far they have to turn for grasping
+        an object, radians in [-π/2, π/2]."""
+        expert = Expert(self._env, goals=())
+        return expert.scene.yaw, expert.scene.turn(expert.choose(name).yaw)

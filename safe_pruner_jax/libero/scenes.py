@@ -110,14 +110,15 @@ class SceneMaker:
         """The present picture and its labels, when an object is the target."""
         seen = self.env.observe()
         size, number = self._size, self.kinds.index(kind(name))
+        yaw, turn = self._labels.hand(name)
         site = self.env.simulator.env.sim.data.site_xpos[self.env.simulator.robots[0].eef_site_id]
         return {
             "image": np.stack([resize_with_pad(seen[key], size, size) for key in CAMERAS]),
             "segmentation": self._labels.segmentation(),
             "position": self._labels.positions(),
             "site": np.array(site, np.float32),
-            "yaw": np.float32(self._labels.yaw()),
-            "turn": np.float32(self._labels.turn(name)),
+            "yaw": np.float32(yaw),
+            "turn": np.float32(turn),
             "target": np.int32(number),
             "held": np.int32(number if held else -1),
             "actions": np.zeros((CHUNK, 7), np.float32),

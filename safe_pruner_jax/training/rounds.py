@@ -14,10 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,8 @@ from safe_pruner_jax.robots.configs import PolicyConfig
 from safe_pruner_jax.robots.transforms import NormStats, save_norm_stats
 from safe_pruner_jax.training.correct import Infer, play
 from safe_pruner_jax.training.perception import HEADS
+from safe_pruner_jax.training.pool import finish
 from safe_pruner_jax.training.scenes import prompt
-
-DEATHS = 3
-"""Times that workers may die in one round before the run is given up."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +42,8 @@ class Rounds:
       rounds: of playing and training.
       episodes: per task and round.
       mix: share of calls at which the expert's chunk is executed; halved every round.
+      insist: a kind that was never fetched in the round before is the target 1 + `insist` times as often as one that
+        always was.
       first: seed of the first episode.
       workers: processes, one core each.
     """
@@ -56,8 +53,21 @@ class Rounds:
     rounds: int = 3
     episodes: int = 10
     mix: float = 0.4
+    insist: float = 5.0
     first: int = 500_000
     workers: int = 2
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One episode to be played: its file, whose scene, and with what share of the expert's chunks."""
+
+    path: Path
+    suite: str
+    task: int
+    seed: int
+    mix: float
+    size: int
 
 
 def export(out: Path, params: Params, config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Path) -> Path:
@@ -86,22 +96,37 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     """
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
-    jobs = {out / f"{r.suite}_{task}_correct_{seed}.npz": (task, seed) for task in r.tasks for seed in seeds}
-    mix, deaths = r.mix * 0.5**number, 0
-    while missing := [job for job in jobs.items() if not job[0].exists()]:
-        try:
-            with ProcessPoolExecutor(r.workers, get_context("spawn")) as pool:
-                rows = [
-                    pool.submit(_episode, path, r.suite, task, seed, mix, config, str(checkpoint), size)
-                    for path, (task, seed) in missing
-                ]
-                for count, done in enumerate(as_completed(rows), 1):
-                    logger.info("round %d, %d of %d: %s", number, count, len(missing), done.result())
-        except BrokenProcessPool as error:
-            deaths += 1
-            if deaths >= DEATHS:
-                raise RuntimeError(f"gave up: workers died {deaths} times in round {number}") from error
-    return summary(number, jobs)
+    mix = r.mix * 0.5**number
+    attempts = [
+        Attempt(out / f"{r.suite}_{task}_correct_{seed}.npz", r.suite, task, seed, mix=mix, size=size)
+        for task in r.tasks
+        for seed in seeds
+    ]
+    missing = lambda: [attempt for attempt in attempts if not attempt.path.exists()]
+    work = functools.partial(_episode, config=config, checkpoint=str(checkpoint))
+    for count, total, line in finish(missing, work, r.workers):
+        logger.info("round %d, %d of %d: %s", number, count, total, line)
+    return summary(number, [attempt.path for attempt in attempts])
+
+
+def targets(r: Rounds, number: int, out: Path) -> dict[str, float]:
+    """How often each kind of object is the target of a round: more often where the round before failed.
+
+    Returns:
+      {kind: 1 + insist · share of failures}; kinds that were not asked for are missing; empty for the first round.
+    """
+    if number == 0:
+        return {}
+    outcomes: dict[str, list[bool]] = {}
+    for task in r.tasks:
+        for seed in range(r.first + (number - 1) * r.episodes, r.first + number * r.episodes):
+            frames, about = read(_path(out, r, task, seed))
+            outcomes.setdefault(about["kinds"][int(frames["target"][0])], []).append(about["success"])
+    return {kind: 1 + r.insist * (1 - sum(solved) / len(solved)) for kind, solved in outcomes.items()}
+
+
+def _path(out: Path, r: Rounds, task: int, seed: int) -> Path:
+    return out / f"{r.suite}_{task}_correct_{seed}.npz"
 
 
 def summary(number: int, paths: Any) -> dict[str, Any]:
@@ -148,13 +173,14 @@ def _policy(config: str, checkpoint: str) -> Infer:
     return load_policy(config, checkpoint, prompt_lengths=(32,)).session().infer
 
 
-def _episode(path: Path, suite: str, task: int, seed: int, mix: float, config: str, checkpoint: str, size: int) -> str:
+def _episode(attempt: Attempt, config: str, checkpoint: str) -> str:
     """One episode in a worker; returns a line about it."""
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
-    maker = current_maker(suite, task, size)
-    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=mix)
-    about = {"suite": suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
+    task, seed = attempt.task, attempt.seed
+    maker = current_maker(attempt.suite, task, attempt.size)
+    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=attempt.mix)
+    about = {"suite": attempt.suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
-    write(path, played.frames, about)
+    write(attempt.path, played.frames, about)
     outcome = "solved" if played.success else f"closest {100 * played.closest:.1f} cm"
     return f"task {task} seed {seed}: {outcome} in {played.steps} steps"

@@ -1,0 +1,49 @@
+"""Jobs in processes that die: nothing is lost, nothing hangs, and at some point it is enough."""
+
+import functools
+import os
+import signal
+
+import pytest
+
+from safe_pruner_jax.training.pool import DEATHS, finish
+
+pytestmark = pytest.mark.newest
+
+
+def work(path, deadly):
+    """Writes a file; the first time it is asked for a deadly one, the process dies instead."""
+    if path.name in deadly and not path.with_suffix(".died").exists():
+        path.with_suffix(".died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    path.write_text("done")
+    return path.name
+
+
+def die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(path):
+    raise OSError(f"no space for {path.name}")
+
+
+def test_what_a_dead_worker_was_at_is_done_again(tmp_path):
+    paths = [tmp_path / f"{i}.txt" for i in range(4)]
+    missing = lambda: [path for path in paths if not path.exists()]
+    rows = list(finish(missing, functools.partial(work, deadly=("1.txt",)), 1))
+    assert (tmp_path / "1.died").exists() and not missing()
+    assert {name for _, _, name in rows} == {path.name for path in paths}
+    number, count, _ = rows[-1]
+    assert number == count < 4  # what was there is not done again
+
+
+def test_workers_that_always_die_end_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match=f"gave up: workers died {DEATHS} times"):
+        list(finish(lambda: [tmp_path / "a"], die, 1))
+
+
+def test_what_a_job_raises_is_passed_on(tmp_path):
+    with pytest.raises(OSError, match="no space for a"):
+        list(finish(lambda: [tmp_path / "a"], refuse, 1))
+    assert list(finish(lambda: [], refuse, 1)) == []
