@@ -7,11 +7,12 @@ are kept as label, and the simulator is put back (`law.label`). With probability
 the policy's chunk, so that late phases are visited by a policy that does not get there by itself yet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert, label
 from safe_pruner_jax.libero.scenes import Frames, SceneMaker, stack
 
@@ -45,6 +46,7 @@ def play(
     labels: bool = True,
     mix: float = 0.0,
     limit: int = 280,
+    often: Mapping[str, float] | None = None,
 ) -> Played:
     """Plays one episode of a shuffled scene, or of a fixed initial state with the task's own object.
 
@@ -57,6 +59,8 @@ def play(
       labels: whether frames and labels are wanted.
       mix: share of calls at which the expert's chunk is executed.
       limit: control steps.
+      often: how often each kind of object is the target, relative to 1, so that a policy meets more of what it fails
+        on; None: all equally.
     """
     env, rng = maker.env, np.random.default_rng([seed, maker.env.task.index, 3])
     if fixed:
@@ -64,10 +68,12 @@ def play(
         name = env.simulator.env.parsed_problem["goal_state"][0][1]
     else:
         maker.placements.shuffle(seed)
-        name = maker.placements.names[rng.integers(len(maker.placements.names))]
+        names = maker.placements.names
+        share = np.array([(often or {}).get(kind(name), 1.0) for name in names])
+        name = names[rng.choice(len(names), p=share / share.sum())]
     goal = maker.goal(name)
     law, rows, steps, closest, success = FeedbackExpert(env, goal), [], 0, np.inf, False
-    words = {"prompt": instruction(name.rsplit("_", 1)[0])}
+    words = {"prompt": instruction(kind(name))}
     while steps < limit and not success:
         request = env.observe() | words | ({"reset": True} if steps == 0 else {})
         chunk = np.asarray(policy(request)["actions"])[:CHUNK]

@@ -60,13 +60,14 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode to be played: its file, whose scene, and with what share of the expert's chunks."""
+    """One episode to be played: its file, whose scene, with what share of the expert's chunks, and for what targets."""
 
     path: Path
     suite: str
     task: int
     seed: int
     mix: float
+    often: dict[str, float]
     size: int
 
 
@@ -96,12 +97,8 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     """
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
-    mix = r.mix * 0.5**number
-    attempts = [
-        Attempt(out / f"{r.suite}_{task}_correct_{seed}.npz", r.suite, task, seed, mix=mix, size=size)
-        for task in r.tasks
-        for seed in seeds
-    ]
+    drawn = {"mix": r.mix * 0.5**number, "often": targets(r, number, out), "size": size}
+    attempts = [Attempt(_path(out, r, task, seed), r.suite, task, seed, **drawn) for task in r.tasks for seed in seeds]
     missing = lambda: [attempt for attempt in attempts if not attempt.path.exists()]
     work = functools.partial(_episode, config=config, checkpoint=str(checkpoint))
     for count, total, line in finish(missing, work, r.workers):
@@ -178,7 +175,7 @@ def _episode(attempt: Attempt, config: str, checkpoint: str) -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
     task, seed = attempt.task, attempt.seed
     maker = current_maker(attempt.suite, task, attempt.size)
-    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=attempt.mix)
+    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=attempt.mix, often=attempt.often)
     about = {"suite": attempt.suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
     write(attempt.path, played.frames, about)
