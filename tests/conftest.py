@@ -1,4 +1,4 @@
-"""Hypothesis profiles, what makes compiling cheap, who shares a worker, and the fixtures that several modules share."""
+"""Hypothesis profiles, what makes compiling cheap, who shares a worker (`workers`), and fixtures of several modules."""
 
 import ctypes
 import gc
@@ -46,42 +46,22 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # --- who shares a worker -----------------------------------------------------------------------------------
 
-TOGETHER = {
-    **dict.fromkeys(("test_engine", "test_control", "test_session"), "the tiny engine"),
-    **dict.fromkeys(("test_analysis", "test_deviation", "test_trace", "test_end_to_end"), "the plain policy"),
-    **dict.fromkeys(("test_fleet", "test_evaluate"), "the policy of two steps"),
-}
-"""Modules that share compiled programs run in one worker; every other module is a group by itself."""
 
-APART = ("test_parity", "test_flops", "test_demo", "test_notebooks")
-"""Modules whose tests share nothing that is dear: each test may run anywhere."""
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    import workers
 
-LONGEST = (
-    *("test_demo", "test_engine", "test_control", "test_session", "test_peers_engine", "test_bench", "test_expert"),
-    *("test_promises", "test_notebooks", "test_training", "test_parity", "test_analysis", "test_deviation"),
-    *("test_trace", "test_end_to_end", "test_rtc", "test_fleet", "test_evaluate", "test_pruners", "test_libero"),
-)
-"""Modules that begin first, so that no worker is left alone with one of them at the end."""
-
-
-def group(item: pytest.Item) -> str:
-    """The name of what runs in one worker: a module, several, one test, or the laws of one pruner."""
-    module = item.path.stem
-    if module in APART:
-        return item.nodeid
-    if getattr(item, "originalname", None) == "test_law":
-        return f"laws of {item.callspec.params['case']}"
-    return TOGETHER.get(module, module)
+    return workers.Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item).replace("@", " ")))
-    rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))  # stable: the order within a module stays
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import workers
+
+        items.sort(key=lambda item: workers.rank(item.nodeid))  # stable: the order within a module stays
 
 
 LARGE = 1_200_000_000

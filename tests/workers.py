@@ -1,0 +1,54 @@
+"""Which tests share a worker, and in what order groups of them begin.
+
+xdist's own groups are written into a test's name, which the newest pytest does not let it change: they were none. So
+the scheduler here reads the group from the name.
+"""
+
+from xdist.scheduler import LoadScopeScheduling
+
+TOGETHER = {
+    **dict.fromkeys(("test_engine", "test_control", "test_session"), "the tiny engine"),
+    **dict.fromkeys(("test_analysis", "test_deviation", "test_trace", "test_end_to_end"), "the plain policy"),
+    **dict.fromkeys(("test_fleet", "test_evaluate"), "the policy of two steps"),
+}
+"""Modules that share compiled programs run in one worker; every other module is a group by itself."""
+
+APART = ("test_parity", "test_flops", "test_demo", "test_notebooks")
+"""Modules whose tests share nothing that is dear: each test may run anywhere."""
+
+OF_A_CASE = ("test_law", "test_safe_is_algorithm_1")
+"""Tests of one pruner, whose programs they share."""
+
+LONGEST = (
+    *("test_demo", "test_engine", "test_control", "test_session", "test_peers_engine", "test_bench", "test_expert"),
+    *("test_promises", "test_notebooks", "test_training", "test_parity", "test_analysis", "test_deviation"),
+    *("test_trace", "test_end_to_end", "test_rtc", "test_fleet", "test_evaluate", "test_pruners", "test_libero"),
+)
+"""Modules that begin first, so that no worker is left alone with one of them at the end."""
+
+
+def module(name: str) -> str:
+    """tests/test_wire.py::test_it[1] → test_wire."""
+    return name.partition("::")[0].rpartition("/")[2].removesuffix(".py")
+
+
+def group(name: str) -> str:
+    """The name of what runs in one worker: a module, several, one test, or all tests of one pruner."""
+    test, _, choice = name.partition("::")[2].removesuffix("]").partition("[")
+    if module(name) in APART:
+        return name
+    if test in OF_A_CASE:
+        return f"laws of {choice.partition('-')[2] if test == 'test_law' else choice}"
+    return TOGETHER.get(module(name), module(name))
+
+
+def rank(name: str) -> int:
+    """Place of a test's module among those that begin first."""
+    return LONGEST.index(module(name)) if module(name) in LONGEST else len(LONGEST)
+
+
+class Groups(LoadScopeScheduling):
+    """Gives whole groups to workers, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
