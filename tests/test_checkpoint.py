@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees, flat, unflat
 
-from safe_pruner_jax.model import checkpoint, pi0
+from safe_pruner_jax.model import checkpoint, checks, pi0
 from safe_pruner_jax.model.checkpoint import CheckpointError, Stored, load_params, open_params, save_params
 from safe_pruner_jax.model.config import GemmaConfig
 from safe_pruner_jax.model.params import param_shapes
@@ -240,7 +240,7 @@ def test_non_finite_leaf(tmp_path, tiny_params, monkeypatch, bad, dtype):
         save_params(tmp_path, params)
     assert not (tmp_path / "params").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_count_nonfinite", lambda _: 0)
+        patch.setattr(checkpoint, "count_nonfinite", lambda _: 0)
         save_params(tmp_path, params)
     message = error(tmp_path, TINY, dtype=dtype)
     assert "leaf time_mlp_in/kernel" in message and "got 2 of 4096 NaN or infinite" in message
@@ -249,7 +249,7 @@ def test_non_finite_leaf(tmp_path, tiny_params, monkeypatch, bad, dtype):
 def test_largest_finite_values_are_finite():
     for dtype in (np.float16, jnp.bfloat16, np.float32, np.float64):
         edges = [jnp.finfo(dtype).max, jnp.finfo(dtype).min, jnp.finfo(dtype).smallest_subnormal, 0.0, -0.0]
-        assert checkpoint._count_nonfinite(np.array(edges, dtype)) == 0
+        assert checks.count_nonfinite(np.array(edges, dtype)) == 0
 
 
 def test_wrong_sizes_are_one_error_with_the_first_mismatches():
@@ -258,9 +258,9 @@ def test_wrong_sizes_are_one_error_with_the_first_mismatches():
     differ = sum(shapes[k].shape != stored[k].shape for k in shapes)
     message = error(GOLDEN["value"], wider)
     assert "attn_vec_einsum_1/w: expected (4, 8, 16, 128), got (4, 8, 16, 64)" in message
-    assert f"and {differ - checkpoint._SHOWN} more" in message
+    assert f"and {differ - checks.SHOWN} more" in message
     assert "The configuration seems wrong for this checkpoint" in message
-    assert len(message.splitlines()) == checkpoint._SHOWN + 3
+    assert len(message.splitlines()) == checks.SHOWN + 3
 
 
 def test_pi0_configuration_on_a_pi05_checkpoint():
@@ -303,13 +303,6 @@ def test_another_item_is_not_taken_for_parameters(tmp_path, tiny_params):
         checkpointer.save(tmp_path / "state", {"opt_state": tiny_params, "step": np.zeros(())})
     message = error(tmp_path / "state", TINY)
     assert "got top-level names ['opt_state', 'step']" in message and "train_state/" in message
-
-
-def test_pytorch_checkpoint(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    for path in (tmp_path, tmp_path / "model.safetensors"):
-        message = error(path, TINY)
-        assert "PyTorch" in message and "gs://openpi-assets/checkpoints/pi05_libero" in message
 
 
 def test_absent_checkpoint(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees
 
-from safe_pruner_jax.model.checkpoint import CheckpointError, fetch, load_params
+from safe_pruner_jax.model.checkpoint import load_params
+from safe_pruner_jax.model.fetch import CheckpointError, fetch
 
 
 class Bucket(MemoryFileSystem):

@@ -19,7 +19,8 @@ from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.engine.xla import upright
 from safe_pruner_jax.model import pi0, quantisation
-from safe_pruner_jax.model.checkpoint import fetch, open_params
+from safe_pruner_jax.model.checkpoint import open_params
+from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full, make

@@ -6,7 +6,7 @@ import logging
 from typing import Any, Literal
 
 from safe_pruner_jax import pruners
-from safe_pruner_jax.model.checkpoint import fetch
+from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.quantisation import EightBit
 from safe_pruner_jax.policy.identity import Configuration, describe
 from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated, embedded_folder, load_policy

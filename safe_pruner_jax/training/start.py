@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from safe_pruner_jax.model.checkpoint import fetch, load_params, stored_shapes
+from safe_pruner_jax.model.checkpoint import load_params, stored_shapes
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params, draw_params, param_shapes
 from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder, embedded_params
 from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
