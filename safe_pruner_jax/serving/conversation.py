@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -63,11 +63,12 @@ class Addressed:
 class _Due:
     """A reply that is owed. Times are `time.monotonic()`, durations seconds."""
 
-    addressed: Addressed | None  # None: it could not be read, and the answer says why
+    addressed: tuple[Addressed, ...]  # several in a batch; none: it could not be read, and the answer says why
     since: float  # the server began to wait for the request
     received: float
     prepared_s: float
-    answer: asyncio.Future
+    answers: tuple[asyncio.Future, ...]
+    batch: bool = False
 
 
 class Conversation:
@@ -77,10 +78,14 @@ class Conversation:
       desk: shared.
       socket: the connection, open.
       robot: whose memory a request without a robot id means.
+
+    Attributes:
+      robots: memories of this connection alone, to be forgotten with it.
     """
 
     def __init__(self, desk: Desk, socket: ServerConnection, robot: Hashable):
         self._desk, self._socket, self._robot = desk, socket, robot
+        self.robots: set[Hashable] = {robot}
         self._due: asyncio.Queue[_Due | None] = asyncio.Queue(SENT_AHEAD)
         self._unanswered: set[_Due] = set()
         self._previous_total_s: float | None = None
@@ -110,7 +115,7 @@ class Conversation:
                 due = await self._submit(receive.result(), since)
                 self._unanswered.add(due)
                 await self._due.put(due)
-                if due.addressed is None:
+                if not due.addressed:
                     return  # the writer tells the mistake and closes
         except ConnectionClosed as closed:
             logger.info("%s left: %s", self._socket.remote_address, closed)
@@ -123,26 +128,51 @@ class Conversation:
         received = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            addressed = await loop.run_in_executor(self._desk.host_threads, self._prepare, message)
+            addressed, batch = await loop.run_in_executor(self._desk.host_threads, self._prepare, message)
         except Exception as error:
             failed = loop.create_future()
             failed.set_exception(error)
-            return _Due(None, since, received, 0.0, failed)
+            return _Due((), since, received, 0.0, (failed,))
         prepared_s = time.monotonic() - received
         there = lambda: self._socket.state is State.OPEN
-        answer = self._desk.scheduler.submit(addressed.robot, addressed.prepared, addressed.deadline_s, there)
-        return _Due(addressed, since, received, prepared_s, answer)
+        submit = self._desk.scheduler.submit
+        answers = tuple(submit(one.robot, one.prepared, one.deadline_s, there) for one in addressed)
+        return _Due(addressed, since, received, prepared_s, answers, batch)
 
-    def _prepare(self, message: bytes | str) -> Addressed:
-        """Reads and checks a message, in a host thread."""
+    def _prepare(self, message: bytes | str) -> tuple[tuple[Addressed, ...], bool]:
+        """Reads and checks a message, in a host thread: its requests, and whether they came as a batch."""
         if isinstance(message, str):
             raise WireError("expected a binary frame with a msgpack map, got a text frame")
         request = unpack(message, self._desk.limits)
-        robot, deadline_s = self._robot, request.get("deadline_ms")
+        if "batch" not in request:
+            return (self._address(request, self._robot),), False
+        return tuple(self._batch(request)), True
+
+    def _batch(self, message: dict) -> Iterator[Addressed]:
+        """The requests of `{"batch": [request, …]}`; the i-th of a connection is one robot, unless it has an id."""
+        requests, most = message["batch"], self._desk.scheduler.capacity
+        if not isinstance(requests, list) or not 1 <= len(requests) <= most or set(message) != {"batch"}:
+            what = f"{len(requests)} requests" if isinstance(requests, list) else type(requests).__name__
+            raise WireError(f"batch: expected 1 to {most} requests under this key and no other key, got {what}")
+        seen = set()
+        for place, request in enumerate(requests):
+            if not isinstance(request, dict):
+                raise WireError(f"batch[{place}]: expected a request, a map, got {type(request).__name__}")
+            one = self._address(request, (*self._robot, place) if isinstance(self._robot, tuple) else place)
+            if one.robot in seen:
+                raise WireError(f"batch[{place}]: expected each robot once, got {request['robot_id']!r:.80} again")
+            seen.add(one.robot)
+            yield one
+
+    def _address(self, request: dict, robot: Hashable) -> Addressed:
+        """Whose a request is; `robot` unless it has an id."""
+        deadline_s = request.get("deadline_ms")
         if (name := request.get("robot_id")) is not None:
             if not isinstance(name, str) or not 1 <= len(name) <= MAX_ID:
                 raise WireError(f"robot_id: expected a str of 1 to {MAX_ID} characters, got {type(name).__name__}")
             robot = ("robot", name)
+        else:
+            self.robots.add(robot)
         if deadline_s is not None:
             if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s < 1e9:
                 raise WireError(f"deadline_ms: expected milliseconds above 0, got {deadline_s!r:.50}")
@@ -155,26 +185,18 @@ class Conversation:
 
     def _abandon(self) -> None:
         """Takes requests out of the queue whose client has left."""
-        for due in self._unanswered:
-            self._desk.scheduler.cancel(due.answer)
-            due.answer.add_done_callback(lambda answer: answer.exception())  # nobody else will look
+        for answer in (answer for due in self._unanswered for answer in due.answers):
+            self._desk.scheduler.cancel(answer)
+            answer.add_done_callback(lambda answer: answer.exception())  # nobody else will look
         self._unanswered.clear()
 
     async def _write(self) -> None:
         while (due := await self._due.get()) is not None:
             try:
-                served: Served = await asyncio.shield(due.answer)
-                self._desk.metrics.served(served)
-                if served.result.error is not None:
-                    raise served.result.error
+                served = [await self._served(answer) for answer in due.answers]
                 payload = self._pack(due, served)
-            except Turned as turned:
-                self._desk.metrics.requests.labels(turned.kind).inc()
-                await self._send(str(turned))
-                self._unanswered.discard(due)
-                continue
             except Exception as error:
-                self._unanswered.discard(due)
+                self._abandon_one(due)
                 await self._refuse(error)
                 return
             self._unanswered.discard(due)
@@ -183,21 +205,56 @@ class Conversation:
             except ConnectionClosed:
                 logger.info("%s left before its reply, which is dropped", self._socket.remote_address)
                 return
-            self._desk.metrics.requests.labels("ok").inc()
+            if not isinstance(payload, bytes):  # turned away, with nothing to measure or record
+                continue
             self._desk.metrics.latency.observe(time.monotonic() - due.received)
             # As openpi counts it: from waiting for the request to the reply being sent.
             self._previous_total_s = time.monotonic() - due.since
-            await self._record(due.addressed, served)
+            for addressed, one in zip(due.addressed, served, strict=True):
+                if isinstance(one, Served):
+                    self._desk.metrics.requests.labels("ok").inc()
+                    await self._record(addressed, one)
 
-    def _pack(self, due: _Due, served: Served) -> bytes:
+    async def _served(self, answer: asyncio.Future) -> Served | Turned:
+        """What became of a request; raises what went wrong."""
+        try:
+            served: Served = await asyncio.shield(answer)
+        except Turned as turned:
+            self._desk.metrics.requests.labels(turned.kind).inc()
+            return turned
+        self._desk.metrics.served(served)
+        if served.result.error is not None:
+            raise served.result.error
+        return served
+
+    def _abandon_one(self, due: _Due) -> None:
+        """Takes the rest of a batch out of the queue; nobody will read its answers."""
+        self._unanswered.discard(due)
+        for answer in due.answers:
+            self._desk.scheduler.cancel(answer)
+            answer.add_done_callback(lambda answer: answer.exception())
+
+    def _pack(self, due: _Due, served: Sequence[Served | Turned]) -> bytes | str:
+        """The frame that answers a message: a reply, its refusal in words, or a batch of both."""
+        if not due.batch:
+            return str(served[0]) if isinstance(served[0], Turned) else self._packed(self._reply(due, served[0]))
+        replies = [{"error": str(one)} if isinstance(one, Turned) else self._reply(due, one) for one in served]
+        return self._packed({"batch": replies})
+
+    def _reply(self, due: _Due, served: Served) -> dict:
         timing = {"infer_ms": (due.prepared_s + served.device_s) * 1e3}
         if self._previous_total_s is not None:
             timing["prev_total_ms"] = self._previous_total_s * 1e3
         timing |= {"queue_ms": served.queue_s * 1e3, "batch": served.batch}
         try:
-            # a reply that is no map is the TypeError below
-            return pack({**served.result.reply, "server_timing": timing})  # pyright: ignore[reportGeneralTypeIssues]
-        except (WireError, TypeError) as error:  # our fault, not the client's
+            return {**served.result.reply, "server_timing": timing}  # pyright: ignore[reportGeneralTypeIssues]
+        except TypeError as error:  # no map: our fault, not the client's
+            raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
+
+    def _packed(self, message: dict) -> bytes:
+        try:
+            return pack(message)
+        except WireError as error:  # our fault, not the client's
             raise RuntimeError(f"the backend's reply cannot be sent: {error}") from error
 
     async def _send(self, payload: bytes | str) -> None:

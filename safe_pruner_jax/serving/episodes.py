@@ -59,8 +59,8 @@ class EpisodeRecorder:
             path = self._files.pop(step.robot, None)
             if path is None or step.fresh:
                 path = self.directory / f"{self._prefix}_{next(self._numbers):05d}{SUFFIX}"
-                name = step.robot[1] if isinstance(step.robot, tuple) else step.robot
-                record = MAGIC + _record(self._header | {"robot": str(name), "from_start": step.fresh}) + record
+                name = "/".join(map(str, step.robot[1:])) if isinstance(step.robot, tuple) else str(step.robot)
+                record = MAGIC + _record(self._header | {"robot": name, "from_start": step.fresh}) + record
             self._files[step.robot] = path
             if len(self._files) > OPEN:
                 self._files.popitem(last=False)

@@ -100,6 +100,11 @@ class Scheduler:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may wait at a time."""
+        return self._terms.max_queue
+
     def submit(
         self,
         robot: Hashable,

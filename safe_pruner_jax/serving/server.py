@@ -237,13 +237,14 @@ class Server:
             await socket.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
             return
         where, robot = _address(socket), ("connection", next(self._numbers))
+        conversation = Conversation(self._desk, socket, robot)
         self._open[where] += 1
         self._device.robots = self._open.total()
         logger.info("%s connected", socket.remote_address)
         try:
             if await first(self._warm.wait(), socket.wait_closed(), self._stop.wait()):
                 await socket.send(self._metadata)
-                await Conversation(self._desk, socket, robot).run()
+                await conversation.run()
             if self._stop.is_set():
                 await socket.close(CloseCode.GOING_AWAY, "server stopping")
         except ConnectionClosed as closed:
@@ -251,7 +252,8 @@ class Server:
         finally:
             self._open -= collections.Counter({where: 1})
             self._device.robots = self._open.total()
-            self._device.forget(robot)
+            for robot in conversation.robots:
+                self._device.forget(robot)
 
 
 def _address(connection: websockets.ServerConnection) -> str:
