@@ -8,6 +8,7 @@ openpi report full.jsonl safe.jsonl --out report/
 openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
+openpi convert --checkpoint CKPT --config pi05_libero --to lerobot --out pi05_lerobot
 openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
@@ -25,6 +26,7 @@ from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import analyze as analysis
 from safe_pruner_jax.cli import controls
 from safe_pruner_jax.cli.bench import Bench, run_bench
+from safe_pruner_jax.cli.convert import Convert, run_convert
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
 from safe_pruner_jax.cli.help import summary
 from safe_pruner_jax.cli.inspect import Inspect, run_inspect
@@ -99,6 +101,7 @@ COMMANDS = {
     "report": Command(Report, run_report, pruner=False),
     "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
+    "convert": Command(Convert, run_convert, pruner=False),
     "bench": Command(Bench, run_bench, pruner=False),
 }
 

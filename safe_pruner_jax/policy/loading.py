@@ -22,11 +22,12 @@ from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.checkpoint import open_params
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.policy.lerobot import is_lerobot, read_lerobot
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full, make
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
-from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats
+from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, load_norm_stats
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
@@ -92,6 +93,19 @@ def save_embedded(params: Params, folder: Path) -> None:
     np.savez_compressed(folder / PARAMS, **half)
 
 
+def described(folder: Path, config: PolicyConfig) -> tuple[PolicyConfig, dict[str, NormStats]]:
+    """A policy's configuration and statistics, with what LeRobot's files in a checkpoint's folder say of them.
+
+    Raises:
+      FileNotFoundError: no statistics, neither openpi's nor LeRobot's.
+      CheckpointError: LeRobot's files describe another policy than `config`.
+    """
+    stats: dict[str, NormStats] = {}
+    if is_lerobot(folder):
+        config, stats = read_lerobot(folder, config)
+    return config, stats or load_norm_stats(folder, config.asset_id)
+
+
 def load_policy(
     config: str | PolicyConfig,
     checkpoint: str | os.PathLike | None = None,
@@ -113,8 +127,8 @@ def load_policy(
 
     Args:
       config: name of a configuration, see `robots.configs.CONFIGS`, or one of your own.
-      checkpoint: folder or gs:// address; None takes the one openpi publishes for the configuration, or the embedded
-        parameters of `mini_libero`.
+      checkpoint: folder or gs:// address, openpi's (orbax or safetensors) or LeRobot's; None takes the one openpi
+        publishes for the configuration, or the embedded parameters of `mini_libero`.
       pruner: what to prune; None keeps every alive token.
       default_prompt: used for requests without a prompt.
       tokenizer: SentencePiece model; None takes the `tokenizer.model` beside the checkpoint (training writes it), or
@@ -140,22 +154,22 @@ def load_policy(
     """
     config = get_config(config) if isinstance(config, str) else config
     pruner = full() if pruner is None else pruner
+    pruner.plan.for_depth(config.model.depth)  # before gigabytes are fetched
+    packaged = checkpoint is None and config.name == EMBEDDED
+    address = checkpoint if checkpoint is not None else config.default_checkpoint_uri
+    if address is None and not packaged:
+        raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
+    folder = embedded_folder() if packaged else fetch(address)
+    config, stats = described(folder, config)
     chosen = {"dtype": dtype, "temperature": temperature}
     model = config.model.replace(**{name: value for name, value in chosen.items() if value is not None})
-    pruner.plan.for_depth(model.depth)  # before gigabytes are read
-    if checkpoint is None and config.name == EMBEDDED:
-        folder = embedded_folder()
+    if packaged:
         params = embedded_params()
     else:
-        address = checkpoint if checkpoint is not None else config.default_checkpoint_uri
-        if address is None:
-            raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
-        folder = fetch(address)
         params = open_params(folder, model, dtype=param_dtype or model.dtype)  # read leaf by leaf
     if tokenizer is None:
         own = folder / "tokenizer.model"
         tokenizer = own if config.name == EMBEDDED or own.exists() else fetch(PALIGEMMA_TOKENIZER)
-    stats = load_norm_stats(folder, config.asset_id)
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
     prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and upright(model.dtype))
     weights = jax.tree.map(jnp.asarray, prepared)
