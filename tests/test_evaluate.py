@@ -17,7 +17,7 @@ from rich.console import Console
 from toy_records import CONFIGURATION
 
 from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
-from safe_pruner_jax.evaluation import evaluate
+from safe_pruner_jax.evaluation import crew, evaluate
 from safe_pruner_jax.evaluation.batched import Robots
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
@@ -201,9 +201,9 @@ def test_a_killed_simulator_is_an_error_and_another_one_goes_on(path):
 def test_a_simulator_that_hangs_is_killed(path, monkeypatch):
     """By a clock that jumps once the other episode has ended."""
     late = []
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * evaluate.STALL_S * len(late))
-    monkeypatch.setattr(evaluate, "time", clock)
-    monkeypatch.setattr(evaluate, "PATIENCE_S", 0.2)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 2 * crew.STALL_S * len(late))
+    monkeypatch.setattr(crew, "time", clock)
+    monkeypatch.setattr(crew, "PATIENCE_S", 0.2)
     found = run(path, episodes(SUITE, (0,), 2), fake_libero.Stuck, workers=2, on_record=late.append)
     assert found[0, 0].outcome == "success"
     assert found[0, 1].outcome == "error" and "after 600 s without a word" in found[0, 1].error

@@ -3,26 +3,25 @@
     with RecordFile("records.jsonl", configuration) as file:
         play(episodes("libero_object", range(10), 50), file, local(policy, configuration), workers=8)
 
-Simulators live in `workers`; this process owns the device. Whoever waits for a reply when the device is free is
-served in one step (`batched`): nobody waits for a batch to fill.
+Simulators are a `crew`: `workers` of this machine, whose process owns the device, or those of a cluster. Whoever waits
+for a reply when the device is free is served in one step (`batched`): nobody waits for a batch to fill.
 """
 
 import contextlib
 import platform
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
 from typing import Any
 
 import jax
 
 from safe_pruner_jax import __version__
+from safe_pruner_jax.evaluation.crew import Crew, EvaluationError, Processes
 from safe_pruner_jax.evaluation.records import Record, RecordFile, describe_calls, episode_seed
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.sources import Source
-from safe_pruner_jax.evaluation.workers import Job, MakeEnv, Worker, broken, libero_env
+from safe_pruner_jax.evaluation.workers import Job, MakeEnv, broken, libero_env
 
 RESTARTS = 5
 """Simulator processes that may die in a run before it stops."""
@@ -30,15 +29,8 @@ RESTARTS = 5
 ERRORS_IN_A_ROW = 10
 """Episodes that may end in an error one after the other before a run stops: nothing is learned from more."""
 
-PATIENCE_S = 5
-"""Seconds between two looks at whether somebody stalls."""
-
-STALL_S = 600
-"""Seconds without a word from a simulator that is not waiting for us, after which it is killed."""
-
-
-class EvaluationError(RuntimeError):
-    """A run that cannot go on; the finished episodes are in the file, and the message says what to do."""
+AGAIN = 5
+"""How often an episode is begun again because a machine or a policy has died under it; then it is an error."""
 
 
 def episodes(
@@ -89,6 +81,7 @@ def play(
     workers: int = 2,
     retry_errors: bool = False,
     make_env: MakeEnv = libero_env,
+    crew: Crew | None = None,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> None:
     """Plays the episodes that the file does not have, and appends each to it as it ends.
@@ -97,9 +90,10 @@ def play(
       jobs: from `episodes`.
       file: open; its configuration is that of the source.
       source: of the replies.
-      workers: simulator processes.
+      workers: simulators.
       retry_errors: play episodes again that ended in an error; the last record counts.
       make_env: makes their environments.
+      crew: plays instead of processes of this machine; is closed at the end.
       on_record: called with every new record.
 
     Raises:
@@ -109,8 +103,8 @@ def play(
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    with contextlib.closing(_Run(remaining(jobs, file, retry_errors), file, source, make_env, on_record)) as run:
-        run(workers)
+    with contextlib.closing(Processes(source, make_env) if crew is None else crew) as players:
+        _Run(remaining(jobs, file, retry_errors), file, source, players, on_record)(workers)
 
 
 def _key(job: Job) -> tuple[str, int, int]:
@@ -118,52 +112,44 @@ def _key(job: Job) -> tuple[str, int, int]:
 
 
 class _Run:
-    """The loop of `play`: listen to the simulators, answer who waits, record what ended, hand out what is left."""
+    """The loop of `play`: listen to the simulators, record what ended, hand out what is left."""
 
-    def __init__(self, jobs: Sequence[Job], file: RecordFile, source: Source, make_env: MakeEnv, on_record: Callable):
-        self._file, self._source, self._make_env, self._on_record = file, source, make_env, on_record
+    def __init__(self, jobs: Sequence[Job], file: RecordFile, source: Source, crew: Crew, on_record: Callable):
+        self._file, self._source, self._crew, self._on_record = file, source, crew, on_record
         self._todo: dict[tuple[str, int], deque[Job]] = {}
         for job in jobs:
             self._todo.setdefault((job.suite, job.task), deque()).append(job)
-        self._pool: dict[Any, Worker] = {}
+        self._playing: dict[Hashable, Job] = {}
+        self._loaded: dict[Hashable, tuple[str, int]] = {}
+        self._begun = Counter()
         self._lost = self._errors = 0
-
-    def close(self) -> None:
-        """Ends all simulators."""
-        for worker in self._pool.values():
-            worker.process.terminate()
-        for worker in self._pool.values():
-            worker.stop()
 
     def __call__(self, workers: int) -> None:
         for _ in range(min(workers, sum(map(len, self._todo.values())))):
-            self._hire()
-        while self._pool:
-            requests = {}
-            for connection in wait(list(self._pool), timeout=PATIENCE_S):
-                worker = self._pool[connection]
-                kind, content = worker.receive()
-                if kind == "request":
-                    requests[worker] = content
-                else:
-                    self._ended(worker, kind, content)
-            for worker in self._pool.values():
-                if worker not in requests and time.monotonic() - worker.since > STALL_S:
-                    worker.give_up(f"after {STALL_S} s without a word")
-            if requests:
-                for worker, reply in self._source.robots.step(requests).items():
-                    worker.send(reply)
+            self._crew.hire()
+        while self._playing or any(self._todo.values()):
+            for simulator, kind, content in self._crew.listen():
+                self._heard(simulator, kind, content)
 
-    def _ended(self, worker: Worker, kind: str, content: Any) -> None:
+    def _heard(self, simulator: Hashable, kind: str, content: Any) -> None:
+        match kind:
+            case "ready":
+                self._assign(simulator)
+            case "fatal":
+                raise EvaluationError(content)
+            case "gone" | "again":
+                self._once_more(simulator, kind, content)
+            case _:
+                self._ended(simulator, kind, content)
+
+    def _ended(self, simulator: Hashable, kind: str, content: Any) -> None:
         """An episode is over, one way or another."""
-        if kind == "fatal":
-            raise EvaluationError(content)
+        job = self._playing.pop(simulator)
+        episode = broken(job, content) if kind == "lost" else content
+        self._record(job, episode, self._crew.device(simulator))
         if kind == "lost":
-            del self._pool[worker.connection]
-            worker.stop()
             self._lost += 1
-        episode = broken(worker.job, content) if kind == "lost" else content
-        self._record(worker.job, episode)
+            self._crew.dismiss(simulator)
         if self._lost > RESTARTS:
             raise EvaluationError(f"{self._lost} simulator processes have died, the last one: {content}")
         if self._errors >= ERRORS_IN_A_ROW:
@@ -171,12 +157,24 @@ class _Run:
                 f"{self._errors} episodes in a row ended in an error, the last one: {episode.error}; "
                 "when it is mended, play them again with --retry-errors"
             )
-        if kind == "lost":
-            self._hire()
-        else:
-            self._assign(worker)
+        if kind != "lost":
+            self._assign(simulator)
+        elif any(self._todo.values()):
+            self._crew.hire()
 
-    def _record(self, job: Job, episode: Episode) -> None:
+    def _once_more(self, simulator: Hashable, kind: str, why: str) -> None:
+        """What a machine or a policy took with it is played again, unless it has been begun too often."""
+        job = self._playing.pop(simulator, None)
+        if job is not None and self._begun[_key(job)] > AGAIN:
+            self._record(job, broken(job, f"begun {self._begun[_key(job)]} times, the last time: {why}"), "")
+        elif job is not None:
+            self._todo[job.suite, job.task].appendleft(job)
+        if kind == "gone":
+            self._crew.dismiss(simulator)
+            if any(self._todo.values()):
+                self._crew.hire()
+
+    def _record(self, job: Job, episode: Episode, device: str) -> None:
         source = self._source
         paper, exact = source.cost.of(episode) if source.cost else (None, None)
         record = Record(
@@ -188,7 +186,7 @@ class _Run:
             seconds=round(episode.seconds, 3),
             paper_flops=paper,
             exact_flops=exact,
-            device=source.device,
+            device=device,
             versions=versions(),
             configuration=self._file.configuration,
             **describe_calls(episode),
@@ -197,25 +195,18 @@ class _Run:
         self._file.append(record)
         self._on_record(record)
 
-    def _hire(self) -> None:
-        """A new simulator, if there is something left for it."""
-        if any(self._todo.values()):
-            worker = Worker(self._make_env, self._source.server)
-            self._pool[worker.connection] = worker
-            self._assign(worker)
-
-    def _assign(self, worker: Worker) -> None:
+    def _assign(self, simulator: Hashable) -> None:
         """The next episode: of the task that it has loaded, or of the one with the fewest simulators."""
-        crowd = Counter((w.job.suite, w.job.task) for w in self._pool.values() if w is not worker and w.job)
-        loaded = worker.job and (worker.job.suite, worker.job.task)
+        crowd = Counter((job.suite, job.task) for job in self._playing.values())
+        loaded = self._loaded.get(simulator)
         tasks = [task for task, jobs in self._todo.items() if jobs]
         if not tasks:
-            del self._pool[worker.connection]
-            worker.stop()
+            self._crew.dismiss(simulator)
             return
-        job = self._todo[loaded if loaded in tasks else min(tasks, key=lambda task: crowd[task])].popleft()
+        task = loaded if loaded in tasks else min(tasks, key=lambda task: crowd[task])
+        job = self._todo[task].popleft()
         if self._source.seed is not None:
             job = replace(job, seed=episode_seed(*_key(job), self._source.seed))
-        if self._source.robots:
-            self._source.robots.start(worker, job.seed)
-        worker.start(job)
+        self._begun[_key(job)] += 1
+        self._playing[simulator], self._loaded[simulator] = job, task
+        self._crew.start(simulator, job)

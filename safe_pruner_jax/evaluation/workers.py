@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -65,8 +66,7 @@ def broken(job: Job, error: str) -> Episode:
 class Worker:
     """A simulator process, seen from its parent.
 
-    Attributes: `connection`, to wait for; `job`, what it plays (None while idle); `since`, when it was last heard of
-    or spoken to, `time.monotonic()`.
+    Attributes: `connection`, to wait for; `since`, when it was last heard of or spoken to, `time.monotonic()`.
 
     Args:
       make_env: makes its environments.
@@ -84,15 +84,9 @@ class Worker:
                 env={"LP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
             )
         self.connection = Connection(ours.detach())
-        self.job: Job | None = None
         self._why = ""
         self.since = time.monotonic()
         self.send((make_env, server))
-
-    def start(self, job: Job) -> None:
-        """Gives it an episode to play."""
-        self.job = job
-        self.send(job)
 
     def send(self, message: Any) -> None:
         """Sends a job or a reply; one that has died is noticed when it is next listened to."""
@@ -141,27 +135,39 @@ def main(descriptor: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s simulator: %(message)s")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError), Connection(descriptor) as connection:
         make_env, server = connection.recv()
-        _Player(connection, make_env, server).run()
+        with contextlib.closing(Player(make_env, partial(_ask, connection), server)) as player:
+            while True:
+                connection.send(player.play(connection.recv()))
 
 
-class _Player:
-    """One environment and one client at a time, made when they are needed."""
+def _ask(connection: Connection, request: dict[str, Any]) -> Mapping[str, Any]:
+    """The parent's reply."""
+    connection.send(("request", request))
+    reply = connection.recv()
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
 
-    def __init__(self, connection: Connection, make_env: MakeEnv, server: str | None):
-        self._connection, self._make_env, self._server = connection, make_env, server
+
+class Player:
+    """One environment and one client at a time, made when they are needed.
+
+    Args:
+      make_env: makes the environments.
+      ask: request to reply; raises what the policy raised.
+      server: address that is asked instead.
+    """
+
+    def __init__(
+        self, make_env: MakeEnv, ask: Callable[[dict[str, Any]], Mapping[str, Any]], server: str | None = None
+    ):
+        self._make_env, self._ask, self._server = make_env, ask, server
         self._env: LiberoEnv | None = None
         self._task: tuple[str, int] | None = None
         self._client: Any = None
 
-    def run(self) -> None:
-        """Plays jobs until the parent hangs up."""
-        try:
-            while True:
-                self._connection.send(self._play(self._connection.recv()))
-        finally:
-            self._close()
-
-    def _play(self, job: Job) -> tuple[str, Any]:
+    def play(self, job: Job) -> tuple[str, Any]:
+        """Plays an episode: ("episode", Episode), or ("fatal", text) where no other try would help."""
         try:
             env = self._environment(job.suite, job.task)
             if not job.trial < env.num_init_states:
@@ -175,16 +181,11 @@ class _Player:
             logging.exception("%s task %d, trial %d", job.suite, job.task, job.trial)
             episode = broken(job, f"{type(error).__name__}: {error}")
         if episode.outcome == "error":
-            self._close()  # nobody knows what state it left behind
+            self.close()  # nobody knows what state it left behind
         return "episode", episode
 
-    def _environment(self, suite: str, task: int) -> LiberoEnv:
-        if self._env is None or self._task != (suite, task):
-            self._close()
-            self._env, self._task = self._make_env(suite, task), (suite, task)
-        return self._env
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Closes the environment; the next episode makes another one."""
         env, self._env, self._task, self._client = self._env, None, None, None
         if env is not None:
             try:
@@ -192,13 +193,11 @@ class _Player:
             except Exception:  # it has failed before: the episode must still be reported
                 logging.exception("the simulator could not be closed")
 
-    def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
-        """The parent's reply."""
-        self._connection.send(("request", request))
-        reply = self._connection.recv()
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+    def _environment(self, suite: str, task: int) -> LiberoEnv:
+        if self._env is None or self._task != (suite, task):
+            self.close()
+            self._env, self._task = self._make_env(suite, task), (suite, task)
+        return self._env
 
     def _remote(self, seed: int | None) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
         """The server's replies, for one episode: the first request asks it to forget the one before."""
