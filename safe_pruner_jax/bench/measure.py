@@ -57,6 +57,8 @@ class Bench:
       openpi_python: interpreter that can import openpi, with its pins; without one, the baseline is this
         package's path with all slots.
       openpi_variant: "dummy" takes openpi's test sizes, to try things out.
+      compile_for: GPUs (h100, h200, rtx4090, rtx5090, orin, thor) that the programs are compiled for instead of being
+        run here: launches, memory and a modelled time. Takes jax's CUDA plugin (extra `aot`) and no GPU.
       out: folder for NAME.json, NAME.md and NAME.png, and for NAME.rounds.jsonl, which gets every round as it ends.
       name: of these files.
     """
@@ -76,6 +78,7 @@ class Bench:
     phases: bool = True
     openpi_python: str | None = None
     openpi_variant: str = ""
+    compile_for: tuple[str, ...] = ()
     out: Path = Path("out/bench")
     name: str = "bench"
 

@@ -5,6 +5,11 @@
 A line "ready {json}" on stdout when it is compiled; after that every line on stdin runs one control step, answered
 by its seconds. The end of stdin ends it. It imports openpi and nothing of this project, so it runs under openpi's pins
 in an environment of its own. Weights are seeded random numbers of the released sizes.
+
+    python openpi_step.py … --target FILE --dump FOLDER
+
+compiles the step for the GPU that FILE describes instead, and leaves XLA's dump in FOLDER and "compiled {json}" on
+stdout; that takes jax's CUDA plugin and no GPU.
 """
 
 import argparse
@@ -25,6 +30,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--depth", type=int, default=0, help="layers of both experts; 0: as released")
     parser.add_argument("--variant", default="", help='"dummy" takes openpi\'s test sizes')
+    parser.add_argument("--target", default="", help="file with XLA's description of a GPU to compile for")
+    parser.add_argument("--dump", default="", help="folder for what XLA writes down of it")
     args = parser.parse_args()
     try:
         import flax.nnx as nnx
@@ -47,29 +54,19 @@ def main() -> int:
     rng = np.random.default_rng(0)
     with array_typing.disable_typechecking():
         graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))
+    if args.target:
+        # openpi serves parameters in bfloat16; a float32 model is given float32 ones
+        cast = lambda s: jax.ShapeDtypeStruct(s.shape, args.dtype) if is_weight(s) else s
+        return compile_for(args, graph, jax.tree.map(cast, state), observation(openpi_model, config, args, rng))
     block = rng.standard_normal(2**20).astype(np.float32)
 
     def leaf(shape: Any) -> Any:
-        # openpi serves parameters in bfloat16; a float32 model is given float32 ones
         values = np.resize(block, shape.shape) * (0.5 * (shape.shape[-2] if len(shape.shape) > 1 else 1) ** -0.5)
         return jnp.asarray(values, args.dtype)
 
-    state = jax.tree.map(
-        lambda s: leaf(s) if hasattr(s, "shape") and not jnp.issubdtype(s.dtype, jax.dtypes.prng_key) else s, state
-    )
-    model = nnx.merge(graph, state)
+    model = nnx.merge(graph, jax.tree.map(lambda s: leaf(s) if is_weight(s) else s, state))
     sample = nnx_utils.module_jit(model.sample_actions)
-    names = openpi_model.IMAGE_KEYS
-    side = openpi_model.IMAGE_RESOLUTION[0]
-    tokens, mask = np.zeros((1, config.max_token_len), np.int32), np.zeros((1, config.max_token_len), bool)
-    tokens[0, : args.prompt], mask[0, : args.prompt] = rng.integers(1, 1000, args.prompt), True
-    host = {
-        "image": {n: rng.integers(0, 255, (1, side, side, 3), np.uint8) for n in names},
-        "image_mask": {n: np.array([i < args.cameras]) for i, n in enumerate(names)},
-        "state": np.zeros((1, config.action_dim), np.float32),
-        "tokenized_prompt": tokens,
-        "tokenized_prompt_mask": mask,
-    }
+    host = observation(openpi_model, config, args, rng)
 
     def step() -> float:
         start = time.perf_counter()
@@ -82,6 +79,57 @@ def main() -> int:
     print("ready", json.dumps(facts), flush=True)
     for _ in sys.stdin:
         print(step(), flush=True)
+    return 0
+
+
+def is_weight(s: Any) -> bool:
+    """Whether a leaf of openpi's state is an array of numbers, not a random key."""
+    import jax
+
+    return hasattr(s, "shape") and not jax.numpy.issubdtype(s.dtype, jax.dtypes.prng_key)
+
+
+def observation(model: Any, config: Any, args: argparse.Namespace, rng: Any) -> dict[str, Any]:
+    """One robot's observation on the host: random pixels, some cameras masked, a prompt padded to openpi's length."""
+    import numpy as np
+
+    side, names = model.IMAGE_RESOLUTION[0], model.IMAGE_KEYS
+    tokens, mask = np.zeros((1, config.max_token_len), np.int32), np.zeros((1, config.max_token_len), bool)
+    tokens[0, : args.prompt], mask[0, : args.prompt] = rng.integers(1, 1000, args.prompt), True
+    return {
+        "image": {n: rng.integers(0, 255, (1, side, side, 3), np.uint8) for n in names},
+        "image_mask": {n: np.array([i < args.cameras]) for i, n in enumerate(names)},
+        "state": np.zeros((1, config.action_dim), np.float32),
+        "tokenized_prompt": tokens,
+        "tokenized_prompt_mask": mask,
+    }
+
+
+def compile_for(args: argparse.Namespace, graph: Any, state: Any, host: dict[str, Any]) -> int:
+    """Compiles `sample_actions` for `args.target` and prints its memory; nothing is run."""
+    import flax.nnx as nnx
+    import jax
+    from jax.experimental import topologies
+    from openpi.models import model as openpi_model
+    from openpi.shared import array_typing
+
+    jax.config.update("jax_platforms", "cpu")
+    with open(args.target, encoding="utf-8") as file:
+        gpu = topologies.get_topology_desc(platform="cuda", target_config=file.read(), topology="1x1x1").devices[0]
+    place = jax.sharding.SingleDeviceSharding(gpu)
+    put = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    def step(state: Any, key: Any, host: dict[str, Any]) -> Any:
+        seen = openpi_model.Observation.from_dict(host)
+        return nnx.merge(graph, state).sample_actions(key, seen, num_steps=args.steps)
+
+    options = {"xla_dump_to": args.dump, "xla_dump_hlo_as_text": True}
+    options["xla_gpu_experimental_dump_gpu_executable"] = True
+    with array_typing.disable_typechecking():
+        lowered = jax.jit(step).lower(put(state), put(jax.eval_shape(lambda: jax.random.key(0))), put(host))
+    memory = lowered.compile(compiler_options=options).memory_analysis()
+    sizes = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    print("compiled", json.dumps({"jax": jax.__version__} | sizes), flush=True)
     return 0
 
 

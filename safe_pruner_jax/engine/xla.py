@@ -25,11 +25,18 @@ CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Options of a CPU program: no product goes to YNNPACK."""
 
 
+GPU: dict[str, Any] = {}
+"""Options of a GPU program."""
+
+
 @functools.cache
-def options() -> dict[str, Any]:
-    """Options of XLA for this machine; none where this jax does not know them."""
-    if os.environ.get("SAFE_PRUNER_XLA") == "default" or jax.default_backend() != "cpu":
+def options(platform: str | None = None) -> dict[str, Any]:
+    """Options of XLA for a platform, "cpu" or "gpu", by default this machine's; none where this jax knows none."""
+    platform = platform or jax.default_backend()
+    if os.environ.get("SAFE_PRUNER_XLA") == "default":
         return {}
+    if platform != "cpu":
+        return GPU
     try:
         jax.jit(lambda x: x + 1, compiler_options=CPU).lower(0.0).compile()
     except Exception:  # an older jax: it does not know the option, and has no YNNPACK

@@ -1,0 +1,168 @@
+"""A control step compiled for a GPU that is not there: launches, CUDA graphs, memory and a modelled time.
+
+    gpu = device(target("h100"))                      needs jax's CUDA plugin (extra `aot`), no GPU and no driver
+    for name, program in programs(config, "safe", keep=0.2).items():
+        compiled(gpu, program)                        a `Compiled`: what is launched, arguments, temporaries
+
+Nothing is run, so nothing is timed: `modelled` turns launches into times, with its assumptions as numbers.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from safe_pruner_jax.bench import thunks
+from safe_pruner_jax.bench.modes import example_of, make, shapes_of
+from safe_pruner_jax.bench.targets import Target, TargetError
+from safe_pruner_jax.bench.thunks import Sequence
+from safe_pruner_jax.engine import xla
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.engine.programs import embed, finish, shallow
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.policy.policy import layout_of, pack
+
+logger = logging.getLogger(__name__)
+
+PLUGIN = "jax-cuda12-plugin"
+
+DUMP = {"xla_dump_hlo_as_text": True, "xla_gpu_experimental_dump_gpu_executable": True}
+"""What makes XLA write down its thunks; `xla_dump_to` says where."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function and the shapes that it is compiled for."""
+
+    function: Callable
+    arguments: tuple
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program as a GPU would run it.
+
+    Args:
+      sequence: its launches.
+      argument_bytes, temporary_bytes: memory beside each other while it runs.
+      seconds: that compiling took.
+    """
+
+    sequence: Sequence
+    argument_bytes: int
+    temporary_bytes: int
+    seconds: float
+
+
+def device(to: Target) -> Any:
+    """The device of a target's description, as a place for shapes.
+
+    Raises:
+      TargetError: no CUDA plugin, one of another version than jax, or one that does not know this GPU.
+    """
+    try:
+        plugin = metadata.version(PLUGIN)
+    except metadata.PackageNotFoundError:
+        hint = "expected jax's CUDA plugin, got none; pip install 'safe-pruner-jax[aot]'"
+        raise TargetError(f"target {to.name}: {hint}") from None
+    if plugin != jax.__version__:
+        hint = f"pip install {PLUGIN}=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        raise TargetError(f"target {to.name}: expected {PLUGIN} {jax.__version__} as jax, got {plugin}; {hint}")
+    jax.config.update("jax_platforms", "cpu")  # a GPU that is there stays out of it
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=to.config_text(), topology="1x1x1")
+    except Exception as error:  # whatever the plugin calls it
+        raise TargetError(f"target {to.name}: this jax has no compiler for it ({first_line(error)})") from error
+    return topology.devices[0]
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line of at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def compiled(gpu: Any, program: Program, options: dict[str, Any] | None = None) -> Compiled:
+    """Compiles a program and reads what it launches.
+
+    Args:
+      gpu: from `device`.
+      program: what.
+      options: of XLA; None: those that the engine sets on a GPU.
+
+    Raises:
+      TargetError: it does not compile for this GPU; in one line.
+    """
+    options = xla.options("gpu") if options is None else options
+    place = SingleDeviceSharding(gpu)
+    put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="aot") as folder:
+        try:
+            lowered = jax.jit(program.function).lower(*jax.tree.map(put, program.arguments))
+            done = lowered.compile(compiler_options=DUMP | {"xla_dump_to": folder} | options)
+        except Exception as error:  # the compiler's own errors have no common type
+            raise TargetError(f"does not compile for {gpu.device_kind}: {first_line(error)}") from error
+        memory = done.memory_analysis()
+        sequence = thunks.read(Path(folder))
+    seconds = time.perf_counter() - start
+    return Compiled(sequence, memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds)
+
+
+def programs(
+    config: Pi0Config,
+    pruner: str = "safe",
+    *,
+    keep: float = 0.2,
+    views: int = 2,
+    prompt: int = 20,
+    num_steps: int = 10,
+    robots: int = 1,
+) -> dict[str, Program]:
+    """The programs of a control step, by name: each a prefix of the next up to "decision", then the second halves.
+
+    Args:
+      config: sizes of the model.
+      pruner, keep: the method and its share of visual tokens.
+      views: real cameras.
+      prompt: alive prompt tokens.
+      num_steps: denoise steps.
+      robots: in one step, agreeing on their keyframe.
+
+    Returns:
+      "vision"; "before", + the layers before the cut; "decision", + saliency and the pruner's step (`shallow`);
+      "full" and "pruned", the second half of the step. Launches of a phase are differences of the first three.
+    """
+    weights, example = shapes_of(config, num_steps, upright=False), example_of(config, views, prompt)
+    engine = Engine(weights, config, make(pruner, keep))
+    host = pack([example] * robots, layout_of(example, config))
+    control = _shapes(engine.init(tuple(range(robots)), views))
+    inputs, cut = _shapes(host), engine.plan.cut
+    whole = lambda w, c, i: shallow(config, engine.pruner, w, c, i, None)
+    carry = jax.eval_shape(whole, weights, control, inputs)
+    before = range(cut.layer if cut else 0)
+    out = {
+        "vision": Program(lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),
+        "before": Program(
+            lambda w, i: pi0.prefix_layers(w, config, embed(w, config, i), before)[:2], (weights, inputs)
+        ),
+        "decision": Program(whole, (weights, control, inputs)),
+        "full": Program(partial(finish, config, engine.pruner, False), (weights, carry)),
+    }
+    if cut is not None:
+        out["pruned"] = Program(partial(finish, config, engine.pruner, True), (weights, carry))
+    return out
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), tree)
