@@ -5,6 +5,7 @@ openpi serve policy:checkpoint --policy.config=pi05_libero --policy.dir=/path/to
 openpi serve policy:embedded --pruner=fastv
 openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe --pruner.keep 0.2 policy:embedded
 openpi report full.jsonl safe.jsonl --out report/
+openpi sweep --suite libero_object --trials 50 --out out/sweep --evaluate policy:embedded
 openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
@@ -13,18 +14,17 @@ openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
 import dataclasses
-import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
-from tyro.conf import arg
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import analyze as analysis
 from safe_pruner_jax.cli import controls
+from safe_pruner_jax.cli.arguments import parse, split_pruner
 from safe_pruner_jax.cli.bench import Bench, run_bench
 from safe_pruner_jax.cli.convert import Convert, run_convert
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
@@ -32,7 +32,9 @@ from safe_pruner_jax.cli.help import summary
 from safe_pruner_jax.cli.inspect import Inspect, run_inspect
 from safe_pruner_jax.cli.report import Report, run_report
 from safe_pruner_jax.cli.serve import Serve, run_serve
+from safe_pruner_jax.cli.sweep import Sweep, run_sweep
 from safe_pruner_jax.cli.train import Train, run_train
+from safe_pruner_jax.cluster.connect import ClusterError
 from safe_pruner_jax.evaluation import evaluate
 from safe_pruner_jax.evaluation.records import RecordsError
 from safe_pruner_jax.libero.simulator import LiberoUnavailable
@@ -41,50 +43,6 @@ from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.serving import ServerError
 
 logger = logging.getLogger(__name__)
-
-
-def split_pruner(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes `--pruner NAME` or `--pruner=NAME` out of the arguments; "none" without one.
-
-    >>> split_pruner(["--port", "1", "--pruner=safe", "--pruner.keep", "0.3"])
-    ('safe', ['--port', '1', '--pruner.keep', '0.3'])
-    """
-    rest, name, items = [], "none", iter(argv)
-    for item in items:
-        if item == "--pruner":
-            name = next(items, "")
-        elif item.startswith("--pruner="):
-            name = item.removeprefix("--pruner=")
-        else:
-            rest.append(item)
-    return name, rest
-
-
-def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, Method]:
-    """A command's arguments and its method.
-
-    `--pruner=none` is the full path with exactly openpi's replies; every other name adds `pruning` to them.
-
-    Raises:
-      ValueError: an unknown pruner or a choice out of range.
-    """
-    name, rest = split_pruner(argv)
-    pruner = "full" if name == "none" else name
-
-    # tyro would report the ValueError of a factory as a usage error of its own: check choices after parsing
-    @functools.wraps(pruners.factory(pruner))
-    def choices(**all_of_them: Any) -> dict[str, Any]:
-        return all_of_them
-
-    field = ("pruner", Annotated[Any, arg(constructor=choices)])
-    arguments = dataclasses.make_dataclass("Arguments", [field], bases=(command,), frozen=True, kw_only=True)
-    arguments.__doc__ = command.__doc__
-    args = tyro.cli(arguments, args=rest, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
-    options = {item.partition("=")[0] for item in rest if item.startswith("--pruner.")}
-    given = {option.removeprefix("--pruner.").removeprefix("no-").replace("-", "_") for option in options}
-    method = Method(pruner, args.pruner, frozenset(given & set(args.pruner)), describe=name != "none")
-    method.make()
-    return args, method
 
 
 class Command(NamedTuple):
@@ -98,6 +56,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command(Serve, run_serve),
     "evaluate": Command(Evaluate, run_evaluate),
+    "sweep": Command(Sweep, run_sweep, pruner=False),
     "report": Command(Report, run_report, pruner=False),
     "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
@@ -125,7 +84,8 @@ def _analyze(name: str) -> Command:
 
 
 COMMANDS |= {f"analyze {name}": _analyze(name) for name in ANALYSES}
-ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, RecordsError, evaluate.EvaluationError)
+ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, RecordsError)
+ERRORS += (evaluate.EvaluationError, ClusterError)
 """What is a person's to mend: told in one line."""
 
 
