@@ -17,7 +17,7 @@ FLOORS = (
     ("engine", "robots"),
     ("policy", "libero", "testing"),
     ("serving", "evaluation", "training"),
-    ("analysis",),
+    ("analysis", "cluster"),
     ("bench",),
     ("cli",),
     ("__main__",),

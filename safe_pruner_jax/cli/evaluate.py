@@ -1,15 +1,21 @@
 """`openpi evaluate`: episodes in LIBERO, one record each."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
+from safe_pruner_jax.cluster.connect import require_ray
 from safe_pruner_jax.evaluation import evaluate, sources
 from safe_pruner_jax.evaluation.display import Display
 from safe_pruner_jax.evaluation.records import RecordFile
+from safe_pruner_jax.evaluation.shards import read_shard
+from safe_pruner_jax.evaluation.workers import Job
 from safe_pruner_jax.libero.env import load_task, num_tasks
 from safe_pruner_jax.libero.simulator import provenance
 from safe_pruner_jax.libero.suites import package
+from safe_pruner_jax.policy.identity import Configuration
 from safe_pruner_jax.policy.spec import Method, Model
 
 
@@ -21,7 +27,7 @@ class Evaluate(Model):
       suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90, or a variant of them, libero_object_swap.
       tasks: tasks of the suite; all of them by default.
       trials: episodes per task, from the benchmark's fixed initial states 0, 1, …
-      shard: i/n plays the i-th of n parts of these episodes.
+      shard: i/n plays the i-th of n parts of these episodes; "slurm" the part of this task of a job array.
       workers: simulator processes.
       batch: robots per device step; 1 makes results independent of the number of workers to the last bit.
       server: ws://host:port of a policy server that is asked instead of a policy in this process.
@@ -31,6 +37,10 @@ class Evaluate(Model):
       delay: control steps from an observation until its actions are used, in which the robot executes the old ones.
       rtc: real-time chunking: actions continue the old ones.
       retry_errors: play episodes again that ended in an error.
+      on: this machine, or the nodes of a Ray cluster.
+      address: of the cluster: auto, host:port or ray://host:10001; without it one is started on this machine.
+      policies: on the cluster; by default one per accelerator, without any one per node.
+      simulators: on the cluster; by default one for every core that is left.
     """
 
     suite: str
@@ -46,19 +56,52 @@ class Evaluate(Model):
     delay: int = 0
     rtc: bool = False
     retry_errors: bool = False
+    on: Literal["here", "ray"] = "here"
+    address: str | None = None
+    policies: int | None = None
+    simulators: int | None = None
 
 
 def run_evaluate(args: Evaluate, method: Method) -> int | None:
     """Plays what the records file does not have."""
-    part, _, parts = args.shard.partition("/")
-    if not (part.isdigit() and parts.isdigit()):
-        raise ValueError(f"shard: expected i/n, for example 1/4, got {args.shard!r}")
+    jobs = _jobs(args)
+    config, source, method = _configuration(args, method)
+    with RecordFile(args.out, config) as file:
+        try:
+            if args.on == "ray":
+                _on_ray(args, method, config, jobs, file)
+            else:
+                _here(args, method, config, jobs, file, source)
+        except KeyboardInterrupt:
+            print(
+                f"openpi evaluate: stopped; every finished episode is in {args.out}, the same command continues",
+                file=sys.stderr,
+            )
+            return 130
+    return None
+
+
+def _protocol(args: Evaluate) -> dict[str, Any]:
+    return {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
+
+
+def _jobs(args: Evaluate) -> list[Job]:
+    shard = read_shard(args.shard, os.environ)
     tasks = args.tasks or range(num_tasks(args.suite))
     for task in tasks:
         load_task(args.suite, task)
-    protocol = {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
-    jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=(int(part), int(parts)), **protocol)
+    return evaluate.episodes(args.suite, tasks, args.trials, shard=shard, **_protocol(args))
+
+
+def _configuration(args: Evaluate, method: Method) -> tuple[Configuration, sources.Source | None, Method]:
+    """What is evaluated; a source if it is a server; and the method as this policy has it."""
     source: sources.Source | None = None
+    if args.on == "here":
+        for name in ("address", "policies", "simulators"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}: expected with --on ray, got it without")
+    elif args.server:
+        raise ValueError("server: expected policies on the cluster with --on ray, got a server; leave one of them out")
     if args.server:
         asked = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
         config, source = sources.remote(args.server, asked, seed=args.seed)
@@ -71,18 +114,43 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
         method = args.fit("LIBERO", method, executed=args.replan)
         config = args.describe("LIBERO", method)
         config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
-    config = dataclasses.replace(config, simulator=provenance(package(args.suite)), **protocol)
-    with RecordFile(args.out, config) as file:
-        try:
-            if source is None and evaluate.remaining(jobs, file, args.retry_errors):
-                source = sources.local(args.load("LIBERO", method.make()), config, batch=args.batch, seed=args.seed)
-            with Display(jobs, file) as display:
-                options = {"workers": args.workers, "retry_errors": args.retry_errors, "on_record": display.update}
-                evaluate.play(jobs, file, source, **options)
-        except KeyboardInterrupt:
-            print(
-                f"openpi evaluate: stopped; every finished episode is in {args.out}, the same command continues",
-                file=sys.stderr,
-            )
-            return 130
-    return None
+    config = dataclasses.replace(config, simulator=provenance(package(args.suite)), **_protocol(args))
+    return config, source, method
+
+
+def _here(
+    args: Evaluate,
+    method: Method,
+    config: Configuration,
+    jobs: list[Job],
+    file: RecordFile,
+    source: sources.Source | None,
+) -> None:
+    if source is None and evaluate.remaining(jobs, file, args.retry_errors):
+        source = sources.local(args.load("LIBERO", method.make()), config, batch=args.batch, seed=args.seed)
+    with Display(jobs, file) as display:
+        options = {"workers": args.workers, "retry_errors": args.retry_errors, "on_record": display.update}
+        evaluate.play(jobs, file, source, **options)
+
+
+def _on_ray(args: Evaluate, method: Method, config: Configuration, jobs: list[Job], file: RecordFile) -> None:
+    require_ray()
+    from safe_pruner_jax.cluster.evaluate import play_on_ray
+
+    if not evaluate.remaining(jobs, file, args.retry_errors):
+        return
+    model = Model(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Model)})
+    with Display(jobs, file) as display:
+        play_on_ray(
+            jobs,
+            file,
+            config,
+            (model, method, args.batch, args.seed),
+            address=args.address,
+            package=package(args.suite),
+            policies=args.policies,
+            simulators=args.simulators,
+            retry_errors=args.retry_errors,
+            on_start=lambda crew: display.note(crew.rates),
+            on_record=display.update,
+        )

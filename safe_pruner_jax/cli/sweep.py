@@ -1,8 +1,9 @@
-"""Success against the share of visual tokens kept: every method at every share, then the report and its figures.
+"""`openpi sweep`: success against the share of visual tokens kept, every method at every share, then the report.
 
-    python scripts/sweep.py --suite libero_object --trials 50 --out out/sweep
-    python scripts/sweep.py --suite libero_object --shard 2/4 …              a part of every cell, on another machine
-    python scripts/sweep.py --suite libero_object --report-only               cells of all shards below --out
+    openpi sweep --suite libero_object --trials 50 --out out/sweep
+    openpi sweep --suite libero_object --shard 2/4 …              a part of every cell, on another machine
+    openpi sweep --suite libero_object --on ray --address auto …  every cell on all nodes of a cluster
+    openpi sweep --suite libero_object --report-only              cells of all shards below --out
 
 A cell is one `openpi evaluate` with a records file of its own. The same command again skips finished cells, goes on
 with the one that was interrupted, and reports on everything that is there; success_by_keep.png is the sweep, with
@@ -10,19 +11,20 @@ Wilson's 95 % intervals.
 """
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-import tyro
-
+from safe_pruner_jax.cli.arguments import parse
 from safe_pruner_jax.cli.evaluate import Evaluate
-from safe_pruner_jax.cli.main import main as openpi
-from safe_pruner_jax.cli.main import parse
+from safe_pruner_jax.cli.report import Report, run_report
 from safe_pruner_jax.evaluation.evaluate import episodes
 from safe_pruner_jax.evaluation.records import RecordsError, read_records
+from safe_pruner_jax.evaluation.shards import read_shard
 from safe_pruner_jax.libero.env import num_tasks
 from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
 from safe_pruner_jax.pruners import PRUNERS
@@ -32,7 +34,7 @@ from safe_pruner_jax.pruners.baselines import BASELINES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is swept.
+    """Play every method at every share of tokens kept, and report; the same command again continues.
 
     Args:
       suite: of LIBERO.
@@ -43,9 +45,13 @@ class Sweep:
         forecast"), `safe-every` (a keyframe at a fixed interval, "w/o division") and `random-warm` (three full calls
         first, as in `vla_pruner`); `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
-      shard: i/n plays the i-th of n parts of every cell.
+      shard: i/n plays the i-th of n parts of every cell; "slurm" the part of this task of a job array.
       out: folder; one records file per cell and shard in it, then the report.
       evaluate: the policy and further arguments of `openpi evaluate`, as one string that begins with the policy.
+      on: this machine, or the nodes of a Ray cluster.
+      address: of the cluster: auto, host:port or ray://host:10001; without it one is started on this machine.
+      policies: on the cluster; see openpi evaluate.
+      simulators: on the cluster; see openpi evaluate.
       report_only: plays nothing.
     """
 
@@ -58,7 +64,16 @@ class Sweep:
     shard: str = "1/1"
     out: Path = Path("out/sweep")
     evaluate: str = "policy:embedded"
+    on: Literal["here", "ray"] = "here"
+    address: str | None = None
+    policies: int | None = None
+    simulators: int | None = None
     report_only: bool = False
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, n) of the shard; raises ValueError."""
+        return read_shard(self.shard, os.environ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +106,18 @@ def cells(sweep: Sweep) -> list[Cell]:
 
 def records_file(sweep: Sweep, cell: Cell) -> Path:
     """Where a cell's records are: shards are told apart by the name."""
-    end = "" if sweep.shard == "1/1" else f".{sweep.shard.replace('/', '-of-')}"
+    part, parts = sweep.part
+    end = "" if parts == 1 else f".{part}-of-{parts}"
     return sweep.out / f"{cell.name}{end}.jsonl"
 
 
 def arguments(sweep: Sweep, cell: Cell) -> list[str]:
     """The command line of `openpi evaluate` for a cell."""
-    options = ["--suite", sweep.suite, "--trials", str(sweep.trials), "--shard", sweep.shard]
+    options = ["--suite", sweep.suite, "--trials", str(sweep.trials), "--shard", "/".join(map(str, sweep.part))]
+    options += ["--on", sweep.on]
+    for name in ("address", "policies", "simulators"):
+        if (value := getattr(sweep, name)) is not None:
+            options += [f"--{name}", str(value)]
     options += ["--tasks", *map(str, sweep.tasks)] if sweep.tasks else []
     return [*options, "--out", str(records_file(sweep, cell)), *cell.arguments, *shlex.split(sweep.evaluate)]
 
@@ -108,9 +128,8 @@ def missing(sweep: Sweep, cell: Cell) -> int:
     Raises:
       RecordsError: the records are of another policy or method.
     """
-    part, _, parts = sweep.shard.partition("/")
     tasks = sweep.tasks or range(num_tasks(sweep.suite))
-    jobs = episodes(sweep.suite, tasks, sweep.trials, shard=(int(part), int(parts)))
+    jobs = episodes(sweep.suite, tasks, sweep.trials, shard=sweep.part)
     path = records_file(sweep, cell)
     records = read_records(path) if path.exists() else []
     if records:
@@ -138,24 +157,20 @@ def run(sweep: Sweep, play: Callable[[Sweep, Cell], int] = play) -> int:
         left = missing(sweep, cell)
         print(f"[{number}/{len(todo)}] {cell.name}: {f'{left} episodes to play' if left else 'finished'}", flush=True)
         if left and (code := play(sweep, cell)):
-            print(f"sweep: {cell.name} ended with exit code {code}; the same command continues there", file=sys.stderr)
+            print(
+                f"openpi sweep: {cell.name} ended with exit code {code}; the same command continues there",
+                file=sys.stderr,
+            )
             return code
     # other shards and earlier sweeps count as well: the report keeps unlike conditions apart
     files = sorted(path for path in sweep.out.glob("*.jsonl") if path.stat().st_size)
     if not files:
         raise ValueError(f"out: expected records in {sweep.out}, got none; run without --report-only first")
     print(f"\nreport.md, report.csv and the figures: {sweep.out}; the sweep is success_by_keep.png\n", flush=True)
-    return openpi(["report", *map(str, files), "--out", str(sweep.out)])
+    run_report(Report(tuple(files), out=sweep.out))
+    return 0
 
 
-def main(sweep: Sweep) -> int:
-    """Exit code: 0 done, 2 told in one line what is wrong, otherwise that of the cell that failed."""
-    try:
-        return run(sweep)
-    except (ValueError, OSError, RecordsError, RuntimeError) as error:
-        print(f"sweep: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Sweep, description=__doc__)))
+def run_sweep(sweep: Sweep) -> int:
+    """Exit code: 0 done, otherwise that of the cell that failed."""
+    return run(sweep)

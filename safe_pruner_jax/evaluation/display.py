@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,6 +35,11 @@ class Display:
             console=console or Console(stderr=True),
         )
         self._bar = self._progress.add_task("", total=len(self._keys))
+        self._more: Callable[[], str] = lambda: ""
+
+    def note(self, more: Callable[[], str]) -> None:
+        """What else is shown behind the success, as it is at that moment."""
+        self._more = more
 
     def update(self, record: Record | None = None) -> None:
         """After an episode: moves the bar, or logs the episode where there is no terminal to draw on."""
@@ -49,7 +54,8 @@ class Display:
         counts = Counter(record.outcome for key, record in self._file.records.items() if key in self._keys)
         played = counts["success"] + counts["failure"]
         share = f"success {counts['success']}/{played}" + (f" = {counts['success'] / played:.1%}" if played else "")
-        return share + (f", {counts['error']} errors" if counts["error"] else "")
+        errors = f", {counts['error']} errors" if counts["error"] else ""
+        return "; ".join(filter(None, (share + errors, self._more())))
 
     def __enter__(self) -> "Display":
         if self._before:
