@@ -15,7 +15,7 @@ FLOORS = (
     ("tokens",),
     ("model", "pruners"),
     ("engine", "robots"),
-    ("policy", "libero", "testing"),
+    ("policy", "libero", "lerobot", "testing"),
     ("serving", "evaluation", "training"),
     ("analysis", "cluster"),
     ("bench",),

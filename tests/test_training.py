@@ -270,5 +270,5 @@ def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, 
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"expected files that exist, got .*none.hdf5; make some"):
-        list(train.read(tmp_path / "none.hdf5", 28))
+    with pytest.raises(ValueError, match=r"expected files or LeRobot datasets that exist, got .*none.hdf5; make some"):
+        list(train.read(tmp_path / "none.hdf5", get_config("mini_libero")))

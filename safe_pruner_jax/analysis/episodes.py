@@ -2,6 +2,7 @@
 
     for recording in episodes("demos/butter_demo.hdf5"):            LIBERO's files, human or scripted
     for recording in episodes("suite.zip"):                       packed archives
+    for recording in episodes("my_dataset"):                      folders of LeRobot datasets, of LIBERO's robot
     for recording in episodes("libero:libero_object/0/3"):        suite/task/trial, played live by the scripted expert
     for recording in episodes("example"):                         the recording inside this package
 
@@ -16,7 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset
+from safe_pruner_jax.lerobot.repack import columns, requests
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
+from safe_pruner_jax.robots.robots import LIBERO
 
 EXAMPLE = "example"
 """The source that needs no file: one scripted episode of LIBERO inside the package."""
@@ -65,6 +69,12 @@ def episodes(
         return
     path = Path(str(resources.files("safe_pruner_jax") / "assets" / "recordings" / "cream_cheese.zip"))
     path = path if str(source) == EXAMPLE else Path(source)
+    if is_dataset(path):
+        data = Dataset(path)
+        named = columns(data, LIBERO.name)
+        for found in data.episodes():
+            yield Recording(f"{path.name}#{found.index}", lambda found=found: _repacked(found, named, replan))
+        return
     read = read_demos if path.suffix in (".hdf5", ".h5") else read_packed
     for number, demo in enumerate(read(path)):
         yield Recording(f"{path.parent.name}/{path.stem}#{number}", lambda demo=demo: _recorded(demo, replan))
@@ -86,6 +96,13 @@ def _recorded(demo: Demo, replan: int) -> Iterator[Call]:
         request = {key: images[frame] for key, images in demo.images.items()}
         request |= {"observation/state": demo.state[step], "prompt": demo.prompt}
         yield Call(request, float(demo.actions[step, 6]))
+
+
+def _repacked(episode: Episode, named: dict[str, str], replan: int) -> Iterator[Call]:
+    gripper = episode.column(named["actions"])[:, 6]
+    for t, request in enumerate(requests(episode, named)):
+        if t % replan == 0:
+            yield Call(request, float(gripper[t]))
 
 
 def _live(source: str, replan: int, infer: Callable | None) -> Recording:

@@ -15,13 +15,15 @@ from typing import Literal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safe_pruner_jax.cli.stages import Stages, run_stages
+from safe_pruner_jax.lerobot.dataset import Dataset, is_dataset
+from safe_pruner_jax.lerobot.repack import Track, tracks
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
 from safe_pruner_jax.robots.configs import get_config
-from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats
-from safe_pruner_jax.training.data import make_samples, norm_stats
+from safe_pruner_jax.training.data import make_samples, norm_stats, openpi_stats
 from safe_pruner_jax.training.imitation import imitate
 from safe_pruner_jax.training.loop import Settings
 from safe_pruner_jax.training.start import drawn, start_from
@@ -36,7 +38,7 @@ class Train:
     Args:
       stage: "flow" trains on demonstrations as openpi does; "align", "refer", "act", "correct" are the stages of a
         policy that sees, each after the one before, and "all" is all four.
-      data: demonstration files: LIBERO's HDF5, or packed archives.
+      data: demonstrations: LIBERO's HDF5, packed archives, or folders of LeRobot datasets (v2.1, v3).
       see: of the stages.
       out: folder of the run; a run that is there goes on.
       config: name of the policy configuration.
@@ -76,8 +78,9 @@ def run_train(args: Train) -> None:
         go_on = args.init is not None
         run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out, go_on=go_on)
         return
-    demos = [demo for path in args.data for demo in read(path, model.image_size)]
-    stats = norm_stats(demos)
+    demos = [demo for path in args.data for demo in read(path, config)]
+    recorded = any(is_dataset(path) for path in args.data)
+    stats = openpi_stats(demos, config) if recorded and demos else norm_stats(demos)
     served = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len))  # refuses what could not be served
     samples = make_samples(demos, config, stats, served.tokenizer)
     logger.info("%d demonstrations, %d samples, %d prompts", len(demos), len(samples.prompt), len(samples.tokens))
@@ -108,14 +111,18 @@ def run_train(args: Train) -> None:
     logger.info("%d of %d steps; checkpoint in %s", step, args.settings.steps, checkpoint)
 
 
-def read(path: Path, size: int) -> Iterator[Demo]:
-    """Demonstrations of a file, LIBERO's HDF5 or a packed archive, with frames of `size`² pixels.
+def read(path: Path, config: PolicyConfig) -> Iterator[Demo | Track]:
+    """Demonstrations of a file, LIBERO's HDF5 or a packed archive, or of a LeRobot dataset, frames of the model's size.
 
     Raises:
-      ValueError: there is no such file.
+      ValueError: there is no such file, or a dataset that does not fit the configuration.
     """
+    size = config.model.image_size
+    if is_dataset(path):
+        return tracks(Dataset(path), config)
     if not path.is_file():
-        raise ValueError(f"data: expected files that exist, got {path}; make some with scripts/collect_demos.py")
+        expected = "expected files or LeRobot datasets that exist"
+        raise ValueError(f"data: {expected}, got {path}; make some with scripts/collect_demos.py")
     return (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path, size=size)
 
 

@@ -172,7 +172,8 @@ class Robot(Protocol):
 
     `input` checks a raw request, leaves it as it was, and returns openpi's intermediate form: "image" and
     "image_mask" by camera name, "state" float [state_dim] in the robot's units, "prompt" if one came.
-    `output` maps actions float64 [AH, AD] in those units to the reply. `example` draws a valid request.
+    `output` maps actions float64 [AH, AD] in those units to the reply. `target` is its inverse for training: actions
+    [T, n] of a demonstration to what the network learns. `example` draws a valid request.
     """
 
     name: str
@@ -182,6 +183,8 @@ class Robot(Protocol):
     def input(self, request: dict) -> dict: ...  # noqa: D102
 
     def output(self, actions: np.ndarray) -> dict: ...  # noqa: D102
+
+    def target(self, actions: np.ndarray) -> np.ndarray: ...  # noqa: D102
 
     def example(self, rng: np.random.Generator) -> dict: ...  # noqa: D102
 
@@ -229,6 +232,10 @@ class SingleArm:
     def output(self, actions: np.ndarray) -> dict:
         """See `Robot`."""
         return {"actions": actions[..., : self.action_dim]}
+
+    def target(self, actions: np.ndarray) -> np.ndarray:
+        """See `Robot`."""
+        return actions[..., : self.action_dim]
 
     def example(self, rng: np.random.Generator) -> dict:
         """See `Robot`."""
@@ -296,6 +303,15 @@ class Aloha:
             angle = actions[..., _ALOHA_GRIPPERS] + 0.5476
             actions[..., _ALOHA_GRIPPERS] = (angle - -0.6213) / (1.4910 - -0.6213)
         return {"actions": actions}
+
+    def target(self, actions: np.ndarray) -> np.ndarray:
+        """See `Robot`."""
+        actions = actions[..., : self.action_dim]
+        if self.adapt_to_pi:
+            actions = _ALOHA_SIGNS * actions
+            angle = actions[..., _ALOHA_GRIPPERS] * (1.4910 - -0.6213) + -0.6213
+            actions[..., _ALOHA_GRIPPERS] = angle - 0.5476
+        return actions
 
     def example(self, rng: np.random.Generator) -> dict:
         """See `Robot`."""

@@ -22,7 +22,7 @@ class Samples:
     """All samples, indexed by step.
 
     Args:
-      frames: [N, C, S, S, 3] uint8.
+      frames: [N, C, S, S, 3] uint8, C the cameras of a demonstration, outside first.
       state: [N, action_dim] float32, normalised, zero-padded.
       actions: [N, A, action_dim] float32, normalised, zero-padded; the last action of a demonstration repeats.
       tokens: [prompts, T] int32, padded with 0.
@@ -54,13 +54,71 @@ def norm_stats(demos: Sequence[Any]) -> dict[str, NormStats]:
     return {"state": of(state), "actions": of(actions)}
 
 
+def openpi_stats(demos: Sequence[Any], config: PolicyConfig) -> dict[str, NormStats]:
+    """Statistics as openpi's `compute_norm_stats.py` has them: of what the network sees and of the chunks it learns.
+
+    Actions count as often as they are in a chunk, relative to the state at its begin where the configuration has them
+    so. Quantiles are the lower edges of 5000 bins between the extremes.
+
+    Deviations: openpi goes batch by batch, and widens its bins when a batch has a new extreme, which moves a quantile
+    by up to a bin; the last batch, which it drops when it is not full, counts here.
+    """
+    state = np.concatenate([demo.state[:: demo.every] for demo in demos]).astype(np.float64)
+    chunks = np.concatenate([chunks_of(demo, config) for demo in demos])
+    return {"state": _binned(state), "actions": _binned(chunks.reshape(-1, chunks.shape[-1]))}
+
+
+_BINS = 5000
+
+
+def _binned(values: np.ndarray) -> NormStats:
+    """Statistics of [N, d]."""
+    mean = values.mean(0)
+    std = np.sqrt(np.maximum(np.square(values).mean(0) - mean**2, 0))
+    low, high = [], []
+    for column in values.T:
+        counts, edges = np.histogram(column, np.linspace(column.min() - 1e-10, column.max() + 1e-10, _BINS + 1))
+        places = np.searchsorted(np.cumsum(counts), np.array([0.01, 0.99]) * len(column))
+        low.append(edges[places[0]])
+        high.append(edges[places[1]])
+    return NormStats(mean, std, np.array(low), np.array(high))
+
+
+def chunks_of(demo: Any, config: PolicyConfig) -> np.ndarray:
+    """What the network learns at every frame of a demonstration: [F, A, n], in the robot's units.
+
+    The last action repeats. Values that the configuration has relative to the state are, to that of the frame.
+    """
+    T, horizon, mask = len(demo.actions), config.model.action_horizon, config.delta_mask
+    ahead = np.minimum(np.arange(0, T, demo.every)[:, None] + np.arange(horizon), T - 1)
+    chunks = np.asarray(demo.actions)[ahead]
+    if mask is not None:
+        n = min(len(mask), chunks.shape[-1])
+        now = np.where(mask[:n], demo.state[:: demo.every, :n], 0.0)
+        chunks = np.concatenate([chunks[..., :n] - now[:, None], chunks[..., n:]], axis=-1)
+    return chunks
+
+
+def cameras_of(demos: Sequence[Any]) -> list[str]:
+    """Names of the demonstrations' cameras, outside first.
+
+    Raises:
+      ValueError: demonstrations with different cameras.
+    """
+    found = [CAMERA_KEYS if set(demo.images) == set(CAMERA_KEYS) else tuple(demo.images) for demo in demos]
+    if other := next((names for names in found if names != found[0]), None):
+        raise ValueError(f"data: expected the cameras {', '.join(found[0])} everywhere, got {', '.join(other)}")
+    return list(found[0])
+
+
 def make_samples(
     demos: Sequence[Any], config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Tokenizer
 ) -> Samples:
     """Demonstrations (see `libero.demonstrations.Demo`) as samples of one policy.
 
     Args:
-      demos: with `images`, `state` [T, ·], `actions` [T, ·], `prompt`; images already of the model's size.
+      demos: with `images`, `state` [T, ·], `actions` [T, ·], `prompt`, `every`, or a `lerobot.repack.Track`; images
+        already of the model's size.
       config: policy; its model gives sizes, and whether the state is written into the prompt, as openpi does.
       stats: scaling of states and actions.
       tokenizer: of the model.
@@ -72,8 +130,9 @@ def make_samples(
     if not demos:
         raise ValueError("expected at least one demonstration, got none; collect some with scripts/collect_demos.py")
     size = model.image_size
+    cameras = cameras_of(demos)
     for demo in demos:
-        for key in CAMERA_KEYS:
+        for key in cameras:
             if demo.images[key].shape[1:] != (size, size, 3):
                 raise ValueError(f"{key}: expected frames [T, {size}, {size}, 3], got {list(demo.images[key].shape)}")
 
@@ -95,16 +154,14 @@ def make_samples(
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
 
     def padded(values: np.ndarray) -> np.ndarray:
-        return np.pad(values.astype(np.float32), [(0, 0), (0, model.action_dim - values.shape[-1])])
+        return np.pad(
+            values.astype(np.float32), [(0, 0)] * (values.ndim - 1) + [(0, model.action_dim - values.shape[-1])]
+        )
 
-    chunks = []
-    for demo in demos:
-        T = len(demo.actions)
-        ahead = np.minimum(np.arange(0, T, demo.every)[:, None] + np.arange(model.action_horizon), T - 1)
-        chunks.append(padded(scaled(demo.actions, "actions"))[ahead])
+    chunks = [padded(scaled(chunks_of(demo, config), "actions")) for demo in demos]
     lengths = [len(chunk) for chunk in chunks]
     return Samples(
-        frames=np.concatenate([np.stack([d.images[k] for k in CAMERA_KEYS], axis=1) for d in demos]),
+        frames=np.concatenate([np.stack([d.images[k] for k in cameras], axis=1) for d in demos]),
         state=padded(np.concatenate(states)),
         actions=np.concatenate(chunks),
         tokens=tokens,

@@ -20,9 +20,6 @@ from safe_pruner_jax.training.augment import augment
 from safe_pruner_jax.training.data import Samples, batches, split
 from safe_pruner_jax.training.loop import Objective, Settings, fit
 
-MOVING = (False, True)
-"""Whether each camera of a sample moves with the robot: outside, wrist."""
-
 
 @struct.dataclass
 class Batch:
@@ -44,7 +41,8 @@ def losses_of(
     """
     B = batch.actions.shape[0]
     images, for_times, for_noise = jax.random.split(key, 3)
-    x = augment(images, batch.images, moving=MOVING) if augmented else batch.images
+    moving = tuple(camera > 0 for camera in range(batch.images.shape[1]))  # outside, then wrists
+    x = augment(images, batch.images, moving=moving) if augmented else batch.images
     times = flow.draw_times(for_times, (B, draws))
     noise = jax.random.normal(for_noise, (B, draws, *batch.actions.shape[1:]))
     cameras = jnp.ones(batch.images.shape[:2], bool)
