@@ -1,6 +1,5 @@
 """Layouts, saliency (Eq. 1-2) and top-K against loops written from the paper's text, in float64."""
 
-import doctest
 import math
 
 import jax
@@ -244,8 +243,3 @@ def test_smallest_layout_order_and_own_lengths():
 def test_smallest_layout_rejects_a_prompt_that_does_not_fit():
     with pytest.raises(ValueError, match=r"expected .* at most 48 tokens, got 49"):
         layout({"base": True}, 49, max_token_len=48)
-
-
-def test_doctests():
-    result = doctest.testmod(tokens)
-    assert result.attempted >= 2 and not result.failed

@@ -1,7 +1,6 @@
 """The wire format against openpi's own client, against random trees, and against hostile bytes."""
 
 import contextlib
-import doctest
 import math
 import pathlib
 import re
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from openpi_client import msgpack_numpy
 
-from safe_pruner_jax.serving import wire
 from safe_pruner_jax.serving.wire import Limits, WireError, pack, unpack
 
 DTYPES = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8", "<f16"]
@@ -101,10 +99,6 @@ def test_the_bytes_in_the_documentation():
     lines = text.split("byte by byte:")[1].split("\n\n")[1].splitlines()
     documented = bytes.fromhex("".join(re.match(r" +((?:[0-9a-f]{2} )+)", line)[1] for line in lines))
     assert documented == pack({"state": np.array([1, 2], "<f4")})
-
-
-def test_docstring_examples():
-    assert doctest.testmod(wire).failed == 0
 
 
 # --- what pack refuses -----------------------------------------------------------------------------------

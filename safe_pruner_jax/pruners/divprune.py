@@ -17,6 +17,10 @@ def divprune(*, keep: float = 0.2) -> Pruner:
 
     References:
       "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", Algorithm 1.
+
+    Example:
+      >>> divprune(keep=0.1).plan.cut
+      Cut(layer=0, keep=0.1)
     """
     plan = Plan(Cut(0, keep), compares=(("visual", "visual"),))
 

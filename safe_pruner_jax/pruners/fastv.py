@@ -33,6 +33,10 @@ def fastv(*, keep: float = 0.2, cut: int = 3, queries: Literal["all", "last"] = 
 
     References:
       "An Image is Worth 1/2 Tokens After Layer 2", Section 4.1.
+
+    Example:
+      >>> fastv(keep=64).plan.capture
+      (Capture(layer=2, rows='all', over='all'),)
     """
     one_of(("all", "last"), "queries", queries)
     plan = Plan(Cut(check_layer(cut), keep), capture=(Capture(cut - 1, queries, over="all"),))

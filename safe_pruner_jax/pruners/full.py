@@ -6,7 +6,12 @@ from safe_pruner_jax.pruners.base import Evidence, Plan, Pruner, Selection, Stat
 
 
 def full() -> Pruner:
-    """No pruning; dead tokens are still left out by the layout."""
+    """No pruning; dead tokens are still left out by the layout.
+
+    Example:
+      >>> full().plan.cuts
+      ()
+    """
     return Pruner("full", Plan(), stateless, _step)
 
 

@@ -13,6 +13,10 @@ def random(*, keep: float = 0.2, cut: int = 3) -> Pruner:
     Args:
       keep: share of the alive visual tokens in (0, 1], or a number of tokens.
       cut: layer index before which tokens are dropped, 1 ≤ cut < L.
+
+    Example:
+      >>> random(keep=0.3, cut=2).plan.cut
+      Cut(layer=2, keep=0.3)
     """
     plan = Plan(Cut(check_layer(cut), keep))
 

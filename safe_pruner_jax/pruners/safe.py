@@ -103,6 +103,11 @@ def safe(
 
     References:
       SAFE-Pruner, Algorithms 1 and 2, Eq. 1-7, Appendix A.
+
+    Example:
+      >>> plan = safe(keep=0.2).plan
+      >>> plan.cut, plan.late_layers
+      (Cut(layer=3, keep=0.2), (0, -2, -1))
     """
     check_layer(cut)
     released = variant == "as_released"

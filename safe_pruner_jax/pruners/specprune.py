@@ -110,6 +110,10 @@ def specprune(
     References:
       "SpecPrune-VLA: Accelerating Vision-Language-Action Models via Action-Aware Self-Speculative Pruning",
       Eq. 2-11, Algorithm 1, Appendices A.3 and A.6.2.
+
+    Example:
+      >>> [cut.layer for cut in specprune().plan.for_depth(18).cuts]
+      [2, 6, 8, 11, 14]
     """
     return build(Parts(), **locals())
 

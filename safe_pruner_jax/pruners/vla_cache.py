@@ -61,6 +61,10 @@ def vla_cache(
 
     References:
       "VLA-Cache: Efficient Vision-Language-Action Manipulation via Adaptive Token Caching", Section 4.
+
+    Example:
+      >>> [round(cut.keep, 2) for cut in vla_cache(keep=0.8).plan.cuts]
+      [0.95, 0.9, 0.85, 0.8]
     """
     layers = tuple(layers)
     static = 1 - keep / 2 if static is None else static

@@ -85,6 +85,11 @@ def vla_pruner(
     References:
       "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient Vision-Language-Action Inference",
       Eq. 2, 3, 7, Algorithms 1 and 2.
+
+    Example:
+      >>> plan = vla_pruner(keep=0.2).plan
+      >>> plan.late_layers, plan.late_from
+      ('upper', 'every')
     """
     return build(Parts(), **locals())
 
