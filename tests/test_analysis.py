@@ -3,23 +3,22 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from demonstrations import demo
 from tiny_policy import moving_scene
+from toy_traces import synthetic
 
 from safe_pruner_jax.analysis import attention, calibrate, cost, forecast, kappa, measures, recall
 from safe_pruner_jax.analysis.rows import Rows, RowsError, read_rows
-from safe_pruner_jax.analysis.trace import Trace, Watch
+from safe_pruner_jax.analysis.trace import Watch
 from safe_pruner_jax.cli import analyze
 from safe_pruner_jax.cli import main as cli
 from safe_pruner_jax.engine.flops import paper_flops
 from safe_pruner_jax.figures.theme import markdown
-from safe_pruner_jax.libero.demonstrations import subtasks, write_demos
+from safe_pruner_jax.libero.demonstrations import write_demos
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import PRUNERS
-from safe_pruner_jax.tokens import PrefixLayout
 
 pytestmark = pytest.mark.newest
 
@@ -32,35 +31,6 @@ def policy(plain_policy):
 @pytest.fixture(scope="module")
 def watched(policy):
     return Watch(policy)(moving_scene())
-
-
-def synthetic(calls: int = 12, *, n: int = 16, depth: int = 5, seed: int = 0, still: bool = False, shift: int = 0):
-    """A trace of random saliencies; `still` repeats the first call, `shift` moves tokens along with their saliency."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape: int, probability: bool = True) -> np.ndarray:
-        a = rng.random((1 if still else calls, *shape, n)) if probability else rng.normal(size=(1, *shape, n))
-        a = np.repeat(a, calls // len(a), axis=0).astype(np.float32)
-        return a / a.sum(-1, keepdims=True) if probability else a
-
-    move = lambda a: np.stack([np.roll(a[t], t * shift, -1) for t in range(calls)])
-    last = move(draw(depth - 1))
-    own = {"expert": move(draw(2, depth)), "text": last / 2, "last": move(draw(depth - 1)), "all": last / 3}
-    return Trace(
-        layout=PrefixLayout(("a", "b"), n // 2, 4),
-        images=[{}] * calls,
-        subtask=subtasks([-1] * (calls // 2) + [1] * (calls - calls // 2)),
-        visual=np.swapaxes(move(draw(8, probability=False)), 1, 2),
-        alive=np.ones((calls, n), bool),
-        expert=move(draw(2, depth)),
-        text=move(draw(depth - 1)),
-        last=last,
-        everyone=last,
-        own=own,
-        hidden=np.zeros((calls, 3, n, 2), np.float32),
-        actions=np.zeros((calls, 3, 4), np.float32),
-        keys=jax.vmap(jax.random.key)(np.arange(calls)),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -175,7 +145,7 @@ def test_attention_is_counted_in_tokens():
     assert all(share == pytest.approx(1 / trace.alive[0].sum()) and outside == 1 for share, outside in prompt.values())
     action = attention.medians(rows, "action")
     assert all(0.5 < share < 1 for share, _ in action.values()) and len(action) == len(prompt) + 1
-    assert "| 4 | – | – |" in attention.table(rows)  # the last layer of the language model has no rows
+    assert "| 4 | – | – | – |" in attention.table(rows)  # the last layer of the language model has no rows
     assert attention.figure(rows).axes[0].get_lines()[0].get_ydata()[0] == prompt[0][0]
 
 
@@ -299,8 +269,7 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
     assert loads == [1]  # calibrate had measured both
     analyze.run_kappa(analyze.Kappa(**own, limit=1), load, about)
     assert loads == [1, 1]
-    analyze.run_attention(analyze.Attention(**own, limit=1), load, about)
-    for name in ("recall", "forecast", "kappa", "calibrate", "attention"):
+    for name in ("recall", "forecast", "kappa", "calibrate"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "out" / f"{name}.md").read_text().startswith("| ")
     assert {r["part"] for r in read_rows(tmp_path / "out" / "kappa.jsonl")} == {f"{tmp_path.name}/butter_demo#0"}

@@ -13,6 +13,7 @@ from safe_pruner_jax.analysis.controls import Cell
 from safe_pruner_jax.analysis.rows import read_rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.cli import controls as command
+from safe_pruner_jax.cli import recordings
 from safe_pruner_jax.libero.demonstrations import write_demos
 from safe_pruner_jax.tokens import PrefixLayout
 
@@ -173,7 +174,7 @@ def test_the_command_watches_each_episode_twice_and_goes_on(tmp_path, capsys, mo
         missed = lambda trace, t, kept: 1 - trace.late()[t, 0][kept].sum(1)
         return lambda trace, t, cut, kept: np.broadcast_to(missed(trace, t, kept)[:, None, None], (len(kept), 6, 8))
 
-    monkeypatch.setattr(command, "Watch", Watching)
+    monkeypatch.setattr(recordings, "Watch", Watching)
     monkeypatch.setattr(controls, "Acting", acting)
     command.run_controls(args, lambda: loads.append(1) or "loaded", {"policy": "tiny"})
     rows = read_rows(tmp_path / "out" / "controls.jsonl")

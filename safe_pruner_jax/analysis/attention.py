@@ -1,7 +1,7 @@
 """Where attention goes, layer by layer: how many visual tokens it is spread over, and which camera has them.
 
     rows = measure(trace)                 one row per query rows and layer
-    table(rows), figure(rows)
+    table(rows), figure(rows)             with those of `regions` where they are
 
 SAFE-Pruner rests on attention that is spread in early layers and narrow in late ones. The effective number of tokens,
 exp(-Σ S log S) of a saliency S that sums to 1, says so in one figure: all n where S is uniform, 1 where one token has
@@ -11,14 +11,19 @@ it all. A policy that plays from memory has late layers as flat as early ones.
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safe_pruner_jax.analysis.regions import REGIONS, median
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
-from safe_pruner_jax.figures.theme import markdown, panels
+from safe_pruner_jax.figures.theme import form, markdown, panels
 
 QUERIES = ("prompt", "action")
 """Rows that look: the prompt's in the language model, the action tokens' in the expert."""
+
+CARRIED = ("matched", "same slot", "prior")
+"""What the shallow saliency of a call is compared with: see `regions.carried`."""
 
 
 def effective(saliency: np.ndarray) -> np.ndarray:
@@ -28,15 +33,16 @@ def effective(saliency: np.ndarray) -> np.ndarray:
     return np.exp(-(s * np.log(np.where(s > 0, s, 1.0))).sum(-1))
 
 
-def measure(trace: Trace) -> list[Row]:
+def measure(trace: Trace, *, cut: int = 3) -> list[Row]:
     """One episode.
 
     Args:
       trace: of the episode.
+      cut: ℓs, whose shallow saliency `prior` is about.
 
     Returns:
       One row per "queries" and "layer": lists over the calls of "effective" tokens and of the "outside" camera's share,
-      and "tokens", the alive ones per call.
+      and "tokens", the alive ones per call; and a row of the queries "prior" with the mean shallow saliency, "map" [n].
     """
     first = np.arange(trace.alive.shape[1]) < trace.layout.tokens_per_camera
     alive = trace.alive.sum(1)
@@ -47,11 +53,19 @@ def measure(trace: Trace) -> list[Row]:
             share = s[:, first].sum(1) / np.maximum(s.sum(1), 1e-30)
             row = {"effective": rounded(effective(s)), "outside": rounded(share), "tokens": alive.tolist()}
             rows.append({"queries": queries, "layer": layer, **row})
-    return rows
+    shallow = trace.text[:, cut - 1].mean(0)
+    return [*rows, {"queries": "prior", "layer": cut - 1, "calls": len(trace), "map": rounded(shallow, 8)}]
+
+
+def prior(rows: Sequence[Row], without: str) -> np.ndarray:
+    """[n] mean shallow saliency of all episodes but one, weighed by calls; there must be another."""
+    others = [row for row in rows if row["queries"] == "prior" and row["part"] != without]
+    return np.average([row["map"] for row in others], axis=0, weights=[row["calls"] for row in others])
 
 
 def medians(rows: Sequence[Row], queries: str) -> dict[int, tuple[float, float]]:
     """Layer → medians over calls and episodes: effective share of the alive tokens, share of the outside camera."""
+    rows = [row for row in rows if "effective" in row]
     layers = sorted({row["layer"] for row in rows if row["queries"] == queries})
     result = {}
     for layer in layers:
@@ -61,25 +75,72 @@ def medians(rows: Sequence[Row], queries: str) -> dict[int, tuple[float, float]]
     return result
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Effective share of the tokens and the outside camera's share, by layer."""
+def places(rows: Sequence[Row], queries: str) -> dict[str, dict[int | None, float]]:
+    """Region → layer → median share of the attention over calls and episodes; empty where nothing is labelled."""
+    own = [row for row in rows if row["queries"] == queries and REGIONS[0] in row]
+    layers = sorted({row["layer"] for row in own}, key=lambda layer: -1 if layer is None else layer)
+    values = lambda region, layer: np.concatenate([row[region] for row in own if row["layer"] == layer])
+    return {r: {layer: float(np.median(values(r, layer))) for layer in layers} for r in REGIONS} if own else {}
+
+
+def table(rows: Sequence[Row], calls: Sequence[Row] = ()) -> str:
+    """By layer: effective share of the tokens, the outside camera's share, attention on the target; then κ by call."""
     found = {queries: medians(rows, queries) for queries in QUERIES}
+    target = {queries: places(rows, queries).get(REGIONS[0], {}) for queries in QUERIES}
+    cells = lambda queries, layer: (*found[queries].get(layer, (None, None)), target[queries].get(layer))
     lines = [
-        [layer, *(f"{value:.0%}" for queries in QUERIES for value in found[queries].get(layer, (np.nan, np.nan)))]
+        [layer, *(form(value, "{:.0%}") for queries in QUERIES for value in cells(queries, layer))]
         for layer in sorted(set().union(*found.values()))
     ]
-    heads = [f"{queries} rows: {what}" for queries in QUERIES for what in ("effective tokens", "outside camera")]
-    return markdown(["layer", *heads], [[str(cell).replace("nan%", "–") for cell in line] for line in lines])
+    names = ("effective tokens", "outside camera", "on the target")
+    text = markdown(["layer", *(f"{queries} rows: {what}" for queries in QUERIES for what in names)], lines)
+    uniform = places(rows, "uniform")
+    if uniform:
+        shares = ", ".join(f"{region} {share[None]:.1%}" for region, share in uniform.items())
+        text += f"\nOf the tokens: {shares}.\n"
+    return text + (f"\n{_carried(calls)}" if calls else "")
 
 
-def figure(rows: Sequence[Row]) -> Figure:
-    """Effective share of the tokens against the layer, one line per query rows."""
-    drawn, axes = panels(1, width=5.5)
+def _carried(calls: Sequence[Row]) -> str:
+    sides = {"κ within a subtask": True, "κ across a boundary": False}
+    cell = lambda name, within: form(median(calls, name, within), "{:.3f}")
+    lines = [[label, *(cell(name, within) for name in CARRIED)] for label, within in sides.items()]
+    right = [form(median(calls, name), "{:.0%}") for name in ("right", "right, same slot")]
+    return markdown(["", *CARRIED], [*lines, ["tokens of a thing whose partner shows it too", *right, None]])
+
+
+def figure(rows: Sequence[Row], calls: Sequence[Row] = ()) -> Figure:
+    """Effective tokens by layer; where it is labelled, attention by region and layer; κ and right matches by call."""
+    labelled, where = bool(places(rows, "uniform")), {queries: places(rows, queries) for queries in QUERIES}
+    drawn, axes = panels(1 + 2 * labelled + bool(calls), width=4.4)
     for queries, marker in zip(QUERIES, "os", strict=True):
         points = medians(rows, queries)
-        axes[0, 0].plot(
-            [*points], [share for share, _ in points.values()], marker=marker, ms=3, label=f"{queries} rows"
-        )
+        shares = [share for share, _ in points.values()]
+        axes[0, 0].plot([*points], shares, marker=marker, ms=3, label=f"{queries} rows")
     axes[0, 0].set(xlabel="layer", ylabel="effective tokens / alive tokens", ylim=(0, 1))
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    for ax, queries in zip(axes[0, 1:3] if labelled else (), QUERIES, strict=False):
+        for number, region in enumerate(REGIONS):
+            layers = where[queries][region]
+            ax.plot([*layers], [*layers.values()], color=f"C{number}", marker="o", ms=3, label=region)
+            ax.axhline(places(rows, "uniform")[region][None], color=f"C{number}", lw=0.8, ls=":")
+        ax.set(xlabel="layer", ylabel=f"attention of the {queries} rows", ylim=(0, None))
+        ax.set_title("dotted: share of the tokens", fontsize=8)
+    if calls:
+        _draw_carried(axes[0, -1], calls)
+    for ax in axes[0]:
+        ax.legend(fontsize=8, frameon=False)
     return drawn
+
+
+def _draw_carried(ax: Axes, calls: Sequence[Row]) -> None:
+    """κ of every kind, within subtasks and across: medians with quartiles."""
+    for number, (label, within) in enumerate({"within a subtask": True, "across a boundary": False}.items()):
+        for place, name in enumerate(CARRIED):
+            values = [row[name] for row in calls if row[name] is not None and row["within"] is within]
+            if values:
+                low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+                bars = [[middle - low], [high - middle]]
+                shown = label if place == 0 else None
+                ax.errorbar(place + 0.16 * number - 0.08, middle, bars, fmt="o", ms=4, color=f"C{number}", label=shown)
+    ax.set_xticks(range(len(CARRIED)), CARRIED)
+    ax.set_ylabel("κ, median and quartiles")

@@ -3,6 +3,7 @@
     for recording in episodes("demos/butter_demo.hdf5"):            LIBERO's files, human or scripted
     for recording in episodes("suite.zip"):                       packed archives
     for recording in episodes("my_dataset"):                      folders of LeRobot datasets, of LIBERO's robot
+    for recording in episodes("scenes/milk_demo_7.npz"):          labelled episodes of scripts/collect_scenes.py
     for recording in episodes("libero:libero_object/0/3"):        suite/task/trial, played live by the scripted expert
     for recording in episodes("example"):                         the recording inside this package
 
@@ -20,19 +21,39 @@ import numpy as np
 from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset
 from safe_pruner_jax.lerobot.repack import columns, requests
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
+from safe_pruner_jax.libero.labels import CLASSES
+from safe_pruner_jax.libero.scenes import read
 from safe_pruner_jax.robots.robots import LIBERO
+from safe_pruner_jax.training.scenes import RECEPTACLE, prompt
 
 EXAMPLE = "example"
 """The source that needs no file: one scripted episode of LIBERO inside the package."""
 
 _LIVE = "libero:"
+_STATE = 8  # values of LIBERO's state
+
+
+class Seen(NamedTuple):
+    """What is where in the pictures of a call.
+
+    Args:
+      classes: uint8 [cameras, S, S], class of every pixel, see `libero.labels`.
+      target: class of the object that is named.
+      receptacle: class of what it is put into.
+    """
+
+    classes: np.ndarray
+    target: int
+    receptacle: int
 
 
 class Call(NamedTuple):
-    """One policy call: openpi's request, and the gripper command executed at that moment (≤ 0 open, > 0 closed)."""
+    """One policy call: openpi's request, the gripper command executed at that moment (≤ 0 open, > 0 closed), and what
+    is where, if the source knows."""
 
     request: dict[str, Any]
     gripper: float
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +96,11 @@ def episodes(
         for found in data.episodes():
             yield Recording(f"{path.name}#{found.index}", lambda found=found: _repacked(found, named, replan))
         return
-    read = read_demos if path.suffix in (".hdf5", ".h5") else read_packed
-    for number, demo in enumerate(read(path)):
+    if path.suffix == ".npz":
+        yield Recording(f"{path.parent.name}/{path.stem}", lambda: _labelled(path))
+        return
+    decode = read_demos if path.suffix in (".hdf5", ".h5") else read_packed
+    for number, demo in enumerate(decode(path)):
         yield Recording(f"{path.parent.name}/{path.stem}#{number}", lambda demo=demo: _recorded(demo, replan))
 
 
@@ -96,6 +120,21 @@ def _recorded(demo: Demo, replan: int) -> Iterator[Call]:
         request = {key: images[frame] for key, images in demo.images.items()}
         request |= {"observation/state": demo.state[step], "prompt": demo.prompt}
         yield Call(request, float(demo.actions[step, 6]))
+
+
+def _labelled(path: Path) -> Iterator[Call]:
+    """Every frame of a labelled episode is a call, whatever lies between two of them."""
+    frames, about = read(path)
+    if about["what"] == "scenes":
+        raise ValueError(f"{path}: expected an episode, got single scenes; give files with _demo_ or _correct_")
+    kinds = about["kinds"]
+    receptacle = len(CLASSES) + kinds.index(RECEPTACLE)
+    for t, target in enumerate(frames["target"]):
+        outside, wrist = frames["image"][t]
+        request = {"observation/image": outside, "observation/wrist_image": wrist, "prompt": prompt(kinds[target])}
+        request |= {"observation/state": np.zeros(_STATE, np.float32)}  # labelled frames have none
+        seen = Seen(frames["segmentation"][t], len(CLASSES) + int(target), receptacle)
+        yield Call(request, float(frames["actions"][t, 0, 6]), seen)
 
 
 def _repacked(episode: Episode, named: dict[str, str], replan: int) -> Iterator[Call]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from safe_pruner_jax.analysis.episodes import Call
+from safe_pruner_jax.analysis.episodes import Call, Seen
 from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.engine.programs import draw_noise, embed
 from safe_pruner_jax.engine.state import Inputs, visual_slots
@@ -56,6 +56,7 @@ class Trace:
       keys: [C] PRNG keys of the steps, as `Evidence.key`.
       inputs: per call, what the network read, with leading axis 1; () in a trace that nobody will act on.
       noise: [C, A, action_dim] float32 that the actions were made from.
+      seen: per call, what is where in the pictures; () where the source does not know.
     """
 
     layout: PrefixLayout
@@ -73,6 +74,7 @@ class Trace:
     keys: Array
     inputs: Sequence[Inputs] = ()
     noise: np.ndarray | None = None
+    seen: Sequence[Seen] = ()
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -130,7 +132,7 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
         return jnp.stack([saliency(logits[l][0, :, start:], rows, alive[0], over=over) for l in queried])
 
     def denoise(x_t: Array, at: pi0.Schedule) -> tuple[Array, tuple[Array, Array]]:
-        v, seen = pi0.velocity(weights, config, prefix, inputs.state, x_t, at, logits_of=layers)
+        v, seen, _ = pi0.velocity(weights, config, prefix, inputs.state, x_t, at, logits_of=layers)
         now = lambda over: jnp.stack([pi0.action_saliency(config, seen[l], alive, over)[0] for l in layers])
         return x_t - v / weights.schedule.times.shape[0], (now("visual"), now("all"))
 
@@ -182,7 +184,8 @@ class Watch:
           RequestError: a request that the robot's transforms refuse.
         """
         policy, config = self.policy, self.policy.engine.config
-        seen, asked, images, grippers, layout, key = [], [], [], [], None, jax.random.key(self.policy.seed)
+        seen, asked, images, grippers, labels = [], [], [], [], []
+        layout, key = None, jax.random.key(self.policy.seed)
         for call in calls:
             example, _ = policy.transform.prepare(call.request)
             found = layout_of(example, config, policy.prompt_lengths)
@@ -196,11 +199,13 @@ class Watch:
             asked.append(inputs)
             images.append({camera: np.asarray(example.images[camera]) for camera in layout.cameras})
             grippers.append(call.gripper)
+            labels += [] if call.seen is None else [call.seen]
         if not seen:
             raise ValueError("episode: expected at least one call, got none")
         stacked = jax.tree.map(lambda *a: np.stack(a), *(arrays for arrays, _ in seen))
         keys = jnp.stack([keys for _, keys in seen])
-        return Trace(layout=layout, images=images, subtask=subtasks(grippers), keys=keys, inputs=asked, **stacked)
+        known = {"layout": layout, "images": images, "subtask": subtasks(grippers), "inputs": asked, "seen": labels}
+        return Trace(**known, keys=keys, **stacked)
 
 
 def replay(pruner: Pruner, trace: Trace) -> list[Selection]:

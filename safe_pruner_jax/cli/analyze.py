@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from safe_pruner_jax.analysis import attention, calibrate, cost, deviation, forecast, kappa, overlap, recall
+from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, overlap, recall
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.cli.recordings import Analysis, Load, OnEpisodes, OnRequests, leave, logger, recordings
@@ -106,15 +106,6 @@ class Overlap(OnEpisodes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention(OnEpisodes):
-    """How many visual tokens attention is spread over, layer by layer, and which camera has them."""
-
-    def rows(self, trace: Trace) -> list[Row]:
-        """The measurement of one episode."""
-        return attention.measure(trace)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibrate(Recall):
     """Proposes queries, λ and γ for SAFE-Pruner from core-token recall and κ; writes calibrate.json as well.
 
@@ -174,12 +165,6 @@ def run_kappa(args: Kappa, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze kappa`."""
     (rows,) = _over_episodes(args, load, conditions, kappa=args)
     leave(args.out, "kappa", kappa.table(rows), kappa.figure(rows, args.gamma))
-
-
-def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) -> None:
-    """`openpi analyze attention`."""
-    (rows,) = _over_episodes(args, load, conditions, attention=args)
-    leave(args.out, "attention", attention.table(rows), attention.figure(rows))
 
 
 def run_overlap(args: Overlap, load: Load, conditions: Mapping[str, Any]) -> None:
@@ -303,7 +288,7 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
 def _conditions(kind: OnEpisodes) -> set[str]:
     """Fields of a measurement that its rows depend on."""
     names = {f.name for f in dataclasses.fields(type(kind))} - {"out", "data", "limit"}
-    home = next(cls for cls in (Recall, Forecast, Kappa, Overlap, Attention) if isinstance(kind, cls))
+    home = next(cls for cls in (Recall, Forecast, Kappa, Overlap) if isinstance(kind, cls))
     return names & {f.name for f in dataclasses.fields(home)}
 
 
@@ -312,7 +297,6 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "forecast": (Forecast, run_forecast),
     "kappa": (Kappa, run_kappa),
     "overlap": (Overlap, run_overlap),
-    "attention": (Attention, run_attention),
     "actions": (Actions, run_actions),
     "cost": (Cost, run_cost),
     "calibrate": (Calibrate, run_calibrate),

@@ -11,8 +11,7 @@ import numpy as np
 
 from safe_pruner_jax.analysis import controls
 from safe_pruner_jax.analysis.rows import Row, Rows
-from safe_pruner_jax.analysis.trace import Trace, Watch
-from safe_pruner_jax.cli.recordings import Load, OnRequests, leave, logger, recordings
+from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger
 
 PRIOR = "prior.npy"
 """The mean late saliency of all episodes, as `baseline/prior` takes it."""
@@ -44,7 +43,7 @@ def run_controls(args: Controls, load: Load, conditions: Mapping[str, Any]) -> N
     if not args.cuts or not set(args.cuts) <= {1, 2, 3}:
         raise ValueError(f"cuts: expected some of 1, 2 and 3, got {args.cuts}")
     told = {**conditions, "replan": args.replan, "driver": args.driver, "cuts": args.cuts}
-    found = _Watched(args, load)
+    found = Watched(args, load)
     with Rows(args.out / "maps.jsonl", {**told, "late_steps": args.late_steps}) as file:
         for name in found.names():
             if name not in file.finished:
@@ -69,25 +68,6 @@ def _leave(args: Controls, rows: list[Row], maps: list[Row]) -> None:
     cell = controls.Cell(max(args.cuts), "visual", "paper")
     np.save(args.out / PRIOR, controls.priors(maps)[cell].astype(np.float32))
     leave(args.out, "controls", controls.table(rows), controls.figure(rows))
-
-
-class _Watched:
-    """The episodes of the arguments; the policy is loaded when the first is watched."""
-
-    def __init__(self, args: Controls, load: Load):
-        self._load, self._watch = load, None
-        self._recordings = {r.name: r for r in recordings(args, self.policy)}
-
-    def names(self) -> list[str]:
-        return list(self._recordings)
-
-    def policy(self):
-        self._watch = self._watch or Watch(self._load())
-        return self._watch.policy
-
-    def trace(self, name: str) -> Trace:
-        self.policy()
-        return self._watch(self._recordings[name].calls())
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {"controls": (Controls, run_controls)}

@@ -10,6 +10,7 @@ openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
 openpi convert --checkpoint CKPT --config pi05_libero --to lerobot --out pi05_lerobot
+openpi export --data demos/butter_demo.hdf5 --out my_dataset
 openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
@@ -23,11 +24,12 @@ import tyro
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.cli import analyze as analysis
-from safe_pruner_jax.cli import controls
+from safe_pruner_jax.cli import attention, controls
 from safe_pruner_jax.cli.arguments import parse, split_pruner
 from safe_pruner_jax.cli.bench import Bench, run_bench
 from safe_pruner_jax.cli.convert import Convert, run_convert
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
+from safe_pruner_jax.cli.export import Export, run_export
 from safe_pruner_jax.cli.help import summary
 from safe_pruner_jax.cli.inspect import Inspect, run_inspect
 from safe_pruner_jax.cli.report import Report, run_report
@@ -60,12 +62,13 @@ COMMANDS = {
     "report": Command(Report, run_report, pruner=False),
     "inspect": Command(Inspect, run_inspect, pruner=False),
     "train": Command(Train, run_train, pruner=False),
+    "export": Command(Export, run_export),
     "convert": Command(Convert, run_convert, pruner=False),
     "bench": Command(Bench, run_bench, pruner=False),
 }
 
 
-ANALYSES = analysis.COMMANDS | controls.COMMANDS
+ANALYSES = analysis.COMMANDS | attention.COMMANDS | controls.COMMANDS
 
 
 def _analyze(name: str) -> Command:

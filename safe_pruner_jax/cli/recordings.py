@@ -11,6 +11,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
+from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.policy.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,31 @@ def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
         yield recording
     if not seen:
         raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
+
+
+class Watched:
+    """The episodes of the arguments, for analyses that go over them twice; the policy is loaded for the first."""
+
+    def __init__(self, args: OnRequests, load: Load):
+        self._load = load
+        self._watch: Watch | None = None
+        self._recordings = {r.name: r for r in recordings(args, self.policy)}
+
+    def names(self) -> list[str]:
+        """Of all episodes."""
+        return list(self._recordings)
+
+    def policy(self) -> Policy:
+        """Whose model is watched."""
+        return self._watching().policy
+
+    def _watching(self) -> Watch:
+        self._watch = self._watch or Watch(self._load())
+        return self._watch
+
+    def trace(self, name: str) -> Trace:
+        """Of one episode, computed anew."""
+        return self._watching()(self._recordings[name].calls())
 
 
 def _driver(policy: Load) -> Callable[[dict], dict]:

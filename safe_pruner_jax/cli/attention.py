@@ -1,0 +1,52 @@
+"""`openpi analyze attention`: is there something to forecast? Attention by layer and region, κ and matching by call.
+
+openpi analyze attention --data data/scenes/*_demo_1*.npz --out out/analysis policy:embedded
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from safe_pruner_jax.analysis import attention, regions
+from safe_pruner_jax.analysis.rows import Rows
+from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(OnRequests):
+    """How many tokens attention is spread over and where they are, layer by layer; κ with and without matching.
+
+    Regions and right matches need labelled episodes (.npz of scripts/collect_scenes.py), a prior two episodes or more.
+
+    Args:
+      cut: layer index before which tokens are dropped: its shallow saliency is compared.
+      every: calls between keyframes within a subtask; every subtask starts with one.
+    """
+
+    cut: int = 3
+    every: int = 10
+
+
+def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) -> None:
+    """Watches every episode for its layers, then again beside the mean of the others."""
+    told = {**conditions, "replan": args.replan, "driver": args.driver, "cut": args.cut}
+    found = Watched(args, load)
+    with Rows(args.out / "attention.jsonl", told) as file:
+        for name in found.names():
+            if name not in file.finished:
+                trace = found.trace(name)
+                logger.info("%s: %d calls", name, len(trace))
+                file.add(name, attention.measure(trace, cut=args.cut) + (regions.masses(trace) if trace.seen else []))
+        layers = [row for row in file.rows() if row["part"] in found.names()]
+    own = {"every": args.every, "episodes": found.names()}
+    with Rows(args.out / "carried.jsonl", told | own) as file:
+        for name in found.names() if len(found.names()) > 1 else ():
+            if name not in file.finished:
+                prior = attention.prior(layers, without=name)
+                file.add(name, regions.carried(found.trace(name), prior, cut=args.cut, every=args.every))
+        calls = file.rows()
+    leave(args.out, "attention", attention.table(layers, calls), attention.figure(layers, calls))
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {"attention": (Attention, run_attention)}
+"""Name of the analysis → its arguments and what runs them, as in `analyze`."""
