@@ -7,7 +7,7 @@ from safe_pruner_jax.libero import meshes, scenes
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.law import FeedbackExpert, label
-from safe_pruner_jax.libero.placements import APART, Placements
+from safe_pruner_jax.libero.placements import APART, Placements, open_env
 from safe_pruner_jax.libero.snapshot import restore, save
 
 pytestmark = pytest.mark.newest
@@ -131,3 +131,20 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match=r"torn.npz: not a file of labelled scenes"):
         scenes.read(tmp_path / "torn.npz")
+
+
+def test_a_shuffled_suite_has_its_parents_tasks_in_other_places():
+    task = load_task("libero_object_shuffled", 1)
+    assert (task.language, task.index) == (load_task("libero_object", 1).language, 1)
+    with open_env(task) as env:
+        places = lambda: env.simulator.get_sim_state()[1:71].copy()
+        env.reset(0)
+        first = places()
+        env.reset(1)
+        assert np.abs(first - places()).max() > 0.02
+        env.reset(0)
+        np.testing.assert_array_equal(first, places())  # an initial state is what it is, whatever was played before
+        with pytest.raises(ValueError, match="0 to 49, got 50"):
+            env.reset(50)
+    with open_env(load_task("libero_object", 1)) as env:
+        assert type(env) is LiberoEnv

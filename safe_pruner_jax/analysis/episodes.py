@@ -22,9 +22,10 @@ from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset
 from safe_pruner_jax.lerobot.repack import columns, requests
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.libero.labels import CLASSES
+from safe_pruner_jax.libero.placements import RECEPTACLE
 from safe_pruner_jax.libero.scenes import read
 from safe_pruner_jax.robots.robots import LIBERO
-from safe_pruner_jax.training.scenes import RECEPTACLE, prompt
+from safe_pruner_jax.training.scenes import prompt
 
 EXAMPLE = "example"
 """The source that needs no file: one scripted episode of LIBERO inside the package."""
@@ -156,11 +157,12 @@ def _live(source: str, replan: int, infer: Callable | None) -> Recording:
 
 
 def _played(place: tuple[str, int, int], replan: int, infer: Callable | None) -> Iterator[Call]:
-    from safe_pruner_jax.libero.env import LiberoEnv, load_task
     from safe_pruner_jax.libero.expert import Expert
+    from safe_pruner_jax.libero.placements import open_env
+    from safe_pruner_jax.libero.suites import load_task
 
     suite, task, trial = place
-    with LiberoEnv(load_task(suite, task)) as env:
+    with open_env(load_task(suite, task)) as env:
         request = env.reset(trial)
         if infer is None:
             expert = Expert(env)

@@ -29,6 +29,7 @@ from typing import Any
 
 from safe_pruner_jax.evaluation.rollout import Episode, rollout
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.placements import open_env
 from safe_pruner_jax.libero.simulator import LiberoUnavailable
 
 MakeEnv = Callable[[str, int], LiberoEnv]
@@ -54,8 +55,8 @@ class PolicyFailed(RuntimeError):
 
 
 def libero_env(suite: str, task: int) -> LiberoEnv:
-    """The environment of a task as openpi's client has it."""
-    return LiberoEnv(load_task(suite, task))
+    """The environment of a task as openpi's client has it; a shuffled suite's has other initial states."""
+    return open_env(load_task(suite, task))
 
 
 def broken(job: Job, error: str) -> Episode:

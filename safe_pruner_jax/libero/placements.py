@@ -3,14 +3,18 @@
     placements = Placements(env)
     placements.shuffle(seed)          a new episode: objects permuted and jittered, basket and arm moved
     placements.teleport(generator)    a new picture without physics: hand anywhere, objects under it or in it
+    open_env(load_task("libero_object_shuffled", 0))    such scenes as initial states, none of which training has
 
-For any suite whose objects are free joints. Evaluation's fixed initial states are not among them: everything is drawn
+For any suite whose objects are free joints. LIBERO's fixed initial states are not among them: everything is drawn
 from a continuous distribution with centimetres of spread.
 """
+
+from typing import Any
 
 import numpy as np
 
 from safe_pruner_jax.libero.env import LiberoEnv
+from safe_pruner_jax.libero.suites import Task, is_shuffled
 
 JITTER = 0.03
 """Standard deviation, metres, of a permuted object's place."""
@@ -18,6 +22,12 @@ RECEPTACLE_JITTER = 0.015
 """The same of the basket, which keeps its place."""
 APART = 0.085
 """Metres between the origins of two objects, at least."""
+RECEPTACLE = "basket"
+"""The kind that things are put into."""
+HELD_OUT = 10_000_000
+"""Seed of the first scene of a shuffled suite; training's seeds are smaller."""
+HELD_OUT_SCENES = 50
+"""Initial states per task of a shuffled suite."""
 _MARGIN = 0.05  # metres by which the region of the fixed states is grown
 _TRIES = 300
 
@@ -32,7 +42,7 @@ class Placements:
       receptacle: prefix of objects that are put into, not fetched.
     """
 
-    def __init__(self, env: LiberoEnv, receptacle: str = "basket"):
+    def __init__(self, env: LiberoEnv, receptacle: str = RECEPTACLE):
         self._env, self._receptacle = env, receptacle
         model, objects = env.simulator.sim.model, env.simulator.env.objects_dict
         address = lambda name: model.get_joint_qpos_addr(objects[name].joints[0])[0]
@@ -117,3 +127,33 @@ class Placements:
         state[columns] = new
         for name in self._fixed:
             state[self._places[name] : self._places[name] + 2] += rng.normal(0.0, RECEPTACLE_JITTER, 2)
+
+
+class ShuffledEnv(LiberoEnv):
+    """A task whose objects stand elsewhere every time: initial state k is the k-th held-out scene.
+
+    Args:
+      task: of a shuffled suite.
+      options: of `LiberoEnv`.
+    """
+
+    def __init__(self, task: Task, **options: Any):
+        super().__init__(task, **options)
+        self.num_init_states = HELD_OUT_SCENES
+        self._placements = Placements(self)
+
+    def reset(self, init_state: int) -> dict[str, Any]:
+        """Starts an episode in a held-out scene and returns `observe()`.
+
+        Raises:
+          ValueError: for an initial state that the task does not have.
+        """
+        if not 0 <= init_state < self.num_init_states:
+            raise ValueError(f"{self.task.name} has initial states 0 to {self.num_init_states - 1}, got {init_state}")
+        self._placements.shuffle(HELD_OUT + init_state)
+        return self.observe()
+
+
+def open_env(task: Task, **options: Any) -> LiberoEnv:
+    """The environment of a task: LIBERO's own initial states, or held-out scenes for a shuffled suite."""
+    return (ShuffledEnv if is_shuffled(task.suite) else LiberoEnv)(task, **options)

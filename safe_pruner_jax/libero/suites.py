@@ -4,6 +4,7 @@
     load_task("libero_object_swap", 0)        # LIBERO-PRO, listed by the package
     load_task("libero_object_temp_x0.1", 0)   # LIBERO-PRO, scene and initial-state files without a listing
     load_task("liberoplus_object", 0)         # LIBERO-plus
+    load_task("libero_object_shuffled", 0)    # a parent's tasks in scenes drawn anew, see `placements`
 
 Reference: openpi, examples/libero/main.py (limits); LIBERO-PRO, arXiv:2510.03827 (perturbations).
 """
@@ -25,6 +26,9 @@ LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libe
 SUITES = tuple(LIMITS)
 """The standard suites. Variants of them are named like their parent."""
 
+SHUFFLED = "_shuffled"
+"""End of the name of a suite that is another's tasks with everything in other places."""
+
 _ORPHANS = ("libero_mine", "libero_study_table")  # of LIBERO-PRO; single tasks at one table, as libero_90's are
 _PERTURBATIONS = {
     "": "standard",
@@ -33,6 +37,7 @@ _PERTURBATIONS = {
     "object": "object",
     "task": "task",
     "env": "environment",
+    "shuffled": "position",
 }
 
 
@@ -82,6 +87,15 @@ def perturbation(suite: str) -> str:
     if end.startswith("temp_"):
         return "position"
     return "added object" if end.startswith("with_") else _PERTURBATIONS.get(end, "other")
+
+
+def is_shuffled(suite: str) -> bool:
+    """Whether a suite is another's tasks in scenes drawn anew.
+
+    >>> is_shuffled("libero_object_shuffled"), is_shuffled("libero_object_swap")
+    (True, False)
+    """
+    return suite.endswith(SHUFFLED)
 
 
 def num_tasks(suite: str) -> int:
@@ -143,6 +157,7 @@ def _benchmark(suite: str) -> Any:
 
 def _class(suite: str) -> str:
     """The suite's name in its package."""
+    suite = suite.removesuffix(SHUFFLED)
     return suite.replace(f"{PLUS}_", "libero_", 1) if package(suite) == PLUS else suite
 
 

@@ -16,6 +16,7 @@ from flax import struct
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.libero.labels import CLASSES
+from safe_pruner_jax.libero.placements import RECEPTACLE
 from safe_pruner_jax.libero.scenes import HELD_OUT, read
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, normalise
@@ -24,8 +25,6 @@ UNIT = 0.15
 """Metres that an offset of 1 stands for."""
 CELLS = 2
 """Cells along one side of a patch in which classes are told."""
-RECEPTACLE = "basket"
-"""The kind that things are put into."""
 
 _SEEN = 0.12  # share of a patch from which on a thing is in it
 _GRIPPER = CLASSES.index("gripper")
