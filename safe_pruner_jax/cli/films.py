@@ -1,0 +1,206 @@
+"""What `openpi export` writes: episodes as pictures, columns of numbers, and what a policy decided at each row."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from safe_pruner_jax.analysis.episodes import EXAMPLE, stride
+from safe_pruner_jax.evaluation.rollout import rollout
+from safe_pruner_jax.lerobot.repack import COLUMNS
+from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
+from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.model.config import CAMERAS
+from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import PolicyConfig
+from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
+
+Infer = Callable[[dict[str, Any]], dict[str, Any]]
+"""Request to reply, one robot."""
+
+IMAGES = "observation.images."
+LIVE = "libero:"
+
+
+class Film(NamedTuple):
+    """One episode of T rows.
+
+    Args:
+      task: what the robot was told.
+      images: feature → T frames uint8 [H, W, 3].
+      columns: feature → [T, …].
+    """
+
+    task: str
+    images: dict[str, Iterable[np.ndarray]]
+    columns: dict[str, np.ndarray]
+
+
+def films(source: str, config: PolicyConfig, replan: int, robot: Callable[[], Infer] | None) -> Iterator[Film]:
+    """The episodes of a source.
+
+    Args:
+      source: a file of demonstrations or "example"; a `.episode` file, or a folder of them or of `step_*.npy`;
+        libero:SUITE/TASK/TRIAL.
+      config: of the policy; recordings that name their own follow that.
+      replan: robot actions between two calls.
+      robot: makes a policy's session; demonstrations are shown to it, live episodes played by it. None: nobody looks.
+
+    Raises:
+      ValueError: a source of another kind, a live one without a policy, a damaged recording.
+      OSError: a file that cannot be read.
+    """
+    path = Path(str(embedded_folder().parent / "recordings" / "cream_cheese.zip") if source == EXAMPLE else source)
+    if source.startswith(LIVE):
+        if robot is None:
+            raise ValueError(f"data: expected a policy that plays {source}, got none; add --watch")
+        yield _played(source, config, replan, robot())
+    elif path.is_dir():
+        yield from _recordings(path, config)
+    elif path.suffix == SUFFIX:
+        yield _recorded(path)
+    else:
+        for demo in (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path):
+            yield _demonstrated(demo, config, replan, None if robot is None else robot())
+
+
+def decisions(replies: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dict[str, np.ndarray]:
+    """What replies tell of pruning, latency and attention: feature → [calls, …]; nothing that one of them lacks.
+
+    Returns:
+      "pruning.keyframe" bool, "pruning.kappa" float32 (NaN without a comparison), "pruning.tokens" int64,
+      "pruning.kept.CAMERA" bool [calls, g, g], "pruning.attention.CAMERA" float32 [calls, layers, g, g],
+      "policy.latency_ms" float32.
+    """
+    found: dict[str, np.ndarray] = {}
+    times = [(reply.get("policy_timing") or reply.get("server_timing") or {}).get("infer_ms") for reply in replies]
+    if None not in times:
+        found["policy.latency_ms"] = np.asarray(times, np.float32)
+    told = [reply.get("pruning") for reply in replies]
+    if all(told):
+        found["pruning.keyframe"] = np.array([pruning["keyframe"] for pruning in told])
+        kappa = [np.nan if pruning["kappa"] is None else pruning["kappa"] for pruning in told]
+        found["pruning.kappa"] = np.asarray(kappa, np.float32)
+        found["pruning.tokens"] = np.array([pruning["kept"] for pruning in told], np.int64)
+        found |= _kept(told, config)
+    grids = [(reply.get("attention") or {}).get("grids") for reply in replies]
+    if all(grids):
+        for camera in grids[0]:
+            layers = np.stack([np.asarray(own[camera], np.float32) for own in grids])
+            found[f"pruning.attention.{camera}"] = layers
+    return found
+
+
+def _kept(told: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dict[str, np.ndarray]:
+    """Boolean masks of the patches that are left after the last cut, for the cameras of the first reply."""
+    side, tokens = config.model.grid, config.model.tokens_per_camera
+    masks = np.zeros((len(told), len(CAMERAS) * tokens), bool)
+    for row, pruning in zip(masks, told, strict=True):
+        row[np.asarray(pruning["index"])] = True
+    grids = masks.reshape(len(told), len(CAMERAS), side, side)
+    views = told[0].get("views", CAMERAS)
+    return {f"pruning.kept.{camera}": grids[:, CAMERAS.index(camera)] for camera in views}
+
+
+def _demonstrated(demo: Demo, config: PolicyConfig, replan: int, look: Infer | None) -> Film:
+    """A row per action; a frame, and what the policy made of the last call, are held until the next."""
+    rows = np.arange(len(demo))
+    keys = dict(zip(("observation/image", "observation/wrist_image"), CAMERAS, strict=False))
+    held = lambda frames: (frames[t // demo.every] for t in rows)
+    columns = {"observation.state": demo.state, "action": demo.actions}
+    if look is not None:
+        called = list(range(0, len(demo), stride(demo.every, replan) * demo.every))
+        replies = []
+        for t in called:
+            request = {key: demo.images[key][t // demo.every] for key in keys}
+            replies.append(look(request | {"observation/state": demo.state[t], "prompt": demo.prompt}))
+        last = np.searchsorted(called, rows, side="right") - 1
+        columns |= {key: values[last] for key, values in decisions(replies, config).items()}
+        columns["policy.call"] = np.isin(rows, called)
+    return Film(demo.prompt, {IMAGES + keys[key]: held(demo.images[key]) for key in keys}, columns)
+
+
+def _of_calls(steps: Sequence[tuple[dict[str, Any], dict[str, Any]]], config: PolicyConfig) -> Film:
+    """A row per call, with the first action of its chunk, and the chunk."""
+    robot, images = config.robot, {}
+    values: dict[str, list[np.ndarray]] = {}
+    entries = {entry: names[-1] for entry, names in COLUMNS[robot.name].items() if "image" not in entry}
+    prompt = None
+    for request, _ in steps:
+        raw = robot.input(request)
+        prompt = raw.get("prompt", prompt)
+        for camera in (camera for camera, real in raw["image_mask"].items() if real):
+            images.setdefault(IMAGES + camera, []).append(raw["image"][camera])
+        for entry, name in entries.items():
+            values.setdefault(name, []).append(np.asarray(request[entry], np.float32))
+    chunks = np.stack([np.asarray(reply["actions"], np.float32) for _, reply in steps])
+    columns = {name: np.stack(rows) for name, rows in values.items()} | {"action": chunks[:, 0], "action_chunk": chunks}
+    task = prompt or config.default_prompt or ""
+    return Film(task, images, columns | decisions([reply for _, reply in steps], config))
+
+
+def _recorded(path: Path) -> Film:
+    episode = read_episode(path)
+    if not episode.steps:
+        raise ValueError(f"{path}: expected at least one step, got none; nothing was answered before it ended")
+    config = get_config(episode.header["config"])
+    return _of_calls([(step["request"], step["reply"]) for step in episode.steps], config)
+
+
+def _recordings(folder: Path, config: PolicyConfig) -> Iterator[Film]:
+    """Every `.episode` of a folder, or its `step_*.npy` in order, cut where the prompt changes."""
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        yield from (_recorded(file) for file in files)
+        return
+    numbered = sorted(folder.glob("step_*.npy"), key=lambda file: int(file.stem.removeprefix("step_")))
+    if not numbered:
+        raise ValueError(f"data: expected *{SUFFIX} or step_*.npy in {folder}, got neither; give what --record wrote")
+    steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for file in numbered:
+        flat = np.load(file, allow_pickle=True).item()
+        request, reply = (_nested(flat, side) for side in ("inputs/", "outputs/"))
+        if steps and request.get("prompt") != steps[-1][0].get("prompt"):
+            yield _of_calls(steps, config)
+            steps = []
+        steps.append((request, reply))
+    yield _of_calls(steps, config)
+
+
+def _nested(flat: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """One side of openpi's record, with the entries that robots send flat as they send them."""
+    own = {key.removeprefix(side): value for key, value in flat.items() if key.startswith(side)}
+    nested: dict[str, Any] = {}
+    for key, value in own.items():
+        group, _, name = key.partition("/")
+        if group in ("images", "pruning", "policy_timing", "attention") and name:
+            nested.setdefault(group, {})[name] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _played(source: str, config: PolicyConfig, replan: int, infer: Infer) -> Film:
+    """An episode of the policy in LIBERO, a row per call."""
+    try:
+        suite, task, trial = source.removeprefix(LIVE).split("/")
+        place = load_task(suite, int(task))
+        number = int(trial)
+    except ValueError as error:
+        form = "libero:SUITE/TASK/TRIAL, for example libero:libero_object/0/0"
+        raise ValueError(f"data: expected {form}, got {source} ({error})") from error
+    steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        steps.append((request, infer(request)))
+        return steps[-1][1]
+
+    with LiberoEnv(place) as env:
+        episode = rollout(env, ask, init_state=number, replan=replan)
+    if not steps or episode.outcome == "error":
+        raise ValueError(f"{source}: expected an episode, got {episode.error}")
+    film, last = _of_calls(steps, config), np.arange(len(steps)) == len(steps) - 1
+    film.columns["next.done"] = last
+    film.columns["next.success"] = last & (episode.outcome == "success")
+    return film
