@@ -5,12 +5,13 @@ PINNED := .venv-pinned
 PIP_FLAGS := --quiet --disable-pip-version-check
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-pinned lint format libero setup clean
+.PHONY: help demo test test-pinned test-cluster lint format libero setup clean
 
 help:
 	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
 	@echo "make test         lint and tests on the newest jax (sets up .venv and the LIBERO simulator)"
 	@echo "make test-pinned  tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
+	@echo "make test-cluster evaluation and serving on a Ray cluster of three nodes on this machine"
 	@echo "make lint format clean"
 
 demo: libero
@@ -22,6 +23,11 @@ test: libero lint
 # the model, the pruners and serving run on openpi's pins; what does not is marked `newest`
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero and not newest" $(ARGS)
+
+# three Ray nodes on loopback; nightly, since Ray alone takes 340 MB
+test-cluster: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[ray]"
+	$(VENV)/bin/python -m pytest -m ray $(ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

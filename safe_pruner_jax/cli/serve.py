@@ -1,14 +1,18 @@
 """`openpi serve`: a policy behind openpi's wire."""
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
+from safe_pruner_jax.cluster.connect import require_ray
 from safe_pruner_jax.engine.xla import default_folder, keep_programs
+from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.identity import SERVED, local_device
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import EnvMode, Method, Model
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.robots import LIBERO, RequestError
-from safe_pruner_jax.serving import Recorder, serve
+from safe_pruner_jax.serving import Access, Recorder, Terms, serve
 from safe_pruner_jax.serving.episodes import EpisodeRecorder
 from safe_pruner_jax.serving.options import Serving
 from safe_pruner_jax.serving.replay import header
@@ -29,6 +33,10 @@ class Serve(Model):
       programs: folder that keeps compiled programs for the next start; "none": nowhere. Default:
         $SAFE_PRUNER_PROGRAMS, else in ~/.cache.
       serving: who may connect, and what a request may expect.
+      on: this process, or replicas on the nodes of a Ray cluster.
+      address: of the cluster: auto or host:port; without it one is started on this machine.
+      replicas: N, or LEAST..MOST as robots come and go; one accelerator each.
+      robots_per_replica: connections that a replica is meant for; more of them add one.
     """
 
     env: EnvMode = EnvMode.ALOHA_SIM
@@ -39,6 +47,10 @@ class Serve(Model):
     record_as: Literal["episodes", "openpi"] = "episodes"
     programs: str | None = None
     serving: Serving = dataclasses.field(default_factory=Serving)
+    on: Literal["here", "ray"] = "here"
+    address: str | None = None
+    replicas: str = "1"
+    robots_per_replica: int = 8
 
 
 def run_serve(args: Serve, method: Method) -> None:
@@ -47,12 +59,10 @@ def run_serve(args: Serve, method: Method) -> None:
     if args.programs != "none":
         keep_programs(args.programs or default_folder())
     method = args.fit(args.env.name, method)
-    policy = args.load(args.env.name, method.make(), default_prompt=args.default_prompt, describe=method.describe)
-    if method.describe and get_config(args.named(args.env.name)[0]).robot == LIBERO:
-        config = args.describe(args.env.name, method)
-        config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
-        policy.metadata[SERVED] = {"configuration": config.as_json(), "device": local_device()}
-        policy.metadata[SERVED]["protocol"] = PROTOCOL
+    if args.on == "ray":
+        _on_ray(args, method, access, terms)
+        return
+    policy = load_policy(args, method)
     recorder = None
     if args.record:
         recorder = _recorder(args, method, policy.engine.config.kernels)
@@ -66,6 +76,46 @@ def run_serve(args: Serve, method: Method) -> None:
         access=access,
         terms=terms,
     )
+
+
+def load_policy(args: Serve, method: Method) -> Policy:
+    """The policy, with what it tells a client about itself."""
+    policy = args.load(args.env.name, method.make(), default_prompt=args.default_prompt, describe=method.describe)
+    if method.describe and get_config(args.named(args.env.name)[0]).robot == LIBERO:
+        config = args.describe(args.env.name, method)
+        config = dataclasses.replace(config, noise=f"the server's, seed {args.seed}")
+        policy.metadata[SERVED] = {"configuration": config.as_json(), "device": local_device()}
+        policy.metadata[SERVED]["protocol"] = PROTOCOL
+    return policy
+
+
+def load_fleet(args: Serve, method: Method) -> Fleet:
+    """What a replica serves."""
+    return args.serving.fleet(load_policy(args, method))
+
+
+def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
+    if args.record:
+        raise ValueError("record: expected one server with --record, got --on ray; record where the policy runs alone")
+    require_ray()
+    from safe_pruner_jax.cluster.serve import read_replicas, run_until_signal, service
+
+    plain = Serve(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Serve)})
+    files = (args.serving.tls_cert, args.serving.tls_key)
+    with service(
+        partial(load_fleet, plain, method),
+        replicas=read_replicas(args.replicas),
+        robots=args.robots_per_replica,
+        host=args.host,
+        port=args.port,
+        access=access,
+        tls_files=files if access.tls else None,
+        terms=terms,
+        address=args.address,
+        max_message_bytes=args.serving.max_message_mib * 2**20,
+        client_errors=(RequestError,),
+    ):
+        run_until_signal()
 
 
 def _recorder(args: Serve, method: Method, kernels: tuple[str, ...]) -> Recorder | EpisodeRecorder:

@@ -24,6 +24,7 @@ from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats
 from safe_pruner_jax.training.data import make_samples, norm_stats, openpi_stats
+from safe_pruner_jax.training.hosts import first, join
 from safe_pruner_jax.training.imitation import imitate
 from safe_pruner_jax.training.loop import Settings
 from safe_pruner_jax.training.start import drawn, start_from
@@ -47,6 +48,9 @@ class Train:
       tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
       image_size: side of the frames, a multiple of 14; None takes the configuration's.
       settings: of the optimiser and the loop.
+      coordinator: HOST:PORT of the first of several hosts, which train as one; the same command on each of them.
+      hosts: how many; None asks SLURM, Open MPI or the cloud.
+      host: which one this is, from 0; None as hosts.
     """
 
     out: Path
@@ -58,6 +62,9 @@ class Train:
     tokenizer: Path | None = None
     image_size: int | None = None
     settings: Settings = dataclasses.field(default_factory=Settings)
+    coordinator: str | None = None
+    hosts: int | None = None
+    host: int | None = None
 
 
 def run_train(args: Train) -> None:
@@ -66,6 +73,10 @@ def run_train(args: Train) -> None:
     Raises:
       ValueError, CheckpointError, OSError: with what to do.
     """
+    if args.coordinator is not None:
+        if args.stage != "flow":
+            raise ValueError(f"coordinator: expected --stage flow with several hosts, got {args.stage}")
+        join(args.coordinator, args.hosts, args.host)
     config = get_config(args.config)
     model = config.model.replace(image_size=args.image_size or config.model.image_size)
     config = dataclasses.replace(config, model=model)
@@ -94,7 +105,7 @@ def run_train(args: Train) -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not first()) as progress:
         bar = progress.add_task("train", total=args.settings.steps, loss="compiling")
 
         def show(row: dict) -> None:
@@ -103,6 +114,8 @@ def run_train(args: Train) -> None:
                 progress.update(bar, completed=row["step"], loss=text)
 
         params, step = imitate(model, samples, params, args.settings, args.out, on_log=show)
+    if not first():
+        return
     checkpoint = args.out / "checkpoint"
     save_params(checkpoint, params, overwrite=True)
     save_norm_stats(checkpoint, config.asset_id, stats)

@@ -8,6 +8,7 @@ that a call failed, and whether the node is still there tells a dead simulator (
 """
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -95,8 +96,10 @@ class Nodes:
         spread = {"scheduling_strategy": "SPREAD"}
         self._make_policy = lambda: ray.remote(actors.Policy).options(**need, **spread).remote(load)
         _, need_one = room("simulator")
-        groups = {"concurrency_groups": {"word": 1}, "runtime_env": {"env_vars": {"LP_NUM_THREADS": "1"}}}
-        remote = ray.remote(actors.Simulator).options(**need_one, **spread, **groups)
+        variables = {"LP_NUM_THREADS": "1"} | {k: os.environ[k] for k in ("MUJOCO_GL",) if k in os.environ}
+        two_threads: Any = ray.remote(concurrency_groups={"word": 1})  # one plays, the other tells that it lives
+        simulator_class = two_threads(actors.Simulator)
+        remote = simulator_class.options(**need_one, **spread, runtime_env={"env_vars": variables})
         self._make_simulator = lambda: remote.remote(make_env, look)
         self._simulators: list[_Simulator] = []
         self._policies: list[_Policy] = []

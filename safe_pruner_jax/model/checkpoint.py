@@ -206,6 +206,7 @@ def save_params(
     Raises:
       CheckpointError: `params/` exists and `overwrite` is False, or a leaf has a non-finite value.
     """
+    import jax
     import orbax.checkpoint as ocp  # half a second, and only saving needs it
 
     path = pathlib.Path(path).expanduser().absolute()
@@ -224,8 +225,12 @@ def save_params(
 
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed save left
     scratch.mkdir(parents=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(scratch / "params", {"params": traverse_util.unflatten_dict(flat)})
+    alone = {}
+    if jax.process_count() > 1:  # of several hosts that train as one, the one that calls this
+        me = jax.process_index()
+        alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(me, {me}, f"host_{me}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
+        checkpointer.save(scratch / "params", ocp.args.PyTreeSave({"params": traverse_util.unflatten_dict(flat)}))
     if final.exists():
         os.rename(final, scratch / "replaced")
     os.rename(scratch / "params", final)

@@ -6,10 +6,11 @@
 What is learned is an `Objective`, what it is learned from a `Source`; the loop knows neither.
 
 One step is one compiled function of (train state, batch), sharded over all devices: the batch is split along its first
-axis, parameters are replicated or, with `fsdp`, split along their largest axis. A run may be stopped at any time and
-goes on from its last checkpoint with the same batches.
+axis, parameters are replicated or, with `fsdp`, split along their largest axis. The devices may belong to several
+`hosts`. A run may be stopped at any time and goes on from its last checkpoint with the same batches.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -22,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine import xla
 from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.training import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,38 +201,28 @@ def fit(
     mesh = Mesh(np.array(jax.devices()), ("data",))
     if s.batch % mesh.size:
         raise ValueError(f"batch: expected a multiple of the {mesh.size} devices, got {s.batch}")
-    out.mkdir(parents=True, exist_ok=True)
     state = init_state(params, s)
-    placed = shardings(mesh, state, s.fsdp)
+    placed, everywhere = shardings(mesh, state, s.fsdp), NamedSharding(mesh, PartitionSpec())
     spread = NamedSharding(mesh, PartitionSpec("data"))
-    manager = ocp.CheckpointManager((out / "state").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    if manager.latest_step() is not None:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-    state = jax.device_put(state, placed)
+    checkpoints = hosts.Checkpoints(out / "state")
+    state = hosts.spread(checkpoints.latest(state), placed)
     update = xla.jit(
-        partial(train_step, objective, s), in_shardings=(placed, spread), out_shardings=(placed, None), donate_argnums=0
+        partial(train_step, objective, s),
+        in_shardings=(placed, spread),
+        out_shardings=(placed, everywhere),
+        donate_argnums=0,
     )
-    measure = xla.jit(objective.measures)
-    checks = [jax.device_put(batch, spread) for batch in source.checks()]
+    measure = xla.jit(objective.measures, out_shardings=everywhere)
+    checks = [hosts.spread(batch, spread) for batch in source.checks()]
     step = start = int(state.step)
     began = last = time.perf_counter()
-    with (out / "metrics.jsonl").open("a") as file:
-
-        def log(row: dict) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            on_log(row)
-
-        def save() -> None:
-            if manager.latest_step() != step:
-                manager.save(step, args=ocp.args.StandardSave(state))
-                manager.wait_until_finished()
-
+    late = lambda: s.max_seconds and hosts.agree(time.perf_counter() - began > s.max_seconds)
+    with _log(out, on_log) as log:
         recent: list[dict[str, Array]] = []
         for batch in source.batches(s.seed, start):
-            if step >= s.steps or (s.max_seconds and time.perf_counter() - began > s.max_seconds):
+            if step >= s.steps or late():
                 break
-            state, metrics = update(state, jax.device_put(batch, spread))
+            state, metrics = update(state, hosts.spread(batch, spread))
             recent.append(metrics)
             step += 1
             if step % s.log_every == 0 or step == s.steps:
@@ -246,11 +237,28 @@ def fit(
                 key = jax.random.key(s.seed)
                 log({"step": step, "validation": _means([measure(state.ema, batch, key) for batch in checks])})
             if step % s.save_every == 0:
-                save()
+                checkpoints.save(step, state)
         if step > start:
-            save()
-    manager.close()
-    return jax.tree.map(np.asarray, jax.device_get(state.ema)), step
+            checkpoints.save(step, state)
+    checkpoints.close()
+    return hosts.gather(state.ema), step
+
+
+@contextlib.contextmanager
+def _log(out: Path, on_log: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+    """Writes rows to out/metrics.jsonl and tells them; on the first host only."""
+    if not hosts.first():
+        yield lambda row: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:
+
+        def log(row: dict) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            on_log(row)
+
+        yield log
 
 
 def _means(rows: list[dict[str, Array]]) -> dict[str, float]:
