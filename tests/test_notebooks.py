@@ -90,6 +90,6 @@ def test_without_records_the_notebook_says_how_to_make_them(tmp_path, monkeypatc
     namespace: dict = {}
     *body, last = ast.parse(load).body
     exec(compile(ast.Module(body, []), "load", "exec"), namespace)
-    assert "scripts/sweep.py" in eval(compile(ast.Expression(last.value), "load", "eval"), namespace)
+    assert "openpi sweep" in eval(compile(ast.Expression(last.value), "load", "eval"), namespace)
     # `picture` was imported by an earlier cell; without records it is not called
     assert all(eval(source, namespace) is None for source in (keep, flops, speed))

@@ -5,6 +5,7 @@ openpi train --stage act --scenes data/scenes --out runs/sees --settings.steps 3
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
@@ -70,12 +71,12 @@ def run_stages(
     """
     if unknown := set(args.without) - {name for weights in WEIGHTS.values() for name in weights}:
         raise ValueError(f"without: expected losses of {', '.join(WEIGHTS['act'])}, got {', '.join(sorted(unknown))}")
-    stats = action_stats(config)
+    run = _Run(args, config, action_stats(config), tokenizer, s, out)
     params = embedded_weights() if go_on else None
     for name in STAGES if stage == "all" else (stage,):
-        params = _stage(name, args, config, stats, tokenizer, s, out, params)
+        params = run.stage(name, params)
     assert params is not None  # there is a stage
-    export(out / "checkpoint", params, config, stats, tokenizer)
+    export(out / "checkpoint", params, config, run.stats, tokenizer)
     curves(out).savefig(out / "curves.png")
 
 
@@ -109,46 +110,63 @@ def action_stats(config: PolicyConfig) -> dict[str, NormStats]:
     return stats | {"actions": NormStats(np.zeros(len(MOTION)), MOTION, -MOTION, MOTION)}
 
 
-def _stage(
-    name: str,
-    args: Stages,
-    config: PolicyConfig,
-    stats: dict[str, NormStats],
-    tokenizer: Path,
-    s: Settings,
-    out: Path,
-    before: Params | None,
-) -> Params:
-    weights = {loss: weight for loss, weight in WEIGHTS[name].items() if loss not in args.without}
-    acting = args.acting if name in ("act", "correct") else 0.0
-    extra = (out / "correct" / "data",) if name == "correct" else ()
-    words = Tokenizer(tokenizer, config.model.max_token_len)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all stages of one run share."""
 
-    def scenes() -> Scenes:
-        folders = (*args.scenes, *(folder for folder in extra if folder.exists()))
-        repeat = [3 if folder in extra else 1 for folder in folders]
-        return Scenes(folders, words, stats, config.model, repeat=repeat, acts_share=acting)
+    args: Stages
+    config: PolicyConfig
+    stats: dict[str, NormStats]
+    tokenizer: Path
+    settings: Settings
+    out: Path
 
-    def train(params: Params, steps: int, data: Scenes) -> Params:
-        settings = dataclasses.replace(s, steps=steps)
-        return train_stage(name, config.model, data, params, settings, out, weights=weights, on_log=show)[0]
+    def stage(self, name: str, before: Params | None) -> Params:
+        """Trains a stage from the weights of the one before; None: from its file, or from nothing for the first."""
+        if before is None and name == STAGES[0]:
+            data = self.scenes(name)
+            params = initial(self.config.model, len(data.kinds), self.settings.seed)
+            return self.train(name, params, data)
+        params = _weights_before(name, self.out) if before is None else before
+        return self.correct(params) if name == "correct" else self.train(name, params, self.scenes(name))
 
-    def show(row: dict[str, Any]) -> None:
-        values = row.get("validation", row)
-        text = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "step")
-        logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
+    def correct(self, params: Params) -> Params:
+        """Rounds of playing and training."""
+        out = self.out / "correct"
+        more = lambda params, number: self.train("correct", params, self.scenes("correct"), number + 1)
+        rounds = correct(
+            self.args.rounds, params, self.config, stats=self.stats, tokenizer=self.tokenizer, out=out, train=more
+        )
+        for row, params in rounds:
+            logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
+            save_weights(out / "weights.npz", params)
+        return params
 
-    if before is None and name == STAGES[0]:
-        data = scenes()
-        return train(initial(config.model, len(data.kinds), s.seed), s.steps, data)
-    before = params = _weights_before(name, out) if before is None else before
-    if name != "correct":
-        return train(before, s.steps, scenes())
-    more = lambda params, number: train(params, (number + 1) * s.steps, scenes())
-    for row, params in correct(args.rounds, before, config, stats, tokenizer, out / name, more):
-        logger.info("round %(round)d: %(successes)d of %(episodes)d episodes solved, %(frames)d frames", row)
-        save_weights(out / name / "weights.npz", params)
-    return params
+    def scenes(self, name: str) -> Scenes:
+        """The data that a stage has now."""
+        more = self.out / "correct" / "data"
+        folders = (*self.args.scenes, *([more] if name == "correct" and more.exists() else []))
+        return Scenes(
+            folders,
+            Tokenizer(self.tokenizer, self.config.model.max_token_len),
+            self.stats,
+            self.config.model,
+            repeat=[3 if folder == more else 1 for folder in folders],
+            acts_share=self.args.acting if name in ("act", "correct") else 0.0,
+        )
+
+    def train(self, name: str, params: Params, data: Scenes, times: int = 1) -> Params:
+        """Trains up to so many times the settings' steps."""
+        weights = {loss: weight for loss, weight in WEIGHTS[name].items() if loss not in self.args.without}
+        settings = dataclasses.replace(self.settings, steps=times * self.settings.steps)
+        show = functools.partial(_show, name)
+        return train_stage(name, self.config.model, data, params, settings, self.out, weights=weights, on_log=show)[0]
+
+
+def _show(name: str, row: dict[str, Any]) -> None:
+    values = row.get("validation", row)
+    text = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "step")
+    logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
 
 
 def embedded_weights() -> Params:

@@ -2,7 +2,7 @@
 
     make("vla_pruner/prefill", keep=0.2)                          by name, with the choices of the method itself
     openpi analyze actions --methods specprune specprune/static   next to the method
-    python scripts/sweep.py --methods vla_pruner vla_pruner/ema   and in closed loop
+    openpi sweep --methods vla_pruner vla_pruner/ema   and in closed loop
 
 The command line does not list them. What a method has as a choice is none of these: `safe` with fuse=0 ("w/o
 forecast") and every=10 ("w/o division"), w, γ and the layer of `vla_pruner`, α of `specprune`.

@@ -6,7 +6,7 @@
     baseline/one_token   one token for the whole scene, the limit of a sampler of K tokens
     random --pruner.warm_start 3 is in the table of pruners
 
-Known by name (`factory`, `openpi analyze actions --methods`, scripts/sweep.py) and not listed by the command line.
+Known by name (`factory`, `openpi analyze actions --methods`, openpi sweep) and not listed by the command line.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,8 @@ def losses_of(
     noise = jax.random.normal(for_noise, (B, draws, *batch.actions.shape[1:]))
     cameras = jnp.ones(batch.images.shape[:2], bool)
     prefix = flow.prefix(params, config, x, cameras, batch.tokens, batch.token_mask)
-    return {"loss": flow.flow_loss(params, config, prefix, batch.state, batch.actions, times, noise).mean()}
+    loss = flow.flow_loss(params, config, prefix, batch.state, batch.actions, times=times, noise=noise)
+    return {"loss": loss.mean()}
 
 
 def flow_objective(config: Pi0Config, s: Settings) -> Objective:

@@ -142,6 +142,7 @@ def correct(
     r: Rounds,
     params: Params,
     config: PolicyConfig,
+    *,
     stats: dict[str, NormStats],
     tokenizer: Path,
     out: Path,

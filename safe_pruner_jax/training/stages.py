@@ -133,7 +133,7 @@ def acting(params: Params, config: Pi0Config, batch: SceneBatch, prefix: flow.Pr
     noise = jax.random.normal(for_noise, (B, draws, *batch.actions.shape[1:]))
     model = {name: leaf for name, leaf in params.items() if name != perception.HEADS}
     state = jnp.zeros((B, config.action_dim))
-    loss = flow.flow_loss(model, config, prefix, state, batch.actions, times, noise).mean((1, 2))
+    loss = flow.flow_loss(model, config, prefix, state, batch.actions, times=times, noise=noise).mean((1, 2))
     return (loss * batch.acts).sum() / jnp.maximum(batch.acts.sum(), 1.0)
 
 
