@@ -1,10 +1,11 @@
-"""One LIBERO episode through `openpi serve` with and without pruning: success, figures, a video, a picture.
+"""A LIBERO task in two shuffled scenes through `openpi serve`, with and without pruning: success, figures, a video.
 
-python scripts/demo.py [--suite libero_object] [--task 0] [--steps 100]
+python scripts/demo.py [--task 0] [--seed 0] [--suite libero_object_shuffled] [--steps 100]
 
-Two servers are started side by side and both are warm before the first episode begins; after that one of them is
-idle while the other is timed. The client is openpi's own, unmodified. Both episodes start from the same state with the
-same noise, and the video shows them beside each other.
+The same object stands in two places, and a policy that plays from memory would fail in one. Two servers are started
+side by side and both are warm before the first episode begins; after that one of them is idle while the other is
+timed. The client is openpi's own, unmodified. Pruned and not, an episode starts from the same state with the same
+noise, and the video shows the two beside each other.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.figures.kept import Shown, kept_patches_figure, video_frame
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
+from safe_pruner_jax.libero.placements import open_env
 from safe_pruner_jax.libero.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.pruners import Plan, full, safe
@@ -77,12 +79,12 @@ class DemoError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """One episode with SAFE-Pruner, the same episode without.
+    """Two episodes with SAFE-Pruner, the same episodes without.
 
     Args:
-      suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+      suite: a shuffled one, libero_object_shuffled, or any that `openpi evaluate` plays.
       task: task of the suite.
-      init_state: initial state of the task; from the default one the embedded policy succeeds, pruned and not.
+      seed: the first of two scenes that follow one another: initial states of the suite.
       steps: robot actions to execute at most (20 per second of simulated time); None: the suite's limit.
       keep: share of the visual tokens that is kept in a pruned step.
       queries: whose attention is the shallow saliency.
@@ -92,15 +94,20 @@ class Demo:
       out: folder for what the demo writes.
     """
 
-    suite: str = "libero_object"
+    suite: str = "libero_object_shuffled"
     task: int = 0
-    init_state: int = 5
+    seed: int = 0
     steps: int | None = None
     keep: float = 0.2
-    queries: Literal["action", "text", "last"] = CALIBRATED["queries"]
+    queries: Literal["action", "text", "last", "all"] = CALIBRATED["queries"]
     fuse: float = CALIBRATED["fuse"]
     threshold: float = CALIBRATED["threshold"]
     out: Path = Path(__file__).parents[1] / "out" / "demo"
+
+    @property
+    def scenes(self) -> tuple[int, int]:
+        """Initial states that are played."""
+        return self.seed, self.seed + 1
 
     def choices(self) -> dict[str, Any]:
         """What the pruner is told."""
@@ -169,6 +176,7 @@ def wait_for(servers: list[Server]) -> None:
 class Step:
     """One control step: what was asked (pictures only), what came back, and the whole round trip."""
 
+    scene: int
     step: int
     pruner: str
     images: dict[str, np.ndarray]
@@ -185,7 +193,7 @@ class Step:
         """One line of JSON."""
         index = self.pruning.get("index")
         pruning = {**self.pruning, "index": None if index is None else np.asarray(index).tolist()}
-        step = {"pruner": self.pruner, "step": self.step, "round_trip_ms": self.round_trip_ms}
+        step = {"pruner": self.pruner, "scene": self.scene, "step": self.step, "round_trip_ms": self.round_trip_ms}
         return json.dumps(step | pruning | self.timing)
 
     def row(self) -> str:
@@ -206,6 +214,7 @@ class Run:
     """One episode as it was served: its control steps, whether the task was solved, and after how many actions."""
 
     pruner: str
+    scene: int
     steps: list[Step]
     success: bool
     actions: int
@@ -215,7 +224,7 @@ class Run:
         return f"SUCCESS after {self.actions} actions" if self.success else f"no success in {self.actions} actions"
 
 
-def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], None]) -> Run:
+def play(server: Server, env: LiberoEnv, args: Demo, scene: int, write: Callable[[Step], None]) -> Run:
     """One episode over the websocket; shows and writes every control step as it comes."""
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
@@ -226,21 +235,21 @@ def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], Non
 
         def policy(request: dict[str, Any]) -> dict[str, Any]:
             interrupted()
-            begin = {} if steps else {"reset": True, "seed": episode_seed(args.suite, args.task, args.init_state)}
+            begin = {} if steps else {"reset": True, "seed": episode_seed(args.suite, args.task, scene)}
             start, reply = time.perf_counter(), client.infer(request | begin)
             elapsed = (time.perf_counter() - start) * 1000
             seen, pruning = {name: request[key] for key, name in CAMERAS.items()}, reply.get("pruning", {})
-            steps.append(Step(env.steps, server.pruner, seen, pruning, reply["policy_timing"], elapsed))
+            steps.append(Step(scene, env.steps, server.pruner, seen, pruning, reply["policy_timing"], elapsed))
             write(steps[-1])
             console.print(steps[-1].row())
             return reply
 
-        console.print(f"\n[bold]--pruner={server.pruner}[/]\n[dim]{HEADER}[/]")
+        console.print(f"\n[bold]scene {scene}, --pruner={server.pruner}[/]\n[dim]{HEADER}[/]")
         advance = lambda env: progress.update(bar, completed=env.steps)
-        episode = rollout(env, policy, init_state=args.init_state, replan=REPLAN, max_steps=args.steps, on_step=advance)
+        episode = rollout(env, policy, init_state=scene, replan=REPLAN, max_steps=args.steps, on_step=advance)
     if episode.outcome == "error":
         raise DemoError(f"the episode ended early: {episode.error}; see {server.log}")
-    run = Run(server.pruner, steps, episode.outcome == "success", episode.steps)
+    run = Run(server.pruner, scene, steps, episode.outcome == "success", episode.steps)
     console.print(f"[bold]{run.verdict()}[/] ({len(steps)} calls, {episode.seconds:.1f} s)")
     return run
 
@@ -248,16 +257,16 @@ def play(server: Server, env: LiberoEnv, args: Demo, write: Callable[[Step], Non
 # --- what is left behind -----------------------------------------------------------------------------------
 
 
-def write_video(path: Path, pruned: Run, plain: Run, layout: PrefixLayout) -> None:
-    """Both episodes beside each other at the speed they were played: a call per `REPLAN` actions at 20 Hz.
+def write_video(path: Path, pairs: list[tuple[Run, Run]], layout: PrefixLayout) -> None:
+    """Scene after scene, both episodes beside each other at the speed they were played: a call per `REPLAN` actions.
 
     Left the pruned one, right the other; the one that ends first waits in its last picture, and both stay a second.
     """
-    calls = max(len(pruned.steps), len(plain.steps)) + 20 // REPLAN
     with imageio.get_writer(path, fps=20 / REPLAN, codec="libx264", quality=8, macro_block_size=16) as video:
-        for call in range(calls):
-            left, right = (_frame(run, call, layout) for run in (pruned, plain))
-            video.append_data(np.concatenate([left, np.zeros_like(left[:, :16]), right], axis=1))
+        for pair in pairs:
+            for call in range(max(len(run.steps) for run in pair) + 20 // REPLAN):
+                left, right = (_frame(run, call, layout) for run in pair)
+                video.append_data(np.concatenate([left, np.zeros_like(left[:, :16]), right], axis=1))
 
 
 def _frame(run: Run, call: int, layout: PrefixLayout) -> np.ndarray:
@@ -271,12 +280,15 @@ def _frame(run: Run, call: int, layout: PrefixLayout) -> np.ndarray:
     return video_frame(step.images, p["index"], layout.tokens_per_camera, caption, badge=badge, side=320)
 
 
-def write_picture(path: Path, steps: list[Step], tokens_per_camera: int, title: str) -> None:
-    """The first keyframe and up to three pruned steps, spread over the episode."""
-    pruned = [s for s in steps if not s.keyframe]
-    spread = sorted({round(i) for i in np.linspace(0, len(pruned) - 1, min(3, len(pruned)))})
-    label = lambda s: f"step {s.step}, " + ("keyframe" if s.keyframe else f"κ = {s.pruning['kappa']:.3f}")
-    chosen = [next(s for s in steps if s.keyframe), *(pruned[i] for i in spread)]
+def write_picture(path: Path, runs: list[Run], tokens_per_camera: int, title: str) -> None:
+    """Of every scene the first keyframe and a pruned step halfway."""
+    label = lambda s: (
+        f"scene {s.scene}, step {s.step}, " + ("keyframe" if s.keyframe else f"κ = {s.pruning['kappa']:.3f}")
+    )
+    chosen = []
+    for run in runs:
+        pruned = [s for s in run.steps if not s.keyframe]
+        chosen += [next(s for s in run.steps if s.keyframe), *pruned[len(pruned) // 2 : len(pruned) // 2 + 1]]
     shown = [Shown(s.images, s.pruning["index"], label(s)) for s in chosen]
     text = f"{textwrap.fill(title, 52)}\n{textwrap.fill(f'embedded policy: {EMBEDDED_WEIGHTS}', 60)}"
     kept_patches_figure(shown, tokens_per_camera, text).savefig(path)
@@ -290,9 +302,9 @@ def layout_of(prompt: str) -> PrefixLayout:
     return PrefixLayout(model.cameras[: len(CAMERAS)], model.tokens_per_camera, text)
 
 
-def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned: Run, plain: Run) -> None:
-    """Outcomes, medians, tokens and costs of both episodes, and what a reader needs to judge them."""
-    pruned_run, plain_run = pruned.steps, plain.steps
+def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pairs: list[tuple[Run, Run]]) -> None:
+    """Outcomes, medians, tokens and costs of all episodes, and what a reader needs to judge them."""
+    pruned_run, plain_run = ([step for pair in pairs for step in pair[side].steps] for side in (0, 1))
     model, ms, paper, per_layer = get_config(EMBEDDED).model, {}, {}, {}
     kinds = {
         "safe, keyframe": ([s for s in pruned_run if s.keyframe], plan, False),
@@ -311,10 +323,10 @@ def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pruned: Run, plain: 
     calls, keyframes = len(pruned_run), len(kinds["safe, keyframe"][0])
     mean = lambda run: statistics.fmean(s.timing["infer_ms"] for s in run)
     share = (keyframes * paper["safe, keyframe"] + (calls - keyframes) * paper["safe, pruned"]) / calls / paper["none"]
+    verdicts = "\n".join(f"scene {run.scene:<3} {run.pruner:5} {run.verdict()}" for pair in pairs for run in pair)
     versions = {"jax": metadata.version("jax"), **provenance()}
     console.print(f"""\
-[bold]safe            {pruned.verdict()}
-none            {plain.verdict()}[/]
+[bold]{verdicts}[/]
 pruned / none   {ms["safe, pruned"] / ms["none"]:.2f} of the time (medians)
 safe / none     {mean(pruned_run) / mean(plain_run):.2f} of the time, {share:.2f} of the paper's FLOPs; \
 {keyframes} of {calls} calls were keyframes
@@ -324,7 +336,7 @@ prefix tokens   layers × tokens: pruned {per_layer["safe, pruned"]}, otherwise 
 paper, exact    10⁹ multiply-adds of the language model's prefix, and of all that runs
 machine         {_machine()}; {jax.devices()[0].device_kind}; {model.dtype}; Python {platform.python_version()}
 versions        {", ".join(f"{name} {version}" for name, version in versions.items())}
-runs            one episode each: {args.suite} task {args.task}, initial state {args.init_state}, \
+runs            one episode each: {args.suite} task {args.task}, scenes {args.scenes[0]} and {args.scenes[1]}, \
 {REPLAN} actions per call; {len(layout.cameras)} cameras, {layout.text} prompt slots, 10 denoise steps
 note            a model this small spends its time elsewhere than π0.5: the ratios are its own""")
 
@@ -339,15 +351,15 @@ def _machine() -> str:
 
 
 def run(args: Demo) -> None:
-    """Servers, simulator, two episodes, files."""
+    """Servers, simulator, four episodes, files."""
     if {"not installed", "none"} & set(provenance().values()):
         load_task(args.suite, args.task)  # says what is missing, before a server is started
     plan = safe(**args.choices()).plan
     args.out.mkdir(parents=True, exist_ok=True)
     console.print(
         f"[bold]The embedded policy: {EMBEDDED_WEIGHTS}.[/]\n"
-        "π0.5's architecture (small), openpi's client, the LIBERO simulator; the same initial state for both\n"
-        "servers, which differ in nothing but the pruner. One episode each: an illustration, not a success rate.\n"
+        "π0.5's architecture (small), openpi's client, the LIBERO simulator; the same two scenes for both servers,\n"
+        "which differ in nothing but the pruner. Few episodes: an illustration, not a success rate.\n"
     )
     options = [f"--pruner.{name}={value}" for name, value in args.choices().items()]
     with contextlib.ExitStack() as stack:
@@ -359,16 +371,19 @@ def run(args: Demo) -> None:
         started = time.perf_counter()
         with console.status("loading the simulator"):
             task = load_task(args.suite, args.task)
-            env = stack.enter_context(LiberoEnv(task))
+            env = stack.enter_context(open_env(task))
+            if args.scenes[1] >= env.num_init_states:
+                raise ValueError(f"--seed: expected 0 to {env.num_init_states - 2}, got {args.seed}")
         wait_for(servers)
         console.print(f"simulator and servers ready after {time.perf_counter() - started:.0f} s; “{task.language}”")
         with (args.out / "steps.jsonl").open("w", encoding="utf-8") as file:
             write = lambda step: print(step.record(), file=file, flush=True)
-            pruned, plain = (play(server, env, args, write) for server in servers)
+            pruned, plain = servers
+            pairs = [(play(pruned, env, args, s, write), play(plain, env, args, s, write)) for s in args.scenes]
     layout = layout_of(task.language)
-    write_video(args.out / "episode.mp4", pruned, plain, layout)
-    write_picture(args.out / "overlay.png", pruned.steps, layout.tokens_per_camera, task.language)
-    summarise(args, plan, layout, pruned, plain)
+    write_video(args.out / "episode.mp4", pairs, layout)
+    write_picture(args.out / "overlay.png", [run for run, _ in pairs], layout.tokens_per_camera, task.language)
+    summarise(args, plan, layout, pairs)
     for name in ("episode.mp4", "overlay.png", "steps.jsonl"):
         console.print(f"written         {args.out / name}")
 

@@ -112,7 +112,7 @@ def test_recall_at_its_limits():
     for *name, _ in by:
         assert by[*name, 0.1] >= by[*name, 0.5]
     # where nothing changes but places, the forecast is the truth
-    assert by["fused", "text", 1.0, 0.5] == by["truth", None, None, 0.5]
+    assert by["fused", "text", 1.0, 0.5] == by["truth", None, None, 0.5] < by["same slot", None, None, 0.5]
     with pytest.raises(ValueError, match="cut: expected a layer index from 1 to 4"):
         recall.measure(trace, cut=5)
 
@@ -122,6 +122,9 @@ def test_recall_at_its_limits():
 
 def test_forecasts_of_a_moving_still_life_are_exact_and_of_noise_are_not():
     for row in forecast.measure(synthetic(still=True, shift=1), cut=2):
+        if row["quantity"] == forecast.UNMATCHED:
+            assert max(row["cosine"]) < 0.99
+            continue
         assert row["cosine"] == pytest.approx([1.0] * row["pairs"]) and row["kl"] == pytest.approx([0.0] * row["pairs"])
     noise = forecast.measure(synthetic(), cut=2, ages=4)
     assert max(c for row in noise for c in row["cosine"]) < 0.999

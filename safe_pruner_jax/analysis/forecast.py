@@ -24,6 +24,8 @@ from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.pruners import Capture
 
 LATE = "late (mean of L_d)"
+UNMATCHED = f"{LATE}, same slot"
+"""The control: the keyframe's late saliency slot by slot, without matching."""
 
 
 def measure(
@@ -45,8 +47,8 @@ def measure(
       references: calls that are keyframes.
 
     Returns:
-      One row per "quantity" ("shallow action", "shallow text", "shallow last", "layer l" for l in L_d, and their mean,
-      `LATE`), "age" and "within" (no boundary between the two calls), with lists "cosine" and "kl" over the pairs.
+      One row per "quantity" ("shallow action" and so on, "layer l" for l in L_d, their mean, `LATE`, and `UNMATCHED`),
+      "age" and "within" (no boundary between the two calls), with lists "cosine" and "kl" over the pairs.
     """
     late, match = trace.late(late_steps), Matches(trace)
     layers = sorted({l % trace.depth for l in late_layers})
@@ -59,8 +61,11 @@ def measure(
         for reference in earlier if references == "every" else [r for r in earlier if r == 0]:
             within = bool(trace.subtask[t] == trace.subtask[reference])
             for name, s in truth.items():
-                forecast = match.forecast(s[reference], t, reference)
-                found[name, t - reference, within].append((cosine(s[t], forecast), divergence(s[t], forecast)))
+                forecasts = {name: match.forecast(s[reference], t, reference)}
+                if name == LATE:
+                    forecasts[UNMATCHED] = np.where(trace.alive[t], s[reference], 0.0)
+                for of, told in forecasts.items():
+                    found[of, t - reference, within].append((cosine(s[t], told), divergence(s[t], told)))
     return [
         {"quantity": name, "age": age, "within": within}
         | {"pairs": len(pairs), "cosine": rounded(c for c, _ in pairs), "kl": rounded(k for _, k in pairs)}

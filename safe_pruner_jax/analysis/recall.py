@@ -23,7 +23,8 @@ from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.pruners import Capture, forecast
 from safe_pruner_jax.tokens import budget
 
-QUERIES = ("action", "text", "last")
+QUERIES = ("action", "text", "last", "all")
+"""Rows of the shallow saliency, see `safe`."""
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 FUSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -52,8 +53,9 @@ def measure(
         scores forecast from the same calls, whatever their κ.
 
     Returns:
-      Rows with "score" ("fused", "fastv", "random", "truth"), "queries" (None where the score has none), "fuse",
+      Rows with "score" ("fused", "same slot", "fastv", "random", "truth"), "queries" (None where the score has none), "fuse",
       "keep", "calls" and "loss" in [0, 1]; "loss_by_layer" for layers cut..L-1. "random" is the expectation, 1 - K/n.
+      "same slot" is the keyframe's late saliency without matching, a control of the forecast alone (λ = 1).
       "truth" keeps by what L_d pay attention to in the call itself: the loss that no forecast can avoid. None where an
       episode has keyframes only.
 
@@ -73,6 +75,7 @@ def measure(
         cores = top(late[t, cut:], alive, core)
         late_now = match.forecast(chosen[reference[t]], t, reference[t])
         scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], late_now, fuse) for q in QUERIES for fuse in fuses}
+        scores["same slot", None, None] = np.where(alive, chosen[reference[t]].mean(0), 0.0)
         scores["fastv", None, None] = trace.own["all"][t, cut - 1]
         scores["truth", None, None] = chosen[t].mean(0)
         for keep in keeps:
@@ -100,7 +103,8 @@ def label(row: Mapping[str, Any]) -> str:
         return {0: f"shallow, {row['queries']}", 1: "forecast"}.get(
             row["fuse"], f"fused λ={row['fuse']:g}, {row['queries']}"
         )
-    return {"fastv": "fastv", "random": "random", "truth": "late saliency of the call itself"}[row["score"]]
+    plain = {"truth": "late saliency of the call itself", "same slot": "late saliency of the keyframe, same slot"}
+    return plain.get(row["score"], row["score"])
 
 
 def mean_loss(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
@@ -133,8 +137,8 @@ def figure(rows: Sequence[Row]) -> Figure:
         shown += [{"score": "fused", "queries": queries, "fuse": fuse} for fuse in fuses]
         shown += [{"score": "fused", "queries": queries, "fuse": 1}]
         looks = [("-", "o", f"C{i}") for i in range(len(shown))]
-        shown += [{"score": name} for name in ("fastv", "random", "truth")]
-        looks += [("--", "", "#8c564b"), (":", "", "#888888"), ("-.", "", "#222222")]
+        shown += [{"score": name} for name in ("same slot", "fastv", "random", "truth")]
+        looks += [("--", "", "#b36b00"), ("--", "", "#8c564b"), (":", "", "#888888"), ("-.", "", "#222222")]
         for row, (line, marker, color) in zip(shown, looks, strict=True):
             own = {keep: loss for (name, keep), loss in losses.items() if name == label(row)}
             points = sorted((100 * (1 - keep), 100 * loss) for keep, loss in own.items())

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, overlap, recall
+from safe_pruner_jax.analysis.budget import read_budget
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
+from safe_pruner_jax.cli.budget import run_budget
 from safe_pruner_jax.cli.recordings import Analysis, Load, OnEpisodes, OnRequests, leave, logger, recordings
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
@@ -113,11 +115,18 @@ class Calibrate(Recall):
       keep: share kept at which core-token losses are compared.
       share: of the comparisons within a subtask that may fall below γ.
       ages: calls from a keyframe to the call compared with it, at most.
+      budget: 25ms per call on this machine, 0.05 (error of the actions in σ) or 0.6x (of the multiply-adds): settings
+        are played, and keep is proposed, too.
+      budget_keeps: shares kept that are played for it.
+      shares: those of the comparisons within a subtask below γ, that are played for it.
     """
 
     keep: float = 0.2
     share: float = 0.1
     ages: int = 10
+    budget: str | None = None
+    budget_keeps: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.7)
+    shares: tuple[float, ...] = (0.02, 0.1, 0.3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +183,9 @@ def run_overlap(args: Overlap, load: Load, conditions: Mapping[str, Any]) -> Non
 
 
 def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) -> None:
-    """`openpi analyze calibrate`: both measurements on every episode, then the rule of `calibrate`."""
+    """`openpi analyze calibrate`: both measurements on every episode, then the rule of `calibrate`, then the budget."""
+    if args.budget is not None:
+        read_budget(args.budget)  # before anything is computed
     taken = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recall)}
     both = {"recall": Recall(**same | {"keeps": tuple(sorted({*args.keeps, args.keep}))})}
@@ -183,6 +194,8 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
+    if args.budget is not None:
+        run_budget(args, load, conditions, proposal, forecasts)
     print(f"copy {args.out / CALIBRATION} into the checkpoint's folder to make these the policy's own defaults")
 
 
