@@ -24,11 +24,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train(folder: Path, steps: int, processes: int) -> list[str]:
-    """Outputs of the processes."""
+def train(folder: Path, stop: int, processes: int) -> list[int]:
+    """The step at which each of them ended."""
     tests = PROGRAM.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
-    command, address = [sys.executable, str(PROGRAM), str(folder), str(steps)], f"127.0.0.1:{free_port()}"
+    command, address = [sys.executable, str(PROGRAM), str(folder), str(stop)], f"127.0.0.1:{free_port()}"
     places = [[address, str(processes), str(place)] for place in range(processes)] if processes > 1 else [[]]
     started = [
         subprocess.Popen([*command, *place], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -41,7 +41,7 @@ def train(folder: Path, steps: int, processes: int) -> list[str]:
             process.kill()
     for process, (_, error) in zip(started, said, strict=True):
         assert process.returncode == 0, error
-    return [out for out, _ in said]
+    return [int(out.split()[-1]) for out, _ in said]
 
 
 def curve(folder: Path) -> dict[int, tuple[float, float]]:
@@ -52,9 +52,9 @@ def curve(folder: Path) -> dict[int, tuple[float, float]]:
 
 def test_two_hosts_learn_what_one_does_and_a_run_changes_hands(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert train(one, SETTINGS.steps, 1) == [f"{SETTINGS.steps}\n"]
-    assert train(two, 3, 2) == ["3\n"] * 2  # stops early, and is gone on with by one
-    assert train(two, SETTINGS.steps, 1) == [f"{SETTINGS.steps}\n"]
+    assert train(one, SETTINGS.steps, 1) == [SETTINGS.steps]
+    assert train(two, 3, 2) == [3, 3]  # stops early, and is gone on with by one
+    assert train(two, SETTINGS.steps, 1) == [SETTINGS.steps]
     assert sorted(curve(one)) == sorted(curve(two)) == list(range(1, SETTINGS.steps + 1))
     for step, values in curve(one).items():
         np.testing.assert_allclose(curve(two)[step], values, rtol=2e-4)

@@ -101,14 +101,15 @@ def test_a_cluster_and_the_place_in_a_job_array_reach_every_cell(tmp_path, monke
     assert (asked.shard, asked.on, asked.address, asked.policies, asked.simulators) == ("3/3", "ray", "auto", 2, None)
 
 
-def test_shards_of_one_run_must_be_of_one_configuration(tmp_path, capsys, caplog):
+def test_shards_of_one_run_must_be_of_one_configuration(tmp_path, capsys):
     other = dataclasses.replace(CONFIGURATION, checkpoint="ffffffffffff")
     files = [tmp_path / f"safe.{part}-of-3.jsonl" for part in (1, 2, 3)]
     for path, configuration, trial in zip(files, (CONFIGURATION, CONFIGURATION, other), range(3), strict=True):
         with RecordFile(path, configuration) as file:
             file.append(record(trial, configuration=configuration))
     assert cli.main(["report", *map(str, files[:2])]) == 0
-    assert "| 2 | 0 |" in capsys.readouterr().out and "parts 3 of 3 are not there" in caplog.text
+    said = capsys.readouterr()
+    assert "| 2 | 0 |" in said.out and "parts 3 of 3 are not there" in said.err
     assert cli.main(["report", *map(str, files)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "safe.3-of-3.jsonl: another configuration than" in error and "0123456789ab → ffffffffffff" in error

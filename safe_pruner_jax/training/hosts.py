@@ -88,13 +88,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path):
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first_host"
-        )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
-            multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
-        )
+        several = jax.process_count() > 1
+        alone = ocp.options.MultiprocessingOptions(0, {0}, "first_host") if several else None
+        how = {"multiprocessing_options": alone} if alone else {}
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, **how)
         self._manager = None
         if first():
             folder.mkdir(parents=True, exist_ok=True)
