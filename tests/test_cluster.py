@@ -1,0 +1,109 @@
+"""Evaluation on a Ray cluster of three nodes on loopback, of which one is killed; toy policy and toy simulator."""
+
+import dataclasses
+import os
+
+import pytest
+import toy_cluster as toy
+from toy_records import CONFIGURATION
+
+from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
+from safe_pruner_jax.evaluation.records import Record, RecordFile, read_records
+from safe_pruner_jax.evaluation.sources import Source
+
+pytestmark = [pytest.mark.newest, pytest.mark.ray]
+
+SUITE = "libero_object"
+JOBS = episodes(SUITE, (0, 1), 6)
+SAME = [field.name for field in dataclasses.fields(Record) if field.name not in ("seconds", "batch", "infer_ms")]
+"""Fields of a record that do not tell the time, or who shared a step."""
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without cores and two nodes of two; what a test has killed is there again for the next."""
+    from ray.cluster_utils import Cluster
+
+    from safe_pruner_jax.cluster.connect import connected
+
+    tests = os.path.dirname(__file__)
+    os.environ["PYTHONPATH"] = os.pathsep.join((os.path.dirname(tests), tests))
+    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH, **small})
+    try:
+        made.nodes = [made.add_node(num_cpus=2, **small) for _ in range(2)]
+        with connected(made.address):
+            yield made
+    finally:
+        made.shutdown()
+
+
+def crew(load=toy.load, look=toy.look, make_env=toy.Env, **options):
+    from safe_pruner_jax.cluster.crew import Nodes
+
+    return Nodes(load, toy.IDENTITY, toy.SIMULATOR, look=look, make_env=make_env, policies=1, **options)
+
+
+def outcomes(path):
+    """What was played, without what the clock tells; every episode once."""
+    records = read_records(path)
+    found = {r.key: {name: getattr(r, name) for name in SAME} for r in records}
+    assert len(found) == len(records)
+    return found
+
+
+def run(path, players, jobs=JOBS, workers=3, **options):
+    with RecordFile(path, CONFIGURATION) as file:
+        play(jobs, file, Source(robots=toy.Robots(), device="toy"), workers=workers, crew=players, **options)
+    return outcomes(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"load": toy.load_another}, r"has another policy \(checkpoint: 0123456789ab → ffffffffffff\)"),
+        ({"load": toy.load_nothing}, r"does not load: FileNotFoundError: no checkpoint at /data/pi05"),
+        ({"look": toy.look_in_vain}, r"has no simulator: LIBERO is not installed: run this"),
+    ],
+)
+def test_a_node_that_is_not_like_the_others_is_one_line(cluster, tmp_path, options, text):
+    with pytest.raises(EvaluationError, match=text) as told:
+        run(tmp_path / "records.jsonl", crew(**options))
+    assert "\n" not in str(told.value)
+
+
+def test_a_simulator_that_dies_is_an_error_of_its_episode_alone(cluster, tmp_path):
+    found = run(tmp_path / "records.jsonl", crew(make_env=toy.Killed), jobs=episodes(SUITE, (0,), 3), workers=2)
+    assert [found[SUITE, 0, trial]["outcome"] == "error" for trial in range(3)] == [False, True, False]
+    assert "WorkerLost" in found[SUITE, 0, 1]["error"]
+
+
+def test_a_killed_node_changes_no_outcome(cluster, tmp_path):
+    local = run(tmp_path / "local.jsonl", None, make_env=toy.Env)
+    assert {record["outcome"] for record in local.values()} == {"success", "failure"}
+    players, seen = crew(), []
+
+    def kill(record):
+        seen.append(record)
+        if len(seen) == 2:  # the node that holds the policy, in the middle of every episode of the run
+            (node,) = [n for n in cluster.nodes if n.node_id == players._policies[0].node]
+            cluster.nodes.remove(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+    assert run(tmp_path / "ray.jsonl", players, on_record=kill) == local
+    assert len(seen) == len(local)
+
+
+def test_a_cluster_that_shrinks_to_nothing_is_one_line_and_keeps_what_was_played(cluster, tmp_path):
+    players, seen = crew(room_s=6), []
+
+    def kill(record):
+        seen.append(record)
+        for node in list(cluster.nodes):
+            cluster.nodes.remove(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+    with pytest.raises(EvaluationError, match="no node of the cluster has had room for a policy and simulator"):
+        run(tmp_path / "records.jsonl", players, on_record=kill, workers=1)
+    assert len(outcomes(tmp_path / "records.jsonl")) == len(seen) == 1
