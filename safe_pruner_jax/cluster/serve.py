@@ -20,11 +20,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
-from starlette.middleware import Middleware
 
 from safe_pruner_jax.cluster.board import Board
 from safe_pruner_jax.cluster.connect import connected
-from safe_pruner_jax.cluster.front import Front
 from safe_pruner_jax.cluster.replica import Service
 from safe_pruner_jax.serving import Access, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker
@@ -76,7 +74,7 @@ def service(
       replicas: least and most.
       robots: connections per replica that Serve aims at.
       host, port: of the proxies.
-      access: key and limits, checked in the proxies.
+      access: key and limits, checked by the replica before a connection opens; limits are those of one replica.
       tls_files: certificate chain and its private key, on every node with a proxy.
       terms: what a request may expect.
       address: see `connect.connected`.
@@ -96,7 +94,7 @@ def service(
         if serve.status().applications:
             raise ServerError(f"expected no service on this cluster, got one: {', '.join(serve.status().applications)}")
         tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
-        front = HTTPOptions(host=host, port=port, middlewares=[Middleware(Front, access=inner)], **tls)
+        front = HTTPOptions(host=host, port=port, **tls)
         serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=front)
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote(NAME)
         accelerators = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}
