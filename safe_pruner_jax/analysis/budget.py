@@ -25,6 +25,8 @@ from safe_pruner_jax.policy.policy import Policy
 NEAR = 0.1
 """A played proposal may miss its budget by this share of it."""
 
+_AIM = 0.97
+
 Kind = Literal["ms", "flops", "error"]
 
 _UNIT = {"ms": "ms", "flops": "× of the multiply-adds", "error": "σ"}
@@ -123,14 +125,16 @@ def choose(points: Sequence[dict[str, Any]], budget: Budget) -> int:
 def refine(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> float:
     """The share kept at which the line of the chosen point's γ meets the budget, between the shares that were played.
 
-    Cost grows with what is kept and error falls, both not quite evenly: the line is made monotone first.
+    Cost grows with what is kept and error falls, both not quite evenly: the line is made monotone first. It is met a
+    little before the budget (`_AIM`), so that what is played stays within.
     """
     line = sorted((p for p in points if p["share"] == points[chosen]["share"]), key=lambda p: p["keep"])
     keeps, values = [p["keep"] for p in line], np.array([p[budget.kind] for p in line])
+    goal = _AIM * budget.value
     if budget.kind == "error":
         values = np.minimum.accumulate(values)
-        return float(np.interp(budget.value, values[::-1], keeps[::-1]))
-    return float(np.interp(budget.value, np.maximum.accumulate(values), keeps))
+        return float(np.interp(goal, values[::-1], keeps[::-1]))
+    return float(np.interp(goal, np.maximum.accumulate(values), keeps))
 
 
 def frontier(points: Sequence[dict[str, Any]], kind: Kind) -> list[int]:
@@ -179,10 +183,8 @@ def table(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> str:
     text += f"\nBudget {budget}; played: {own[budget.kind]:.4g} {_UNIT[budget.kind]}.\n"
     for name, other in neighbours(points, chosen, budget.kind).items():
         if other is not None:
-            text += (
-                f"Next {name}: keep {other['keep']:.1%}, γ {other['threshold']:.4f}: {other[cost] / own[cost] - 1:+.0%} "
-                f"cost, error {other['error']:.4f} for {own['error']:.4f}.\n"
-            )
+            text += f"Next {name}: keep {other['keep']:.1%}, γ {other['threshold']:.4f}: "
+            text += f"{other[cost] / own[cost] - 1:+.0%} cost, error {other['error']:.4f} for {own['error']:.4f}.\n"
     choices = ("keep", "queries", "fuse", "threshold")
     return Table(text + f"Proposed: `--pruner=safe {' '.join(f'--pruner.{c} {own[c]}' for c in choices)}`.\n")
 
@@ -197,10 +199,8 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
         lines[point["share"]].append(point)
     for number, (share, own) in enumerate(sorted(lines.items())):
         own.sort(key=lambda p: p[cost])
-        label = f"γ at {share:.0%} of κ"
-        ax.plot(
-            [p[cost] for p in own], [p["error"] for p in own], marker="o", ms=4, lw=1, color=f"C{number}", label=label
-        )
+        x, y = [p[cost] for p in own], [p["error"] for p in own]
+        ax.plot(x, y, marker="o", ms=4, lw=1, color=f"C{number}", label=f"γ at {share:.0%} of κ")
     best = [points[i] for i in frontier(points, budget.kind)]
     ax.plot([p[cost] for p in best], [p["error"] for p in best], color="#999999", lw=4, alpha=0.35, label="frontier")
     ax.plot(points[chosen][cost], points[chosen]["error"], "*", ms=14, color="#222222", label="chosen")

@@ -1,0 +1,118 @@
+"""`openpi analyze calibrate --budget …`: settings of `safe` are played, the best within the budget is proposed."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from safe_pruner_jax.analysis import budget, calibrate, deviation
+from safe_pruner_jax.analysis.budget import Budget
+from safe_pruner_jax.analysis.rows import Row, Rows
+from safe_pruner_jax.cli.recordings import Load, OnEpisodes, leave, logger, recordings
+from safe_pruner_jax.engine.flops import exact_flops
+from safe_pruner_jax.policy.identity import local_device
+from safe_pruner_jax.policy.loading import CALIBRATION
+from safe_pruner_jax.policy.policy import Policy, layout_of
+from safe_pruner_jax.policy.spec import Method
+from safe_pruner_jax.pruners import factory, make
+
+TRIES = 3
+"""Settings between those of the grid that are played to come nearer to the budget."""
+
+PROPOSED = ("keep", "queries", "fuse", "threshold")
+"""Choices of `safe` that a budget settles."""
+
+Point = dict[str, Any]
+
+
+class Plays:
+    """Settings of `safe`, played on the episodes of the arguments; what a file has is not played again."""
+
+    def __init__(self, args: OnEpisodes, load: Load, file: Rows):
+        self._args, self._file, self._policy = args, file, functools.cache(load)
+        self._episodes = {r.name: functools.cache(lambda r=r: list(r.calls())) for r in recordings(args, self._policy)}
+        self._references: dict[str, Any] = {}
+
+    def __call__(self, choices: Mapping[str, Any], share: float) -> Point:
+        """The numbers of one setting over all episodes, with its choices and the share that its γ stands for."""
+        rows, pruned = [], None
+        for name in self._episodes:
+            part = f"{name} | {json.dumps(choices, sort_keys=True)}"
+            if part not in self._file.finished:
+                pruned = pruned or self._policy().with_pruner(make("safe", **choices))
+                self._file.add(part, [self._play(pruned, name)])
+            rows += self._file.parts[part]
+        point = dict(choices) | {"share": share} | budget.summary(rows)
+        told = "keep %.3f, γ %.4f: %.4f σ, %.3f× of the multiply-adds, %.2f ms"
+        logger.info(told, *(point[key] for key in ("keep", "threshold", "error", "flops", "ms")))
+        return point
+
+    def _play(self, pruned: Policy, name: str) -> Row:
+        calls = self._episodes[name]()
+        if name not in self._references:
+            self._references[name] = deviation.actions_of(self._policy(), calls, self._args.replan)[0]
+        return budget.play(pruned, calls, self._references[name], costs(pruned, calls[0].request))
+
+
+def costs(policy: Policy, request: dict[str, Any]) -> tuple[float, float]:
+    """Multiply-adds of a keyframe and of a pruned step, as shares of the step without pruning."""
+    config, steps = policy.engine.config, len(policy.engine.weights.schedule.times)
+    layout = layout_of(policy.transform.prepare(request)[0], config)
+    count = lambda plan, pruned: exact_flops(config, plan, layout, pruned=pruned, num_steps=steps).total
+    plain, own = count(make("full").plan, False), policy.engine.pruner.plan
+    return count(own, False) / plain, count(own, True) / plain
+
+
+def settle(plays: Plays, proposal: Mapping[str, Any], thresholds: Mapping[float, float], args: Any, b: Budget) -> Any:
+    """Plays the grid of shares kept and γ, then settings between, until one is near the budget: points and the chosen.
+
+    Raises:
+      ValueError: nothing that was played is within the budget.
+    """
+    fixed = inherited(args) | {"queries": proposal["choices"]["queries"], "fuse": proposal["choices"]["fuse"]}
+    grid = [(keep, share) for share in thresholds for keep in args.budget_keeps]
+    points = [plays({"keep": k, "threshold": thresholds[s], **fixed}, s) for k, s in grid]
+    chosen = budget.choose(points, b)
+    for _ in range(TRIES):
+        share, keep = points[chosen]["share"], round(budget.refine(points, chosen, b), 3)
+        if abs(points[chosen][b.kind] / b.value - 1) <= budget.NEAR / 2 or any(
+            (p["keep"], p["share"]) == (keep, share) for p in points
+        ):
+            break
+        points.append(plays({"keep": keep, "threshold": thresholds[share], **fixed}, share))
+        chosen = budget.choose(points, b)
+    return points, chosen
+
+
+def inherited(args: Any) -> dict[str, Any]:
+    """Choices of `safe` that the checkpoint was calibrated to, beside those proposed here: a warm start, say."""
+    defaults = {name: parameter.default for name, parameter in signature(factory("safe")).parameters.items()}
+    fitted = args.fit("LIBERO", Method("safe", defaults, frozenset(PROPOSED))).choices
+    return {name: value for name, value in fitted.items() if value != defaults[name]}
+
+
+def run_budget(
+    args: Any, load: Load, conditions: Mapping[str, Any], proposal: dict[str, Any], forecasts: Sequence[Row]
+) -> None:
+    """Proposes, and leaves `budget.md`, `budget.png` and `calibrate.json`."""
+    b = budget.read_budget(args.budget)
+    queries = proposal["choices"]["queries"]
+    gamma = {share: calibrate.gammas(forecasts, share)[queries]["gamma"] for share in args.shares}
+    thresholds = {share: round(value, 4) for share, value in gamma.items() if value is not None}
+    told = {**conditions, "replan": args.replan, "driver": args.driver, "device": local_device()}
+    with Rows(args.out / "budget.jsonl", told) as file:
+        points, chosen = settle(Plays(args, load, file), proposal, thresholds, args, b)
+    own = points[chosen]
+    choices = {key: own[key] for key in ("keep", "queries", "fuse", "threshold")}
+    proposal |= {"choices": choices, "keep": own["keep"], "share": own["share"]}
+    proposal["budget"] = {
+        "asked": args.budget,
+        "kind": b.kind,
+        "value": b.value,
+        "played": own,
+        "device": local_device(),
+    }
+    proposal["budget"] |= budget.neighbours(points, chosen, b.kind)
+    (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
+    leave(args.out, "budget", budget.table(points, chosen, b), budget.figure(points, chosen, b))
