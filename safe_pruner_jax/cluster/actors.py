@@ -115,7 +115,7 @@ class Simulator:
     def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
         self._since = None
         try:
-            reply = ray.get(self._policy.infer.remote(self._name, request, self._seed))
+            reply: Any = ray.get(self._policy.infer.remote(self._name, request, self._seed))
         except RayTaskError:
             raise
         except RayError as error:  # its process or its node has died, or cannot be reached

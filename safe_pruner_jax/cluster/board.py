@@ -72,7 +72,7 @@ class Board:
         if now - self._looked < EVERY_S:
             return
         self._looked = now
-        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         details = await controller.get_serve_instance_details.remote()
         deployments = details["applications"].get(self._application, {}).get("deployments", {}).values()
         replicas = [replica for deployment in deployments for replica in deployment["replicas"]]

@@ -97,7 +97,8 @@ class Nodes:
         self._make_policy = lambda: ray.remote(actors.Policy).options(**need, **spread).remote(load)
         _, need_one = room("simulator")
         variables = {"LP_NUM_THREADS": "1"} | {k: os.environ[k] for k in ("MUJOCO_GL",) if k in os.environ}
-        two_threads: Any = ray.remote(concurrency_groups={"word": 1})  # one plays, the other tells that it lives
+        decorate: Any = ray.remote
+        two_threads = decorate(concurrency_groups={"word": 1})  # one plays, the other tells that it lives
         simulator_class = two_threads(actors.Simulator)
         remote = simulator_class.options(**need_one, **spread, runtime_env={"env_vars": variables})
         self._make_simulator = lambda: remote.remote(make_env, look)
@@ -226,6 +227,7 @@ class Nodes:
 
     def _verdict(self, simulator: _Simulator) -> Iterator[Message]:
         """Whether the simulator has died or its node has."""
+        assert simulator.died is not None, "asked of those that have died"
         when, error = simulator.died
         sure = isinstance(error, ActorDiedError)
         if simulator.node is None or not alive(simulator.node) or not sure:
@@ -256,7 +258,8 @@ class Nodes:
                 simulator.quiet = simulator.actor.quiet_s.options(concurrency_group="word").remote()
             elif ray.wait([simulator.quiet], timeout=0)[0]:
                 try:
-                    simulator.since = now - ray.get(simulator.quiet)
+                    quiet_s: Any = ray.get(simulator.quiet)
+                    simulator.since = now - quiet_s
                 except RayError:  # its episode tells more
                     continue
                 finally:
@@ -301,7 +304,7 @@ class Nodes:
         self._add_policy()
 
     def _add_policy(self) -> None:
-        actor = self._make_policy()
+        actor: Any = self._make_policy()
         self._policies.append(_Policy(actor, actor.node.remote()))
 
     def _name(self, node: str | None) -> str:

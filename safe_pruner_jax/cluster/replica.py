@@ -112,7 +112,8 @@ class _App:
                 await send({"type": "lifespan.startup.complete"})
             await send({"type": "lifespan.shutdown.complete"})
             return
-        await serve.get_replica_context().servable_object.attend(scope, receive, send)
+        service: Any = serve.get_replica_context().servable_object
+        await service.attend(scope, receive, send)
 
 
 @serve.deployment

@@ -98,7 +98,8 @@ def service(
         serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=front)
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote(NAME)
         accelerators = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}
-        deployment = Service.options(
+        replicated: Any = Service
+        deployment = replicated.options(
             autoscaling_config=AutoscalingConfig(
                 min_replicas=replicas[0],
                 max_replicas=replicas[1],

@@ -32,7 +32,7 @@ def join(coordinator: str, hosts: int | None = None, host: int | None = None) ->
     name, _, port = coordinator.rpartition(":")
     if not name or not port.isdigit():
         raise ValueError(f"coordinator: expected HOST:PORT of the first host, got {coordinator!r}")
-    if (hosts is None) != (host is None) or (hosts is not None and not 0 <= host < hosts):
+    if (hosts is None) != (host is None) or (hosts is not None and host not in range(hosts)):
         raise ValueError(f"host: expected --hosts N and --host from 0 to N - 1, got {hosts} and {host}")
     try:
         jax.distributed.initialize(coordinator, hosts, host)
