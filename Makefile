@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PINNED := .venv-pinned
 PIP_FLAGS := --quiet --disable-pip-version-check
+BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help demo test test-pinned test-cluster lint format libero setup clean
@@ -18,7 +19,7 @@ demo: libero
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 test: libero lint
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray") $(ARGS)
 
 # the model, the pruners and serving run on openpi's pins; what does not is marked `newest`
 test-pinned: $(PINNED)/.ready
@@ -48,7 +49,7 @@ setup: $(VENV)/.ready
 # openpi-client comes without its dependencies: its numpy<2 pin is metadata only
 $(VENV)/.ready: pyproject.toml requirements/openpi-client.txt
 	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev,rerun,vla-eval]"
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/openpi-client.txt
 	@touch $@
 

@@ -6,6 +6,8 @@ openpi serve policy:embedded --pruner=fastv
 openpi evaluate --suite libero_object --trials 50 --out safe.jsonl --pruner=safe --pruner.keep 0.2 policy:embedded
 openpi report full.jsonl safe.jsonl --out report/
 openpi sweep --suite libero_object --trials 50 --out out/sweep --evaluate policy:embedded
+openpi view libero:libero_object/0/3 --save run.rrd --pruner=safe policy:embedded
+openpi diagnose policy_records/20260101T000000_1_00001.episode
 openpi inspect policy_records/20260101T000000_1_00001.episode
 openpi train --data demos/butter_demo.hdf5 --out runs/mini --image-size 112
 openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedded
@@ -28,6 +30,7 @@ from safe_pruner_jax.cli import attention, controls
 from safe_pruner_jax.cli.arguments import parse, split_pruner
 from safe_pruner_jax.cli.bench import Bench, run_bench
 from safe_pruner_jax.cli.convert import Convert, run_convert
+from safe_pruner_jax.cli.diagnose import Diagnose, run_diagnose
 from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
 from safe_pruner_jax.cli.export import Export, run_export
 from safe_pruner_jax.cli.help import summary
@@ -36,6 +39,7 @@ from safe_pruner_jax.cli.report import Report, run_report
 from safe_pruner_jax.cli.serve import Serve, run_serve
 from safe_pruner_jax.cli.sweep import Sweep, run_sweep
 from safe_pruner_jax.cli.train import Train, run_train
+from safe_pruner_jax.cli.view import View, run_view
 from safe_pruner_jax.cluster.connect import ClusterError
 from safe_pruner_jax.evaluation import evaluate
 from safe_pruner_jax.evaluation.records import RecordsError
@@ -61,6 +65,8 @@ COMMANDS = {
     "sweep": Command(Sweep, run_sweep, pruner=False),
     "report": Command(Report, run_report, pruner=False),
     "inspect": Command(Inspect, run_inspect, pruner=False),
+    "view": Command(View, run_view),
+    "diagnose": Command(Diagnose, run_diagnose, pruner=False),
     "train": Command(Train, run_train, pruner=False),
     "export": Command(Export, run_export),
     "convert": Command(Convert, run_convert, pruner=False),

@@ -2,14 +2,14 @@
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from safe_pruner_jax.cluster.connect import require_ray
 from safe_pruner_jax.engine.xla import default_folder, keep_programs
 from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.identity import SERVED, local_device
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.policy.spec import EnvMode, Method, Model
+from safe_pruner_jax.policy.spec import Checkpoint, Embedded, EnvMode, Method, Model
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Access, Recorder, Terms, serve
@@ -28,6 +28,7 @@ class Serve(Model):
       default_prompt: used for requests without a prompt.
       host: address to listen on; 0.0.0.0 for every interface, which needs an API key.
       port: port to listen on.
+      protocol: openpi's, or that of allenai's evaluation harness (docs/wire.md).
       record: write every request and reply to policy_records/.
       record_as: one file per episode that `openpi inspect` replays, or openpi's own files, one pickle per step.
       programs: folder that keeps compiled programs for the next start; "none": nowhere. Default:
@@ -43,6 +44,7 @@ class Serve(Model):
     default_prompt: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
     record: bool = False
     record_as: Literal["episodes", "openpi"] = "episodes"
     programs: str | None = None
@@ -56,6 +58,7 @@ class Serve(Model):
 def run_serve(args: Serve, method: Method) -> None:
     """Loads, warms up, listens until interrupted."""
     access, terms = args.serving.access(args.host), args.serving.terms()  # before gigabytes are read
+    harness = _harness(args, access) if args.protocol == "vla-eval" else None
     if args.programs != "none":
         keep_programs(args.programs or default_folder())
     method = args.fit(args.env.name, method)
@@ -66,6 +69,10 @@ def run_serve(args: Serve, method: Method) -> None:
     recorder = None
     if args.record:
         recorder = _recorder(args, method, policy.engine.config.kernels)
+    if harness is not None:
+        server = harness.PolicyServer(args.serving.fleet(policy), max_wait_time=terms.max_delay_s)
+        harness.serve(server, host=args.host, port=args.port)
+        return
     serve(
         args.serving.fleet(policy),
         host=args.host,
@@ -75,6 +82,7 @@ def run_serve(args: Serve, method: Method) -> None:
         recorder=recorder,
         access=access,
         terms=terms,
+        watch=args.serving.watch,
     )
 
 
@@ -116,6 +124,25 @@ def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
         client_errors=(RequestError,),
     ):
         run_until_signal()
+
+
+def _harness(args: Serve, access: Access) -> Any:
+    """The module that speaks vla-eval's protocol. Raises ValueError for what that protocol does not have."""
+    used = {"record": args.record, "serving.watch": args.serving.watch, "serving.tls-cert": access.tls is not None}
+    used |= {"serving.api-key-file": access.key is not None, "env": args.env != EnvMode.LIBERO}
+    if isinstance(args.policy, Embedded):
+        used["env"] = False
+    elif isinstance(args.policy, Checkpoint):
+        used["env"] = get_config(args.policy.config).robot != LIBERO
+    if wrong := [name for name, is_used in used.items() if is_used]:
+        raise ValueError(f"protocol vla-eval: expected a LIBERO policy without key, TLS, record and watch, got {wrong}")
+    try:
+        from safe_pruner_jax.serving import vla_eval
+    except ImportError as error:
+        raise ValueError(
+            "protocol vla-eval: expected the package vla-eval, got none; pip install 'safe-pruner-jax[vla-eval]'"
+        ) from error
+    return vla_eval
 
 
 def _recorder(args: Serve, method: Method, kernels: tuple[str, ...]) -> Recorder | EpisodeRecorder:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.engine.state import ControlState
+from safe_pruner_jax.policy.attention import Wanted
 from safe_pruner_jax.policy.overlap import Overlap
 from safe_pruner_jax.robots.robots import RequestError, brief
 from safe_pruner_jax.robots.transforms import Example
@@ -48,6 +49,7 @@ class Prepared:
       noise: [A, action_dim] float32 to start the flow from; None draws it.
       overlap: how the new chunk lies on the last one, which it shall continue; None: it need not.
       seed: of the noise of the episode that begins here; None: the policy's.
+      attention: grids that are wanted with the reply.
     """
 
     example: Example
@@ -58,6 +60,7 @@ class Prepared:
     noise: np.ndarray | None
     overlap: Overlap | None = None
     seed: int | None = None
+    attention: Wanted | None = None
 
     @property
     def group(self) -> Hashable:

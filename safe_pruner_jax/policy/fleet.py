@@ -29,6 +29,7 @@ class Fleet:
       max_robots: memories kept; the one unused for longest is dropped first.
       max_age_s: a memory unused for longer is dropped, seconds.
       real_time: requests may ask for real-time chunking (`rtc`); its programs are part of the warm-up.
+      attention: requests may ask for grids (`attention`); the programs are part of the warm-up.
       clock: seconds, monotonic.
 
     Attributes:
@@ -46,6 +47,7 @@ class Fleet:
         max_robots: int | None = None,
         max_age_s: float = math.inf,
         real_time: bool = False,
+        attention: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         if limit < 1:
@@ -55,6 +57,7 @@ class Fleet:
         self.policy, self.limit, self.evicted = policy, limit, 0
         self._max_robots, self._max_age_s, self._clock = max_robots, max_age_s, clock
         self.real_time = real_time
+        self.attention = policy.attention.available if attention else None
         self._episodes: OrderedDict[Hashable, Episode] = OrderedDict()
         self._used: dict[Hashable, float] = {}
 
@@ -72,7 +75,7 @@ class Fleet:
         """Compiles every program for every number of robots up to the limit."""
         largest = batch_size(self.limit)
         sizes = sorted({size for size in (*BATCH_SIZES, largest) if size <= largest})
-        self.policy.warmup(sizes, real_time=self.real_time)
+        self.policy.warmup(sizes, real_time=self.real_time, attention=self.attention is not None)
 
     def start(self, robot: Hashable, seed: int) -> None:
         """A new episode of a robot, with the noise of a seed."""
@@ -90,6 +93,10 @@ class Fleet:
         if prepared.overlap is not None and not self.real_time:
             raise RequestError(
                 "rtc", "a request without it", "one", "start the server with --serving.real-time to use it"
+            )
+        if prepared.attention is not None and self.attention is None:
+            raise RequestError(
+                "attention", "a request without it", "one", "start the server with --serving.attention to use it"
             )
         return prepared
 

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from safe_pruner_jax.engine.attention import ROWS
 from safe_pruner_jax.engine.engine import ControlState, Engine, Inputs, batch_size
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide
 from safe_pruner_jax.model.pi0 import Weights
+from safe_pruner_jax.policy.attention import Attention
 from safe_pruner_jax.policy.episode import Episode, Prepared, read_overlap, read_seed, row_of, stack, starts_afresh
 from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.policy.reply import NonFinite, Result, pruned, timing
@@ -110,6 +112,7 @@ class _Finished(NamedTuple):
 
     keyframe: bool
     actions: np.ndarray
+    score: np.ndarray
     kappa: float
     running: np.ndarray
     control: ControlState
@@ -143,6 +146,7 @@ class Policy:
         self.prompt_lengths = tuple(prompt_lengths)
         self.seed, self.describe = seed, describe
         self.metadata = dict(metadata or {})
+        self.attention = Attention(engine)
 
     def with_pruner(self, pruner: Pruner, weights: Weights | None = None) -> "Policy":
         """The same policy with another pruner, and other weights where they are given."""
@@ -153,12 +157,13 @@ class Policy:
         """A fresh episode of one robot."""
         return Session(self)
 
-    def warmup(self, sizes: Sequence[int] = (1,), *, real_time: bool = False) -> None:
+    def warmup(self, sizes: Sequence[int] = (1,), *, real_time: bool = False, attention: bool = False) -> None:
         """Compiles and runs every program of `prompt_lengths` for robots with their usual cameras.
 
         Args:
           sizes: robots per device step, ascending.
           real_time: also the programs of requests with `rtc`.
+          attention: also those of requests with `attention`.
         """
         config = self.engine.config
         request = self.transform.example(np.random.default_rng(0))
@@ -168,8 +173,10 @@ class Policy:
             start = time.perf_counter()
             layout = PrefixLayout(cameras, config.tokens_per_camera, text)
             short = dataclasses.replace(example, tokens=example.tokens[:text])
+            alone = self.engine.init((self.seed,), len(cameras))
+            for of in ROWS if attention else ():
+                self.attention.every_layer(of, jax.device_put(pack([short], layout)), alone.key[0])
             for rows in sizes:
-                alone = self.engine.init((self.seed,), len(cameras))
                 control = alone if rows == 1 else stack((alone,) * rows)
                 inputs = jax.device_put(pack([short] * rows, layout))
                 self.engine.warmup(control, inputs)
@@ -185,7 +192,7 @@ class Policy:
         Args:
           request: openpi's request dictionary of this robot; `"reset": True` starts a new episode, `"seed": n` is where
             its noise comes from, `"rtc": {"executed": n, "delay": d}` makes its actions continue the last ones
-            (`policy.overlap`).
+            (`policy.overlap`), `"attention": {"layers": […], "of": "action"}` gets grids (`policy.attention`).
           noise: [A, action_dim] float32 to start the flow from; None draws it.
 
         Raises:
@@ -201,6 +208,7 @@ class Policy:
             noise=None if noise is None else np.asarray(noise, np.float32),
             overlap=read_overlap(request.get("rtc")),
             seed=read_seed(request.get("seed")),
+            attention=self.attention.read(request.get("attention")),
         )
 
     def advance(self, episodes: Sequence[Episode], prepared: Sequence[Prepared]) -> list[Result]:
@@ -237,7 +245,16 @@ class Policy:
                 end = time.perf_counter()
             times = timing(start, info.decided_at, end)
             results.append(self._conclude(episode, request, finished, batch, row, times=times))
+            if request.attention is not None and (reply := results[-1].reply) is not None:
+                reply["attention"] = self._look(request, batch.controls[row])
         return results
+
+    def _look(self, request: Prepared, before: ControlState) -> dict:
+        """`attention` of a reply; `before` is the control state that the step began with."""
+        assert request.attention is not None, "nobody asked"
+        inputs = jax.device_put(pack([request.example], request.layout))
+        noise = None if request.noise is None else jax.device_put(request.noise[None])
+        return self.attention(request.attention, request.layout, inputs, before.key[0], noise)
 
     def _assemble(self, episodes: Sequence[Episode], prepared: Sequence[Prepared]) -> _Batch:
         """The batch of a device step; an episode that begins takes the seed of its request."""
@@ -271,7 +288,7 @@ class Policy:
         actions, score, kappa, running = (array[row] for array in step)
         decided = np.isfinite(score[self._alive(batch, row)]).all() and not math.isinf(float(kappa))
         sound = keyframe or bool(decided and np.isfinite(actions).all())
-        return _Finished(keyframe, actions, float(kappa), running, control, fallback=not decided), sound
+        return _Finished(keyframe, actions, score, float(kappa), running, control, fallback=not decided), sound
 
     def _conclude(
         self, episode: Episode, request: Prepared, finished: _Finished, batch: _Batch, row: int, *, times: dict
@@ -291,7 +308,8 @@ class Policy:
             )
         if self.describe:
             reply["pruning"] = pruning
-        return Result(reply, None, pruning, batch.fresh[row])
+        saliency = {"score": finished.score, "late": finished.control.late}
+        return Result(reply, None, pruning, batch.fresh[row], saliency)
 
     def _pruning(self, finished: _Finished, batch: _Batch, row: int, layout: PrefixLayout) -> dict:
         """`pruning` of a reply."""
@@ -329,7 +347,9 @@ class Policy:
         guide = None if request.overlap is None else jax.device_put(self._guide([batch.targets[row]]))
         actions, control, _ = self.engine.step(empty, inputs, noise, full=True, guide=guide)
         alive = self._alive(batch, row)
-        return _Finished(True, jax.device_get(actions)[0], finished.kappa, alive, control, fallback=True)
+        return _Finished(
+            True, jax.device_get(actions)[0], finished.score, finished.kappa, alive, control, fallback=True
+        )
 
 
 class Session:

@@ -27,12 +27,15 @@ class Result:
       pruning: as in the reply (`kept`, `alive`, `keyframe`, `kappa`, `index`, `views`, `text`, `fallback`), also where
         that leaves it out; empty if the backend does not prune.
       fresh: the step started without a memory.
+      saliency: for people who look on, never sent to the robot: `score` [n] that the tokens were chosen by, on the
+        host; `late` [1, layers, n], still on the device.
     """
 
     reply: dict[str, Any] | None
     error: Exception | None = None
     pruning: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    saliency: dict[str, Any] = field(default_factory=dict)
 
 
 def timing(start: float, decided: float | None, end: float) -> dict[str, float]:

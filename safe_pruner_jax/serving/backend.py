@@ -35,12 +35,14 @@ class Backend(Protocol):
       metadata: greets each client; it must be packable (see `wire.pack`).
       limit: robots per step.
       real_time: whether requests may ask for chunks that continue the last ones.
+      attention: what requests may ask for with `attention` (`policy.attention`); None: nothing.
       evicted: memories dropped so far because of their age or number.
     """
 
     metadata: dict
     limit: int
     real_time: bool
+    attention: dict | None
     evicted: int
 
     def warmup(self) -> None:
@@ -96,6 +98,7 @@ class Sessions:
 
     def __init__(self, maker: SessionMaker):
         self.metadata, self.warmup = maker.metadata, maker.warmup
+        self.attention: dict | None = None  # a session answers what it can
         self._maker, self._numbers = maker, itertools.count()
         self._sessions: dict[Hashable, Session] = {}
 

@@ -21,6 +21,7 @@ from websockets.protocol import State
 from safe_pruner_jax.policy.reply import NonFinite
 from safe_pruner_jax.serving.backend import Backend, Prepared, Served
 from safe_pruner_jax.serving.metrics import Metrics
+from safe_pruner_jax.serving.observers import Observers
 from safe_pruner_jax.serving.recorder import Step
 from safe_pruner_jax.serving.scheduler import Scheduler, Turned
 from safe_pruner_jax.serving.wire import Limits, WireError, pack, unpack
@@ -44,6 +45,7 @@ class Desk:
     limits: Limits
     client_errors: tuple[type[Exception], ...]
     recorder: Callable[[Step], None] | None
+    observers: Observers | None
     host_threads: Executor
     stop: asyncio.Event
     send_s: float
@@ -267,10 +269,16 @@ class Conversation:
             self._socket.transport.abort()
 
     async def _record(self, addressed: Addressed, served: Served) -> None:
-        if self._desk.recorder is None:
+        if self._desk.recorder is None and self._desk.observers is None:
             return
         result = served.result
-        step = Step(addressed.robot, addressed.request, result.reply, result.fresh, served.batch)
+        images = getattr(getattr(addressed.prepared, "example", None), "images", {})  # sessions prepare nothing
+        about = {"fresh": result.fresh, "batch": served.batch, "images": images, "saliency": result.saliency}
+        step = Step(addressed.robot, addressed.request, result.reply, **about)
+        if self._desk.observers is not None:
+            self._desk.observers.publish(step)
+        if self._desk.recorder is None:
+            return
         try:
             await asyncio.to_thread(self._desk.recorder, step)
         except Exception:  # a full disk must not stop a robot

@@ -24,6 +24,8 @@ class Serving:
       max_robots: memories kept; the one unused for longest is dropped first.
       max_age_s: a memory unused for longer is dropped.
       real_time: take requests with `rtc`, whose actions continue the last ones; compiles their programs too.
+      attention: take requests with `attention`, which are answered with grids; compiles their programs too.
+      watch: let people with the key look on: the page /watch, and `openpi view ws://HOST:PORT`.
       max_message_mib: largest request.
       per_address: connections from one address.
       connections: connections altogether.
@@ -41,6 +43,8 @@ class Serving:
     max_robots: int = 256
     max_age_s: float = 3600.0
     real_time: bool = False
+    attention: bool = False
+    watch: bool = False
     max_message_mib: int = 64
     per_address: int = 64
     connections: int = 256
@@ -71,4 +75,4 @@ class Serving:
         if limit is None:
             limit = 1 if jax.default_backend() == "cpu" else 8
         memories = {"max_robots": self.max_robots, "max_age_s": self.max_age_s}
-        return Fleet(policy, limit, real_time=self.real_time, **memories)
+        return Fleet(policy, limit, real_time=self.real_time, attention=self.attention, **memories)

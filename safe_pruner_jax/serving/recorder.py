@@ -4,8 +4,9 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class Step:
       reply: as it went, without `server_timing`.
       fresh: the robot had no memory before it.
       batch: robots in the device step.
+      images: camera → uint8 [S, S, 3] as the network read it; {} where the backend does not tell.
+      saliency: see `policy.reply.Result`.
     """
 
     robot: Hashable
@@ -27,6 +30,8 @@ class Step:
     reply: dict
     fresh: bool
     batch: int
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    saliency: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Recorder:

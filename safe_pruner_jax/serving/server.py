@@ -40,11 +40,15 @@ from safe_pruner_jax.serving.conversation import Conversation, Desk, first
 from safe_pruner_jax.serving.device import Device
 from safe_pruner_jax.serving.metrics import TYPE as METRICS_TYPE
 from safe_pruner_jax.serving.metrics import Metrics
+from safe_pruner_jax.serving.observers import MOST, Observers, page
 from safe_pruner_jax.serving.recorder import Step
 from safe_pruner_jax.serving.scheduler import Scheduler, Terms
 from safe_pruner_jax.serving.wire import LIMITS, PROTOCOL, WireError, pack
 
 logger = logging.getLogger(__name__)
+
+PAGE, STATE, OBSERVE = "/watch", "/watch/state", "/observe"
+"""Paths for people who look on: the page, what it shows, and a websocket of steps."""
 
 
 class Server:
@@ -61,6 +65,7 @@ class Server:
       access: who may connect.
       terms: what a request may expect.
       send_s: a client that takes longer to take a reply is cut off, seconds.
+      watch: people with the key may look on: the page `/watch`, and observer connections.
       dedicated: the process is this server's own. What is there when it is warm, a million objects of jax, is then left
         out of garbage collections: those become short, and frequent enough for messages caught in cycles.
 
@@ -81,6 +86,7 @@ class Server:
         access: Access | None = None,
         terms: Terms | None = None,
         send_s: float = 10.0,
+        watch: bool = False,
         dedicated: bool = False,
     ):
         self.host, self.port = host, port
@@ -99,6 +105,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._open: collections.Counter[str] = collections.Counter()  # websocket connections by address
         self._scheduler = Scheduler(self._device, self._terms)
+        self._observers = Observers() if watch else None
         self._desk = Desk(
             backend=self._backend,
             scheduler=self._scheduler,
@@ -106,6 +113,7 @@ class Server:
             limits=self._limits,
             client_errors=(WireError, NonFinite, *client_errors),
             recorder=recorder,
+            observers=self._observers,
             host_threads=self._host_threads,
             stop=self._stop,
             send_s=send_s,
@@ -135,6 +143,8 @@ class Server:
             await listener.wait_closed()
             self._device.shutdown()
             self._host_threads.shutdown()
+            if self._observers is not None:
+                self._observers.threads.shutdown()
 
     def stop(self) -> None:
         """Ends `run` from any thread; returns at once."""
@@ -187,6 +197,10 @@ class Server:
                 return connection.respond(http.HTTPStatus.OK, "ready\n")
             text = "stopping\n" if self._stop.is_set() else "warming up\n"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        if path in (OBSERVE, PAGE, STATE) and self._observers is None:
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "start the server with --serving.watch to look on\n")
+        if path == PAGE:  # holds no secret, and asks for the key
+            return _respond(page(), "text/html; charset=utf-8")
         authorization = request.headers.get_all("Authorization")
         if not self._access.admits(authorization[0] if len(authorization) == 1 else None):
             self.metrics.error("unauthorised")
@@ -197,13 +211,19 @@ class Server:
             return response
         if path == "/info":
             return _respond(json.dumps(self._info(), default=_plain).encode(), "application/json")
+        if path == STATE and self._observers is not None:
+            state, robots = self._observers.state, self._observers.robots()
+            body = await asyncio.get_running_loop().run_in_executor(self._observers.threads, state, robots)
+            return _respond(body, "application/json")
         if path == "/metrics":
             self.metrics.connections.set(self._open.total())
             self.metrics.waiting.set(self._scheduler.waiting)
             return _respond(self.metrics.text(), METRICS_TYPE)
         if self._stop.is_set():
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping\n")
-        if self._full(connection):
+        if path == OBSERVE and self._observers is not None and self._observers.full:
+            return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, f"at most {MOST} observers; close some\n")
+        if path != OBSERVE and self._full(connection):
             return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, self._full(connection))
         return None
 
@@ -225,6 +245,8 @@ class Server:
             "terms": dataclasses.asdict(self._terms),
             "max_batch": self._backend.limit,
             "real_time": self._backend.real_time,
+            "attention": self._backend.attention,
+            "watch": self._observers is not None,
             "authentication": self._access.key is not None,
             "tls": self._access.tls is not None,
         }
@@ -232,6 +254,9 @@ class Server:
     # --- conversations -------------------------------------------------------------------------------------
 
     async def _converse(self, socket: websockets.ServerConnection) -> None:
+        if socket.request is not None and socket.request.path.partition("?")[0] == OBSERVE:
+            await self._show(socket)
+            return
         if self._full(socket):  # handshakes that overlapped
             self.metrics.error("too_many_connections")
             await socket.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
@@ -254,6 +279,24 @@ class Server:
             self._device.robots = self._open.total()
             for robot in conversation.robots:
                 self._device.forget(robot)
+
+    async def _show(self, socket: websockets.ServerConnection) -> None:
+        """An observer: metadata, then a message for each step; it is no robot, and nobody waits for it."""
+        observers = self._observers
+        assert observers is not None, "the handshake was refused"
+        logger.info("%s looks on", socket.remote_address)
+        try:
+            if not await first(self._warm.wait(), socket.wait_closed(), self._stop.wait()):
+                return
+            with observers.subscribed() as steps:
+                await socket.send(self._metadata)
+                while await first(step := asyncio.ensure_future(steps.get()), socket.wait_closed(), self._stop.wait()):
+                    run = asyncio.get_running_loop().run_in_executor
+                    message = await run(observers.threads, observers.message, step.result())
+                    await asyncio.wait_for(socket.send(message), self._desk.send_s)
+            await socket.close(CloseCode.GOING_AWAY, "server stopping")
+        except (ConnectionClosed, TimeoutError) as end:
+            logger.info("%s looks on no longer: %s", socket.remote_address, end or "it takes no messages")
 
 
 def _address(connection: websockets.ServerConnection) -> str:
