@@ -177,7 +177,7 @@ def control_step(pruner: Pruner, carry, seen: Evidence):
     since = jnp.where(selection.keyframe, 0, since)
     if pruner.plan.late_from == "every":
         ran = jnp.zeros(seen.alive.shape, bool).at[selection.index].max(selection.alive) | selection.keyframe
-        left = jnp.where(ran & seen.alive, seen.late, 0.0)
+        left = jnp.where((ran & seen.alive)[None], seen.late, 0.0)
         late = left / left.sum(-1, keepdims=True)
     else:
         late = jnp.where(selection.keyframe, seen.late, late)

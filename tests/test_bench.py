@@ -105,7 +105,8 @@ def test_a_machine_is_described_without_paths():
 def test_random_weights_have_the_layout_of_prepared_ones_and_run(tiny):
     for upright in (False, True):
         ours = modes.random_weights(tiny, upright=upright)
-        theirs = pi0.prepare(init_params(jax.random.key(0), tiny), tiny, upright=upright)
+        prepared = lambda key, upright=upright: pi0.prepare(init_params(key, tiny), tiny, upright=upright)
+        theirs = jax.eval_shape(prepared, jax.random.key(0))
         assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
     half = modes.random_weights(tiny.replace(dtype="bfloat16"))
     assert half.prefix[0].qkv.dtype == jnp.bfloat16 and half.embedding.dtype == jnp.bfloat16

@@ -77,7 +77,7 @@ def test_leaves_are_on_disk_until_they_are_read(tmp_path, tiny_params):
     once = []
     note = lambda k, leaf: once.append(k) or leaf.read()
     counted = {k: types.SimpleNamespace(read=partial(note, k, leaf)) for k, leaf in found.items()}
-    want = pi0.prepare(load_params(GOLDEN["pure"], TINY, dtype="float32"), TINY)
+    want = jax.jit(lambda params: pi0.prepare(params, TINY))(load_params(GOLDEN["pure"], TINY, dtype="float32"))
     got = pi0.prepare(unflat(counted), TINY)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert sorted(once) == sorted(found)  # every leaf, and none of them twice

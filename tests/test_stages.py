@@ -121,8 +121,8 @@ def test_a_glance_is_the_dense_half_of_a_look(folder):
     data = scenes(folder)
     batch = data.batch(np.arange(2), np.array([1, 2]))
     params = jax.tree.map(jnp.asarray, stages.initial(TINY, len(KINDS)))
-    short = perception.glance(params, TINY, batch.images, data.vocabulary)
-    long = perception.look(params, TINY, batch, batch.images, data.vocabulary)
+    short = jax.jit(lambda params: perception.glance(params, TINY, batch.images, data.vocabulary))(params)
+    long = jax.jit(lambda params: perception.look(params, TINY, batch, batch.images, data.vocabulary))(params)
     for name in ("cells", "names", "offset", "place"):
         np.testing.assert_allclose(getattr(short, name), getattr(long, name), atol=1e-5)
 

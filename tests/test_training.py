@@ -56,17 +56,20 @@ def test_flow_loss_is_openpis_formula_for_every_draw(pi05):
     loss = losses(params)
     assert loss.shape == (B, draws, config.action_horizon)
 
-    weights = pi0.prepare(params, config)
-    for b in range(B):
-        row = [a[b : b + 1] for a in observed]
+    @jax.jit
+    def velocity(row, x_t, at):
+        weights = pi0.prepare(params, config)
         rows = pi0.embed_prefix(weights, config, *row[:4])
         _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
-        prefix = pi0.Prefix(segments, rows.count)
+        return pi0.velocity(weights, config, pi0.Prefix(segments, rows.count), row[4], x_t[None], at)[0][0]
+
+    for b in range(B):
+        row = [a[b : b + 1] for a in observed]
         for d in range(draws):
-            at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [times[b, d]]))
             x_t = times[b, d] * noise[b, d] + (1 - times[b, d]) * actions[b]
-            v, _ = pi0.velocity(weights, config, prefix, row[4], x_t[None].astype(np.float32), at)
-            want = np.square(v[0] - (noise[b, d] - actions[b])).mean(-1)
+            at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [times[b, d]]))
+            v = velocity(row, x_t.astype(np.float32), at)
+            want = np.square(v - (noise[b, d] - actions[b])).mean(-1)
             np.testing.assert_allclose(loss[b, d], want, rtol=2e-3)
 
 
