@@ -104,7 +104,7 @@ def label(row: Mapping[str, Any]) -> str:
             row["fuse"], f"fused λ={row['fuse']:g}, {row['queries']}"
         )
     plain = {"truth": "late saliency of the call itself", "same slot": "late saliency of the keyframe, same slot"}
-    return plain.get(row["score"], row["score"])
+    return plain.get(row["score"]) or row["score"]
 
 
 def mean_loss(rows: Sequence[Row]) -> dict[tuple[str, float], float]:
