@@ -26,7 +26,7 @@ def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
     B, N, H = 2, 4, 16
     q, k, v = draw(0, B, rows, N, H, dtype=dtype), *(draw(i, B, keys, kv_heads, H, dtype=dtype) for i in (1, 2))
     own = [draw(i, B, rows, kv_heads, H, dtype=dtype) for i in (3, 4)]
-    seen = jnp.arange(keys) < jnp.array([[keys], [keys - 37]])  # the second robot has dead slots
+    seen = jnp.arange(keys)[None] < jnp.array([[keys], [keys - 37]])  # the second robot has dead slots
     allowed = np.ones((1, rows, rows), bool)
     allowed[:, 0, 1:] = False  # π0's state row sees itself alone
     got = kernels.attention(q, k, v, seen, *own, jnp.asarray(allowed))
@@ -64,7 +64,8 @@ def model():
     layer = GemmaConfig(width=64, depth=3, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16)
     vision = SiglipConfig(16, 1, 32, 2)
     config = sizes.mini(prefix=layer, expert=layer, vision=vision, image_size=56, action_horizon=4)
-    return config, pi0.prepare(init_params(jax.random.key(0), config), config, num_steps=3)
+    prepared = jax.jit(lambda key: pi0.prepare(init_params(key, config), config, num_steps=3))
+    return config, prepared(jax.random.key(0))
 
 
 def test_denoise_steps_with_kernels_are_those_without(model):
