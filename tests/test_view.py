@@ -33,7 +33,7 @@ def entities(path):
 
 def saved(path, frames):
     frames = list(frames)
-    stream = view.open_recording("test", frames[0].images, save=path)
+    stream = view.open_recording("test", frames[0], save=path)
     for frame in frames:
         view.show(stream, frame)
     stream.flush()
@@ -66,11 +66,15 @@ def test_a_server_live(tmp_path):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(next, frames)
             while not waiting.done():
-                robot.infer(scene(0, robot_id="left"))
+                robot.infer(scene(0, robot_id="left arm"))
         frame = waiting.result()
-        assert frame.robot == "left" and list(frame.images) == list(CAMERAS) and set(frame.maps) == {"forecast", "late"}
+        assert (
+            frame.robot == "left arm"
+            and list(frame.images) == list(CAMERAS)
+            and set(frame.maps) == {"forecast", "late"}
+        )
         _, rows = saved(tmp_path / "live.rrd", [frame])
-        assert rows[f"/left/observation.images.{CAMERAS[0]}/kept"] == 1 and rows["/left/tokens/kept"] == 1
+        assert rows[f"/left\\ arm/observation.images.{CAMERAS[0]}/kept"] == 1 and rows["/left\\ arm/tokens/kept"] == 1
         frames.close()
 
 

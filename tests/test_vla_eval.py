@@ -3,16 +3,12 @@
 import threading
 from types import SimpleNamespace
 
-import anyio
 import numpy as np
 import pytest
-from vla_eval.connection import Connection
-from vla_eval.model_servers.serve import serve_async
 
 from safe_pruner_jax.policy.reply import Result
-from safe_pruner_jax.serving.vla_eval import PolicyServer, request
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.newest  # what imports the harness does so inside tests: openpi's pins are without it
 
 RNG = np.random.default_rng(0)
 
@@ -54,12 +50,17 @@ def observation(prompt="pick up the soup", **changes):
 
 
 def drive(backend, scenario):
-    """Runs a scenario(url) against a live server of the harness."""
+    """Runs a scenario(connect), connect() being the harness' client, against a live server of the harness."""
+    import anyio
+    from vla_eval.connection import Connection
+    from vla_eval.model_servers.serve import serve_async
+
+    from safe_pruner_jax.serving.vla_eval import PolicyServer
 
     async def both():
         async with anyio.create_task_group() as group:
             port = await group.start(serve_async, PolicyServer(backend), "127.0.0.1", 0)
-            await scenario(f"ws://127.0.0.1:{port}")
+            await scenario(lambda: Connection(f"ws://127.0.0.1:{port}"))
             group.cancel_scope.cancel()
 
     anyio.run(both)
@@ -68,8 +69,8 @@ def drive(backend, scenario):
 def test_two_episodes_with_five_actions_per_call():
     backend, played = Counting(), []
 
-    async def scenario(url):
-        async with Connection(url) as client:
+    async def scenario(connect):
+        async with connect() as client:
             assert client.server_info["model_server"] == "PolicyServer"
             for _ in range(2):
                 await client.start_episode({"task": {"name": "soup"}})
@@ -89,21 +90,23 @@ def test_two_episodes_with_five_actions_per_call():
 
 
 def test_shards_share_device_steps():
+    import anyio
+
     backend, played = Counting(), {}
 
-    async def shard(url, number, ready):
-        async with Connection(url) as client:
+    async def shard(connect, number, ready):
+        async with connect() as client:
             await client.start_episode({"task": {"name": "soup"}})
             ready.append(number)
             while len(ready) < 4:
                 await anyio.sleep(0.01)
             played[number] = [float((await client.act(observation()))["actions"][0]) for _ in range(12)]
 
-    async def scenario(url):
+    async def scenario(connect):
         ready = []
         async with anyio.create_task_group() as group:
             for number in range(4):
-                group.start_soon(shard, url, number, ready)
+                group.start_soon(shard, connect, number, ready)
 
     drive(backend, scenario)
     one = [100, 101, 102, 103, 104, 200, 201, 202, 203, 204, 300, 301]
@@ -112,6 +115,8 @@ def test_shards_share_device_steps():
 
 
 def test_what_the_harness_is_asked_to_send():
+    from safe_pruner_jax.serving.vla_eval import PolicyServer
+
     server = PolicyServer(Counting())
     assert server.get_observation_params() == {"send_wrist_image": True, "send_state": True}
     assert set(server.get_action_spec()) == {"position", "rotation", "gripper"}
@@ -126,13 +131,15 @@ def test_what_the_harness_is_asked_to_send():
     ],
 )
 def test_an_observation_that_lacks_something(changes, text):
+    from safe_pruner_jax.serving.vla_eval import request
+
     with pytest.raises(ValueError, match=text):
         request(observation(**changes), reset=True)
 
 
 def test_a_failure_reaches_the_client():
-    async def scenario(url):
-        async with Connection(url) as client:
+    async def scenario(connect):
+        async with connect() as client:
             await client.start_episode({"task": {"name": "soup"}})
             with pytest.raises(RuntimeError, match="not finite"):
                 await client.act(observation("fail"))

@@ -1,8 +1,9 @@
 """What a policy sees, keeps and does, step after step, as a rerun recording.
 
-    recording = open_recording("run.rrd")
-    for frame in played(policy, requests):      or recorded(...), or live("ws://localhost:8000", key)
-        show(recording, frame)
+    frames = played(policy, requests)                       or live("ws://localhost:8000", key)
+    stream = open_recording("run", first := next(frames), save=Path("run.rrd"))
+    for frame in (first, *frames):
+        show(stream, frame)
 
 Entities are named as lerobot's visualiser names a dataset's features: `observation.images.CAMERA`, `action`, `state`;
 below each camera are its layers `kept`, `shallow`, `forecast` and `late`. rerun-sdk is an extra of its own.
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import websockets.sync.client
 from matplotlib import colormaps
@@ -22,7 +24,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.policy.episode import Episode
-from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.policy.policy import Policy, pack
 from safe_pruner_jax.pruners.plan import Plan
 from safe_pruner_jax.serving.server import OBSERVE
 from safe_pruner_jax.serving.wire import unpack
@@ -74,8 +76,13 @@ def played(policy: Policy, requests: Iterable[dict[str, Any]], threshold: float 
     """
     episode, plan = Episode(policy.seed), policy.engine.plan
     shallow = {"layers": [plan.cut.layer - 1], "of": "text"} if plan.cut and plan.cut.layer else None
+    warm = set()
     for number, request in enumerate(requests):
         prepared = policy.prepare(request if shallow is None else request | {"attention": shallow})
+        if prepared.layout not in warm:  # compiling is no part of the milliseconds
+            warm.add(prepared.layout)
+            blank = policy.engine.init((policy.seed,), len(prepared.layout.cameras))
+            policy.engine.warmup(blank, jax.device_put(pack([prepared.example], prepared.layout)))
         (result,) = policy.advance([episode], [prepared])
         if result.error is not None:
             raise result.error
@@ -163,12 +170,12 @@ def rerun() -> Any:
     return rerun
 
 
-def open_recording(name: str, cameras: Iterable[str], *, save: Path | None = None, web: int | None = None) -> Any:
+def open_recording(name: str, first: Frame, *, save: Path | None = None, web: int | None = None) -> Any:
     """A stream for `show`: to a file, to a viewer in the browser, or to a viewer on this screen.
 
     Args:
       name: what the recording is called.
-      cameras: in slot order.
+      first: the first step; the viewer is laid out for its robot and cameras.
       save: an .rrd file.
       web: port of a page with the viewer; it lives as long as this process.
 
@@ -176,39 +183,49 @@ def open_recording(name: str, cameras: Iterable[str], *, save: Path | None = Non
       `rerun.RecordingStream`.
     """
     rr = rerun()
-    cameras, stream = tuple(cameras), rr.RecordingStream("safe_pruner_jax")
+    layout, root = _blueprint(first), _root(rr, first)
+    stream = rr.RecordingStream("safe_pruner_jax")
     stream.send_recording_name(name)
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
-        stream.save(str(save), default_blueprint=_blueprint(cameras))
+        stream.save(str(save), default_blueprint=layout)
     elif web is not None:
-        address = stream.serve_grpc(default_blueprint=_blueprint(cameras))
+        address = stream.serve_grpc(default_blueprint=layout)
         rr.serve_web_viewer(web_port=web, open_browser=False, connect_to=address)
     else:
-        stream.spawn(default_blueprint=_blueprint(cameras))
+        stream.spawn(default_blueprint=layout)
     stream.log("/", rr.AnnotationContext([(0, "dropped", (0, 0, 0, _DIM)), (1, "kept", (0, 0, 0, 0))]), static=True)
     for series, color in (("kappa", (9, 105, 218)), ("threshold", (110, 119, 129)), ("keyframe", (191, 135, 0))):
-        stream.log(f"pruning/{series}", rr.SeriesLines(names=series, colors=color), static=True)
+        stream.log(f"{root}pruning/{series}", rr.SeriesLines(names=series, colors=color), static=True)
     return stream
 
 
-def _blueprint(cameras: Iterable[str]) -> Any:
+def _root(rr: Any, frame: Frame) -> str:
+    """What the entities of a robot begin with."""
+    return f"{rr.escape_entity_path_part(frame.robot)}/" if frame.robot else ""
+
+
+def _blueprint(first: Frame) -> Any:
+    rr = rerun()
     import rerun.blueprint as rrb
 
-    overrides = lambda origin: {f"{origin}/{name}": rrb.EntityBehavior(visible=False) for name in ("shallow", "late")}
-    origins = [f"observation.images.{camera}" for camera in cameras]
-    views = [rrb.Spatial2DView(origin=o, contents="$origin/**", name=o, overrides=overrides(o)) for o in origins]
+    root, hidden = _root(rr, first), rrb.EntityBehavior(visible=False)
+    overrides = lambda origin: {f"{origin}/{name}": hidden for name in ("shallow", "late")}
+    origins = {camera: f"{root}observation.images.{camera}" for camera in first.images}
+    picture = lambda c, o: rrb.Spatial2DView(origin=o, contents="$origin/**", name=c, overrides=overrides(o))
+    views = [picture(camera, origin) for camera, origin in origins.items()]
     series = {"pruning": "κ, γ, keyframes", "tokens": "visual tokens", "milliseconds": "milliseconds"}
     series |= {"action": "action", "state": "state"}
-    plots = [rrb.TimeSeriesView(origin=origin, name=name) for origin, name in series.items()]
-    bars = rrb.BarChartView(origin="layers", name="tokens per layer")
+    plots = [rrb.TimeSeriesView(origin=root + origin, name=name) for origin, name in series.items()]
+    bars = rrb.BarChartView(origin=f"{root}layers", name="tokens per layer")
     grid = rrb.Vertical(rrb.Horizontal(*views), rrb.Horizontal(*plots[:3], bars), rrb.Horizontal(*plots[3:]))
     return rrb.Blueprint(grid, collapse_panels=True)
 
 
 def show(stream: Any, frame: Frame) -> None:
     """Logs one step."""
-    rr, root = rerun(), f"{frame.robot}/" if frame.robot else ""
+    rr = rerun()
+    root = _root(rr, frame)
     stream.set_time("frame_index", sequence=frame.number)
     if frame.time is not None:
         stream.set_time("timestamp", timestamp=frame.time)

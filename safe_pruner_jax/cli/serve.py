@@ -28,7 +28,7 @@ class Serve(Model):
       default_prompt: used for requests without a prompt.
       host: address to listen on; 0.0.0.0 for every interface, which needs an API key.
       port: port to listen on.
-      protocol: openpi's, or that of allenai's evaluation harness (docs/wire.md).
+      protocol: openpi's, or that of allenai's evaluation harness (docs/observing.md).
       record: write every request and reply to policy_records/.
       record_as: one file per episode that `openpi inspect` replays, or openpi's own files, one pickle per step.
       programs: folder that keeps compiled programs for the next start; "none": nowhere. Default:

@@ -50,7 +50,7 @@ def run_view(args: View, method: Method) -> None:
         first = next(frames, None)
         if first is None:
             raise ValueError(f"{args.source}: expected at least one step, got none")
-        stream = view.open_recording(args.source, first.images, save=args.save, web=args.web)
+        stream = view.open_recording(args.source, first, save=args.save, web=args.web)
         count = 0
         for frame in itertools.chain([first], frames):
             view.show(stream, frame)
