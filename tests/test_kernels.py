@@ -11,7 +11,7 @@ from tiny_engine import close
 
 from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import gemma, kernels, pi0, quantisation
+from safe_pruner_jax.model import expert_kernels, gemma, kernels, pi0, quantisation
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import init_params
 
@@ -80,10 +80,39 @@ def test_denoise_steps_with_kernels_are_those_without(model):
     late = {"visual_alive": jnp.ones((2, 32), bool), "late_layers": (1,)}
     run = lambda c: pi0.sample(weights, c, prefix, noise[:, 0], noise, **late)
     want = run(config)
-    for names in (kernels.NAMES[:1], kernels.NAMES[1:], kernels.NAMES):
+    for names in ((kernels.ATTENTION,), (kernels.GATED_MLP,), (kernels.ATTENTION, kernels.GATED_MLP)):
         actions, saliency = run(config.replace(kernels=names))
         close(actions, want[0], 1e-5)
         close(saliency, want[1], 1e-6)
+
+
+@pytest.mark.parametrize("keys", [41, 384])
+def test_a_chunk_by_whole_layers_is_that_without(keys):
+    """The kernel needs the norms stacked; 384 keys are split among blocks, and late layers take XLA's path."""
+    layer = GemmaConfig(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
+    config = sizes.mini(prefix=layer, expert=layer, vision=SiglipConfig(16, 1, 32, 2), image_size=56, action_horizon=4)
+    params = init_params(jax.random.key(0), config)
+    # at openpi's zeros the adaptive norms close every branch, and any kernel would pass
+    opened = lambda path, a: a + 0.3 * draw(3, *a.shape) if "Dense_0" in jax.tree_util.keystr(path) else a
+    params = jax.tree_util.tree_map_with_path(opened, params)
+    prepare = jax.jit(pi0.prepare, static_argnums=1, static_argnames="num_steps")
+    seen = jnp.broadcast_to(jnp.arange(keys)[None, None] < keys - 5, (2, 1, keys))
+    segments = tuple(gemma.Segment(draw(i, 2, keys, 1, 16), draw(i + 9, 2, keys, 1, 16), seen) for i in range(3))
+    prefix, noise = pi0.Prefix(segments, jnp.full(2, keys - 5)), draw(20, 2, 4, 8)
+    late = {"visual_alive": jnp.ones((2, 32), bool), "late_layers": (1,)}
+
+    def run(config, given):
+        return pi0.sample(prepare(params, config, num_steps=3), config, prefix, noise[:, 0], noise, **given)
+
+    fused = config.replace(kernels=(kernels.LAYER,), savings=("stacked",))
+    for given in ({}, late):
+        want, got = run(config, given), run(fused, given)
+        close(got[0], want[0], 2e-5)
+        if given:
+            close(got[1], want[1], 1e-6)
+    calls = lambda config: str(jax.make_jaxpr(lambda: run(config, {}))()).count("pallas_call")
+    assert calls(fused) > 0 == calls(config)  # it is the kernel that was compared
+    assert calls(config.replace(kernels=(kernels.LAYER,))) == 0  # without stacked norms it stays out
 
 
 @pytest.mark.parametrize("name", kernels.NAMES)
@@ -96,8 +125,17 @@ def test_a_gpu_compiler_takes_them(name):
             q, kv, kv, jnp.ones((1, 576), bool), own, own, jnp.ones((1, 10, 10), bool), interpret=False
         ),
         kernels.GATED_MLP: lambda: kernels.gated_mlp(q[0, :, 0].repeat(4, 1), w, interpret=False),
+        kernels.LAYER: lambda: expert_kernels.layer(
+            expert, weights, rows, (angles, angles), np.eye(16, dtype=np.int32), prefix, norms, 0, interpret=False
+        ),
     }
-    w = jnp.zeros((1024, 8192), "bfloat16")
+    w, expert = jnp.zeros((1024, 8192), "bfloat16"), GemmaConfig(1024, 18, 4096, 8, 1, 256)
+    rows, angles = jnp.zeros((1, 16, 1024), "bfloat16"), jnp.zeros((1, 16, 1, 128))
+    prefix = gemma.Segment(kv, kv, jnp.ones((1, 1, 576), bool))
+    norms = gemma.Stacked(jnp.zeros((18, 2, 3, 1024)))
+    sizes_of = {"qkv": (1024, 2560), "out": (2048, 1024), "gate_up": (1024, 8192), "down": (4096, 1024)}
+    matrices = {name: jnp.zeros(shape, "bfloat16") for name, shape in sizes_of.items()}
+    weights = gemma.LayerWeights(gain1=None, gain2=None, **matrices)
     text = jax.jit(programs[name]).trace().lower(lowering_platforms=("cuda",)).as_text()
     assert "triton" in text
 
@@ -112,7 +150,7 @@ def ticks(gain):
 def test_the_tuner_keeps_what_is_faster(model, caplog):
     config, weights = model
     chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.5))
-    assert chosen.kernels == kernels.NAMES
+    assert chosen.kernels == (kernels.ATTENTION, kernels.GATED_MLP)  # this model's norms are not stacked
     assert {f.verdict for f in found.values()} == {"used"} and found["attention"].gain == pytest.approx(1.5)
     chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.01))
     assert chosen.kernels == () and {f.verdict for f in found.values()} == {"slower"}

@@ -26,7 +26,7 @@ def run(params, config, images, camera_mask, tokens, token_mask, state, noise):
     rows = pi0.embed_prefix(weights, config, images, camera_mask, tokens, token_mask)
     _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
     at = jax.tree.map(lambda a: a[0], weights.schedule)
-    v, _ = pi0.velocity(weights, config, pi0.Prefix(segments, rows.count), state, noise, at)
+    v, *_ = pi0.velocity(weights, config, pi0.Prefix(segments, rows.count), state, noise, at)
     return v, segments
 
 

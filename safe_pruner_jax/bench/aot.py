@@ -29,7 +29,7 @@ from safe_pruner_jax.bench.thunks import Sequence
 from safe_pruner_jax.engine import xla
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.engine.programs import embed, finish, shallow
-from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model import kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy.policy import layout_of, pack
 
@@ -39,6 +39,9 @@ PLUGIN = "jax-cuda12-plugin"
 
 DUMP = {"xla_dump_hlo_as_text": True, "xla_gpu_experimental_dump_gpu_executable": True}
 """What makes XLA write down its thunks; `xla_dump_to` says where."""
+
+QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+"""Machine code is not looked at, so no effort goes into it; launches and grids are settled before it is made."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def compiled(gpu: Any, program: Program, options: dict[str, Any] | None = None) 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="aot") as folder:
         try:
-            lowered = jax.jit(program.function).lower(*jax.tree.map(put, program.arguments))
-            done = lowered.compile(compiler_options=DUMP | {"xla_dump_to": folder} | options)
+            with kernels.compiled():
+                lowered = jax.jit(program.function).lower(*jax.tree.map(put, program.arguments))
+            done = lowered.compile(compiler_options=DUMP | QUICK | {"xla_dump_to": folder} | options)
         except Exception as error:  # the compiler's own errors have no common type
             raise TargetError(f"does not compile for {gpu.device_kind}: {first_line(error)}") from error
         memory = done.memory_analysis()

@@ -17,7 +17,7 @@ from safe_pruner_jax.bench.baseline import Openpi, OpenpiUnavailable
 from safe_pruner_jax.bench.modes import Mode, example_of, make, random_weights, roofline_s, shapes_of, step_mode
 from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.model import pi0, quantisation
-from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.config import Pi0Config, Saving
 from safe_pruner_jax.model.quantisation import EightBit
 from safe_pruner_jax.policy.policy import all_slots, layout_of
 from safe_pruner_jax.pruners import Pruner, full
@@ -59,6 +59,7 @@ class Bench:
       openpi_variant: "dummy" takes openpi's test sizes, to try things out.
       compile_for: GPUs (h100, h200, rtx4090, rtx5090, orin, thor) that the programs are compiled for instead of being
         run here: launches, memory and a modelled time. Takes jax's CUDA plugin (extra `aot`) and no GPU.
+      savings: what programs do for fewer launches, names of `model.config.SAVINGS`; None: what pays on the platform.
       out: folder for NAME.json, NAME.md and NAME.png, and for NAME.rounds.jsonl, which gets every round as it ends.
       name: of these files.
     """
@@ -79,6 +80,7 @@ class Bench:
     openpi_python: str | None = None
     openpi_variant: str = ""
     compile_for: tuple[str, ...] = ()
+    savings: tuple[Saving, ...] | None = None
     out: Path = Path("out/bench")
     name: str = "bench"
 

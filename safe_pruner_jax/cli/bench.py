@@ -16,6 +16,7 @@ from rich.progress import Progress
 from safe_pruner_jax.bench import launches, machine
 from safe_pruner_jax.bench.measure import Bench, fits, measure, openpi_baseline
 from safe_pruner_jax.bench.picture import bars, table
+from safe_pruner_jax.engine import xla
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.pruners import factory
 from safe_pruner_jax.robots.configs import get_config
@@ -34,6 +35,8 @@ def run_bench(args: Bench) -> None:
     config = config.replace(dtype=args.dtype or config.dtype)
     if args.depth is not None:
         config = config.with_depth(args.depth)
+    platform = "gpu" if args.compile_for else None
+    config = config.replace(savings=xla.savings(platform) if args.savings is None else args.savings)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.compile_for:
         return _compile(args, config)
@@ -63,6 +66,7 @@ def _sizes(args: Bench, config: Pi0Config) -> dict[str, Any]:
         "views": args.views,
         "prompt_tokens": args.prompt,
         "num_steps": args.num_steps,
+        "savings": list(config.savings),
     }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.model import kernels, pi0
+from safe_pruner_jax.model import expert_kernels, kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.timing import interleave, ratio
@@ -60,13 +60,13 @@ def tuned(
       clock: seconds.
 
     Returns:
-      The configuration, and what became of every kernel. A kernel that does not compile or gives other actions is
+      The configuration, and what became of every kernel that is made for such a model. A kernel that does not compile or gives other actions is
       left out and logged in one line.
     """
     arguments = _example(config, keys, robots)
     found: dict[str, Finding] = {}
     for name in kernels.NAMES:
-        if name in config.kernels:
+        if name in config.kernels or not _applies(name, weights, config):
             continue
         candidate = config.replace(kernels=(*config.kernels, name))
         try:
@@ -90,6 +90,13 @@ def on_gpu(weights: pi0.Weights, config: Pi0Config) -> tuple[Pi0Config, dict[str
     if jax.default_backend() == "cpu":
         return config, {}
     return tuned(weights, config, 2 * config.tokens_per_camera + 32)
+
+
+def _applies(name: str, weights: pi0.Weights, config: Pi0Config) -> bool:
+    """Whether a kernel would take part at all: the one for whole layers wants stacked norms and certain sizes."""
+    rows = config.action_horizon + (not config.pi05)
+    mods = weights.schedule.mods
+    return name != kernels.LAYER or expert_kernels.supports(config.expert, weights.expert[0], mods, rows)
 
 
 def _example(config: Pi0Config, keys: int, robots: int) -> tuple:

@@ -155,7 +155,7 @@ def _action_saliency(
     first = jax.tree.map(lambda a: a[0], weights.schedule)
     tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
     upto = prefix.replace(segments=prefix.segments[: max(actions) + 1])
-    _, expert = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions)
+    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions)
     rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
 
     def of(layer: int, over: str) -> Array:

@@ -21,12 +21,23 @@ from typing import Any
 
 import jax
 
+from safe_pruner_jax.model.config import SAVINGS, Saving
+
 CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Options of a CPU program: no product goes to YNNPACK."""
 
 
 GPU: dict[str, Any] = {}
 """Options of a GPU program."""
+
+
+def savings(platform: str | None = None) -> tuple[Saving, ...]:
+    """What programs do to launch less (`Pi0Config.savings`): all of it on a GPU, nothing on a CPU.
+
+    A CPU has no launches to save, and its products want no padding.
+    """
+    platform = platform or jax.default_backend()
+    return () if platform == "cpu" or os.environ.get("SAFE_PRUNER_XLA") == "default" else SAVINGS
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ SHOWN = 6
 _BLOCK = 1 << 20  # values looked at together; keeps the temporaries in cache
 
 
-def check_dtype(dtype: object) -> np.dtype | None:
+def check_dtype(dtype: Any) -> np.dtype | None:
     """A floating dtype by its name, None for None; ValueError for another."""
     if dtype is None:
         return None

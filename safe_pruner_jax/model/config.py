@@ -5,13 +5,24 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """Prefix order of the cameras; fixed by openpi whatever the order in a request."""
 
-KERNELS = ("attention", "gated_mlp")
+KERNELS = ("attention", "gated_mlp", "layer")
 """Names that `Pi0Config.kernels` may hold, see `model.kernels`."""
+
+Saving = Literal["stacked", "room", "rotation", "vision"]
+
+SAVINGS: tuple[Saving, ...] = ("stacked", "room", "rotation", "vision")
+"""Names that `Pi0Config.savings` may hold: what makes a GPU launch less and computes the same.
+
+* stacked: the adaptive norms of all layers in one array with 1 + scale in it (`gemma.Stacked`);
+* room: a layer's own keys and values are written behind the prefix's, with one mask for all steps (`model.room`);
+* rotation: angles of the action rows once per chunk and not per denoise step;
+* vision: the tower's MLP is padded to a width that products like, once, when weights are prepared.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Pi0Config:
       dtype: activation dtype, "bfloat16" or "float32".
       cameras: their names, in prefix order.
       kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `engine.autotune.tuned`.
+      savings: names of `SAVINGS` that programs use, for fewer launches on a GPU, see `engine.xla.savings`; weights have
+        to be prepared with the same.
       temperature: standard deviation of the noise that a chunk is made from, where the caller brings none. At 1,
         openpi's and what training assumes, chunks are samples; at 0 they are one deterministic function of what is
         seen, near the middle of the samples.
@@ -73,6 +86,7 @@ class Pi0Config:
     dtype: str = "bfloat16"
     cameras: tuple[str, ...] = field(default=CAMERAS)
     kernels: tuple[str, ...] = ()
+    savings: tuple[str, ...] = ()
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -98,6 +112,8 @@ class Pi0Config:
             )
         if unknown := set(self.kernels) - set(KERNELS):
             raise ValueError(f"kernels: expected some of {', '.join(KERNELS)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(self.savings) - set(SAVINGS):
+            raise ValueError(f"savings: expected some of {', '.join(SAVINGS)}, got {', '.join(sorted(unknown))}")
         if not 0 <= self.temperature <= 1:
             raise ValueError(f"temperature: expected 0 (deterministic) to 1 (as trained), got {self.temperature}")
         if self.dtype not in ("bfloat16", "float32"):

@@ -64,7 +64,7 @@ def flow_loss(
         at = jax.tree.map(lambda a: a[:, None], pi0.schedule(params, config, t))
         mix = t[:, None, None]
         x_t = mix * noise + (1 - mix) * actions
-        v, _ = pi0.velocity(prefix.weights, config, prefix, state, x_t, at)
+        v, *_ = pi0.velocity(prefix.weights, config, prefix, state, x_t, at)
         return jnp.square(v.astype(jnp.float32) - (noise - actions)).mean(-1)
 
     return jax.vmap(draw, in_axes=1, out_axes=1)(times, noise)

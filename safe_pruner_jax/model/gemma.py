@@ -40,8 +40,23 @@ class LayerWeights:
 class Modulation:
     """adaRMS of one layer: scale, shift, gate of both norms as [..., 3D], broadcast against [B, R, 3D]."""
 
-    attn: Array
-    mlp: Array
+    attn: "Array | Stacked"
+    mlp: "Array | Stacked"
+
+
+@struct.dataclass
+class Stacked:
+    """Adaptive norms of every layer in one float32 array, so that one row of it is all a denoise step reads.
+
+    `values` [..., L, 2, 3, D]: of the norm before attention and before the MLP, 1 + scale, shift and gate. `of` gives
+    those of one norm, [..., 3, D]. The same numbers as in `Modulation`, widened.
+    """
+
+    values: Array
+
+    def of(self, layer: int) -> Modulation:
+        """Both norms of a layer."""
+        return Modulation(*(Stacked(self.values[..., layer, i, :, :]) for i in range(2)))
 
 
 Place = Callable[[Array, Array], tuple[Array, Array]]
@@ -103,10 +118,13 @@ def _rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def rms_norm(x: Array, gain: Array | None = None, mod: Array | None = None) -> tuple[Array, Array | float]:
-    """RMS norm of x [B, S, D] with a gain [D], or adaptive with mod [..., 3D]; returns it and the gate."""
+def rms_norm(x: Array, gain: Array | None = None, mod: Array | Stacked | None = None) -> tuple[Array, Array | float]:
+    """RMS norm of x [B, S, D], and its gate: with a gain [D], or adaptive with mod [..., 3D] or `Stacked`."""
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + 1e-6)
+    if isinstance(mod, Stacked):
+        gain, shift, gate = (beside(mod.values[..., i, :], f) for i in range(3))
+        return (f * gain + shift).astype(x.dtype), gate.astype(x.dtype)
     if mod is None:
         return (f * beside(gain, f)).astype(x.dtype), 1.0  # pyright: ignore[reportOperatorIssue]  without mod there is a gain
     scale, shift, gate = jnp.split(beside(mod, f), 3, axis=-1)

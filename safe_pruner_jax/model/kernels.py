@@ -2,6 +2,7 @@
 
     attention      queries over the prefix's keys and the chunk's own, softmax, and the sum of the values, in one launch
     gated_mlp      gelu(x @ gate) · (x @ up), in one launch and without the two products in memory
+    layer          a whole layer of π0.5's expert in five launches, see `expert_kernels`
 
 A configuration names the kernels its programs use (`Pi0Config.kernels`); the default is none, which is the XLA path.
 `engine.autotune.tuned` tries each on the device against the XLA path and keeps those that compile, agree and are
@@ -11,7 +12,10 @@ for tests.
 They give no logits and have no derivative: a layer whose logits are wanted, and a guided chunk, take the XLA path.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -37,7 +41,7 @@ KEYS = 64
 COLUMNS = 64
 """Columns of a block of the gated MLP, and rows of a block of its matrices."""
 
-ATTENTION, GATED_MLP = NAMES = KERNELS
+ATTENTION, GATED_MLP, LAYER = NAMES = KERNELS
 
 # jax 0.5 has the same class under another name; giving one at all is what chooses Triton
 TRITON = getattr(triton, "CompilerParams", None) or triton.TritonCompilerParams
@@ -55,14 +59,28 @@ def padded(a: Array, axis: int, to: int) -> Array:
     return jnp.pad(a, [(0, missing if i == axis % a.ndim else 0) for i in range(a.ndim)])
 
 
-def _interpreted(asked: bool | None) -> bool:
-    return jax.default_backend() == "cpu" if asked is None else asked
+_compiling = contextvars.ContextVar("compiling for a GPU that is not there", default=False)
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[None]:
+    """Inside, kernels are compiled although this machine has a CPU only: `openpi bench --compile-for`."""
+    token = _compiling.set(True)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
+def run_interpreted(asked: bool | None) -> bool:
+    """Whether a kernel is interpreted: as asked for, else on a CPU."""
+    return (jax.default_backend() == "cpu" and not _compiling.get()) if asked is None else asked
 
 
 # --- attention ----------------------------------------------------------------------------------------------
 
 
-def _online(q: Array, k: Array, v: Array, seen: Array, carry: tuple) -> tuple:
+def online(q: Array, k: Array, v: Array, seen: Array, carry: tuple) -> tuple:
     """One block of keys [Y, H] into the running (sum of values [X, H], maximum [X], sum of weights [X]) of q [X, H]."""
     out, top, total = carry
     logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -91,11 +109,11 @@ def _attention(
 
     def block(i: Array, carry: tuple) -> tuple:
         at = pl.ds(i * KEYS, KEYS)
-        return _online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
+        return online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
 
     start = (jnp.zeros((rows, width), jnp.float32), jnp.full(rows, LOW, jnp.float32), jnp.zeros(rows, jnp.float32))
     carry = lax.fori_loop(0, keys // KEYS, block, start)
-    out, _, total = _online(q, own_k_ref[...], own_v_ref[...], own_seen_ref[...] != 0, carry)
+    out, _, total = online(q, own_k_ref[...], own_v_ref[...], own_seen_ref[...] != 0, carry)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
 
 
@@ -153,7 +171,7 @@ def attention(
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct((B, K, X, H), q.dtype),
         compiler_params=TRITON,
-        interpret=_interpreted(interpret),
+        interpret=run_interpreted(interpret),
     )(x, heads(k), heads(v), seen.astype(jnp.int32), *own, allowed)
     return out[:, :, : R * G].reshape(B, K, R, G, H).swapaxes(1, 2).reshape(B, R, N * H)
 
@@ -219,7 +237,7 @@ def gated_mlp(x: Array, gate_up: Matrix, *, interpret: bool | None = None) -> Ar
         out_specs=pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], F), x.dtype),
         compiler_params=TRITON,
-        interpret=_interpreted(interpret),
+        interpret=run_interpreted(interpret),
     )(rows, values, values, *([gate_up.scale] * 2 if scaled else []))
     count = functools.reduce(lambda a, b: a * b, x.shape[:-1], 1)
     return out[:count].reshape(*x.shape[:-1], F)

@@ -18,14 +18,35 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from safe_pruner_jax.arrays import Array, Layers, beside
+from safe_pruner_jax.arrays import Array, Layers
 from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
+from safe_pruner_jax.model.expert import (
+    Prefix,
+    expert_layers,
+    inside_of,
+    padded,
+    suffix_mask,
+    suffix_tokens,
+    velocity,
+)
 from safe_pruner_jax.model.guidance import Guide, guided
 from safe_pruner_jax.model.weights import Schedule, Weights, euler_times, prepare, schedule, time_embedding
 from safe_pruner_jax.tokens import saliency, spread
 
-__all__ = ["Schedule", "Weights", "euler_times", "prepare", "schedule", "time_embedding"]  # of `weights`
+__all__ = [  # of `weights` and `expert`
+    "Prefix",
+    "Schedule",
+    "Weights",
+    "euler_times",
+    "expert_layers",
+    "prepare",
+    "schedule",
+    "suffix_mask",
+    "suffix_tokens",
+    "time_embedding",
+    "velocity",
+]
 
 
 # --- prefix -------------------------------------------------------------------------------------------------
@@ -49,19 +70,6 @@ class Rows:
     def count(self) -> Array:
         """[B] int32 alive rows."""
         return self.mask.sum(1, dtype=jnp.int32)
-
-
-@struct.dataclass
-class Prefix:
-    """What the expert reads of an observation.
-
-    Args:
-      segments: keys and values of layers 0, 1, …; they may have another length in every layer.
-      alive: [B] int32, alive slots of the *unpruned* prefix: the position of the first suffix row.
-    """
-
-    segments: tuple[gemma.Segment, ...]
-    alive: Array
 
 
 def embed_prefix(
@@ -162,103 +170,7 @@ def prefix_layers(
     return x, tuple(segments), kept
 
 
-# --- action expert ------------------------------------------------------------------------------------------
-
-
-def suffix_tokens(weights: Weights, config: Pi0Config, state: Array, x_t: Array, mix: Array | None) -> Array:
-    """Expert input [B, R, W] float32: action tokens; π0 mixes the time in and puts one state token first."""
-
-    def affine(x: Array, a: siglip.Affine) -> Array:
-        y = x @ a.w.astype(jnp.float32)
-        return y + beside(a.b, y)
-
-    tokens = affine(x_t, weights.action_in)
-    if config.pi05:
-        return tokens
-    first, second = weights.mixer  # pyright: ignore[reportGeneralTypeIssues]  π0 has one
-    mixed = tokens @ first.astype(jnp.float32)
-    tokens = affine(jax.nn.swish(mixed + beside(mix, mixed)), second)
-    return jnp.concatenate([affine(state, weights.state)[:, None], tokens], axis=1)
-
-
-def suffix_mask(config: Pi0Config) -> np.ndarray:
-    """[1, R, R] bool: action rows see all suffix rows, π0's state row only itself."""
-    rows = config.action_horizon + (not config.pi05)
-    mask = np.ones((1, rows, rows), bool)
-    if not config.pi05:
-        mask[:, 0, 1:] = False
-    return mask
-
-
-def expert_layers(
-    weights: Weights,
-    config: Pi0Config,
-    tokens: Array,
-    prefix: Prefix,
-    mods: tuple[gemma.Modulation, ...] | None,
-    logits_of: Layers = (),
-    use: tuple[str, ...] = (),
-) -> tuple[Array, dict[int, Array]]:
-    """Runs the expert over as many layers as `prefix` has segments.
-
-    Args:
-      weights, config: the model.
-      tokens: [B, R, W] from `suffix_tokens`.
-      prefix: keys and values of layers 0, 1, ….
-      mods: adaptive norms per layer for this flow time; None for π0.
-      logits_of: layers whose attention logits are returned.
-      use: kernels; with the one for attention, `prefix` is padded (`_padded`).
-
-    Returns:
-      hidden rows [B, R, W] in the activation dtype, {layer: logits [B, N, R, P_layer + R]}.
-    """
-    c = config.expert
-    h = tokens.astype(config.dtype)
-    rotation = gemma.rope(prefix.alive[:, None] + jnp.arange(h.shape[1])[None], c.head_dim)
-    mask = jnp.asarray(suffix_mask(config))
-    kept = {}
-    for i, segment in enumerate(prefix.segments):
-        mod, how = None if mods is None else mods[i], {}
-        if kernels.ATTENTION in use and i not in logits_of:
-            how["attend"] = _fused_attention
-        if kernels.GATED_MLP in use:
-            how["gate_and_up"] = kernels.gated_mlp
-        h, _, logits = gemma.layer(c, weights.expert[i], h, rotation, mask, cache=(segment,), mod=mod, **how)
-        if i in logits_of:
-            kept[i] = logits
-    return h, kept
-
-
-def _fused_attention(q: Array, segments: tuple[gemma.Segment, ...]) -> tuple[Array, None]:
-    prefix, own = segments
-    return kernels.attention(
-        q, prefix.k, prefix.v, prefix.mask[:, 0], own_k=own.k, own_v=own.v, own_seen=own.mask
-    ), None
-
-
-def _padded(s: gemma.Segment) -> gemma.Segment:
-    """A prefix segment with as many keys as the kernel takes at a time; the new ones are masked."""
-    k, v = (kernels.padded(a, 1, kernels.KEYS) for a in (s.k, s.v))
-    return gemma.Segment(k, v, kernels.padded(s.mask, 2, kernels.KEYS))
-
-
-def velocity(
-    weights: Weights,
-    config: Pi0Config,
-    prefix: Prefix,
-    state: Array,
-    x_t: Array,
-    at: Schedule,
-    logits_of: Layers = (),
-    use: tuple[str, ...] = (),
-) -> tuple[Array, dict[int, Array]]:
-    """v(x_t, t) [B, A, action_dim], and the attention logits of some layers; `at` is one time of a schedule."""
-    tokens = suffix_tokens(weights, config, state, x_t, at.mix)
-    h, logits = expert_layers(weights, config, tokens, prefix, at.mods, logits_of=logits_of, use=use)
-    h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
-    h = h[:, -config.action_horizon :]
-    v = h @ weights.action_out.w
-    return v + beside(weights.action_out.b, v), logits
+# --- sampler ----------------------------------------------------------------------------------------------
 
 
 def action_saliency(config: Pi0Config, logits: Array, visual_alive: Array, over: str = "visual") -> Array:
@@ -314,19 +226,26 @@ def sample(
     share = jnp.asarray(np.where(np.arange(s) >= first, 1.0 / (s - first), 0.0), jnp.float32)
     late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
     use = config.kernels if guide is None else ()  # a guided step is differentiated
-    if kernels.ATTENTION in use:
-        prefix = prefix.replace(segments=tuple(map(_padded, prefix.segments)))
+    inside = inside_of(config, prefix, config.savings if guide is None else ())
+    if {kernels.ATTENTION, kernels.LAYER} & set(use):
+        prefix = prefix.replace(segments=tuple(map(padded, prefix.segments)))
 
-    def step(carry: tuple[Array, Array | None], inputs: tuple[Schedule, Array]) -> tuple[tuple, None]:
-        x, late = carry
+    def step(carry: tuple[Array, Array | None, tuple], inputs: tuple[Schedule, Array]) -> tuple[tuple, None]:
+        x, late, rooms = carry
         at, share = inputs
-        flow = lambda x: velocity(weights, config, prefix, state, x, at, logits_of=late_layers, use=use)
-        v, logits = flow(x) if guide is None else guided(flow, x, at.times, guide)
+        if isinstance(at.mods, gemma.Stacked):  # one row of the schedule, read once: XLA would slice it in every layer
+            at = at.replace(mods=jax.lax.optimization_barrier(at.mods))
+
+        def flow(x: Array) -> tuple[Array, tuple]:
+            v, *more = velocity(weights, config, prefix, state, x, at, late_layers, use, inside.replace(rooms=rooms))
+            return v, tuple(more)
+
+        v, (logits, rooms) = flow(x) if guide is None else guided(flow, x, at.times, guide)
         if late_layers:
             now = [_late(config, logits[i], visual_alive, (columns or {}).get(i), late_over) for i in late_layers]
             # a step without weight may not bring in its NaN either
             late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
-        return (x + (-1.0 / s) * v, late), None
+        return (x + (-1.0 / s) * v, late, rooms), None
 
-    (actions, late), _ = jax.lax.scan(step, (noise, late), (weights.schedule, share))
+    (actions, late, _), _ = jax.lax.scan(step, (noise, late, inside.rooms), (weights.schedule, share))
     return actions, late

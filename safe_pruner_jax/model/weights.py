@@ -23,15 +23,15 @@ class Schedule:
     Args:
       times: [s] float32 flow times, 1 is noise and 0 is data.
       cond: [s, W] the condition of the adaptive norms (π0.5), else None.
-      mods: per layer `Modulation` of [s, 3W] (π0.5), else None.
-      final: [s, 3W] modulation of the final norm (π0.5), else None.
+      mods: per layer `Modulation` of [s, 3W] (π0.5), or with the saving "stacked" `Stacked` [s, L, 2, 3, W]; else None.
+      final: [s, 3W] modulation of the final norm (π0.5), or `Stacked` [s, 3, W]; else None.
       mix: [s, W] what time adds to every action token (π0), else None.
     """
 
     times: Array
     cond: Array | None
-    mods: tuple[gemma.Modulation, ...] | None
-    final: Array | None
+    mods: tuple[gemma.Modulation, ...] | gemma.Stacked | None
+    final: Array | gemma.Stacked | None
     mix: Array | None
 
 
@@ -146,5 +146,17 @@ def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndar
         (norm["Dense_0"]["kernel"], norm["Dense_0"]["bias"])
         for norm in (llm["layers"]["pre_attention_norm_1"], llm["layers"]["pre_ffw_norm_1"], llm["final_norm_1"])
     )
-    mods = map(gemma.Modulation, by_layer(modulate, *attn), by_layer(modulate, *mlp))
-    return Schedule(jnp.asarray(times), cond, tuple(mods), modulate(*map(read, last)), None)
+    mods = tuple(map(gemma.Modulation, by_layer(modulate, *attn), by_layer(modulate, *mlp)))
+    final = modulate(*map(read, last))
+    if "stacked" in config.savings:
+        rows = [jnp.stack([_widened(m.attn), _widened(m.mlp)], axis=-3) for m in mods]
+        return Schedule(
+            jnp.asarray(times), cond, gemma.Stacked(jnp.stack(rows, -4)), gemma.Stacked(_widened(final)), None
+        )
+    return Schedule(jnp.asarray(times), cond, mods, final, None)
+
+
+def _widened(mod: Array) -> Array:
+    """scale, shift, gate [..., 3W] → 1 + scale, shift, gate [..., 3, W] float32, as `gemma.rms_norm` computes it."""
+    parts = mod.reshape(*mod.shape[:-1], 3, -1).astype(jnp.float32)
+    return parts.at[..., 0, :].add(1.0)

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from safe_pruner_jax.engine import autotune
+from safe_pruner_jax.engine import autotune, xla
 from safe_pruner_jax.engine.engine import Engine
-from safe_pruner_jax.engine.xla import upright
 from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.checkpoint import open_params
 from safe_pruner_jax.model.fetch import fetch
@@ -161,7 +160,7 @@ def load_policy(
         raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
     folder = embedded_folder() if packaged else fetch(address)
     config, stats = described(folder, config)
-    chosen = {"dtype": dtype, "temperature": temperature}
+    chosen = {"dtype": dtype, "temperature": temperature, "savings": xla.savings()}
     model = config.model.replace(**{name: value for name, value in chosen.items() if value is not None})
     if packaged:
         params = embedded_params()
@@ -171,7 +170,7 @@ def load_policy(
         own = folder / "tokenizer.model"
         tokenizer = own if config.name == EMBEDDED or own.exists() else fetch(PALIGEMMA_TOKENIZER)
     io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
-    prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and upright(model.dtype))
+    prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and xla.upright(model.dtype))
     weights = jax.tree.map(jnp.asarray, prepared)
     if quantise is not None and (usable := quantisation.usable(quantise, model.dtype)):
         weights = quantisation.reduce(weights, usable)

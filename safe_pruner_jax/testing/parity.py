@@ -138,7 +138,7 @@ def quantities(
     for name, t, x_t in (("t1", 1.0, noise), ("t05", 0.5, x_half)):
         at = jax.tree.map(lambda a: a[0], pi0.schedule(params, config, [t]))
         tokens = pi0.suffix_tokens(weights, config, inputs.state, x_t, at.mix)
-        h, _ = pi0.expert_layers(weights, config, tokens, prefix, at.mods)
+        h, *_ = pi0.expert_layers(weights, config, tokens, prefix, at.mods)
         out[f"suffix_tokens_{name}"] = tokens
         out[f"suffix_out_{name}"] = gemma.rms_norm(h, weights.final_gain, at.final)[0]
         out[f"v_{name}"] = pi0.velocity(weights, config, prefix, inputs.state, x_t, at)[0]
@@ -147,7 +147,7 @@ def quantities(
     out["actions"], _ = pi0.sample(weights, config, prefix, inputs.state, noise)
 
     def euler(x: jax.Array, at: pi0.Schedule) -> tuple[jax.Array, jax.Array]:
-        v, _ = pi0.velocity(weights, config, prefix, inputs.state, x, at)
+        v, *_ = pi0.velocity(weights, config, prefix, inputs.state, x, at)
         x = x + (-1.0 / num_steps) * v
         return x, x
 
