@@ -60,8 +60,8 @@ def tuned(
       clock: seconds.
 
     Returns:
-      The configuration, and what became of every kernel that is made for such a model. A kernel that does not compile or gives other actions is
-      left out and logged in one line.
+      The configuration, and what became of every kernel that is made for such a model. A kernel that does not compile
+      or gives other actions is left out and logged in one line.
     """
     arguments = _example(config, keys, robots)
     found: dict[str, Finding] = {}
