@@ -54,7 +54,8 @@ def measure(
 
     Returns:
       Rows with "score" ("fused", "same slot", "fastv", "random", "truth"), "queries" (None where the score has none),
-      "fuse", "keep", "calls" and "loss" in [0, 1]; "loss_by_layer" for layers cut..L-1. "random" is the expectation, 1 - K/n.
+      "fuse", "keep", "calls" and "loss" in [0, 1]; "loss_by_layer" for layers cut..L-1. "random" is the expectation,
+      1 - K/n.
       "same slot" is the keyframe's late saliency without matching, a control of the forecast alone (λ = 1).
       "truth" keeps by what L_d pay attention to in the call itself: the loss that no forecast can avoid. None where an
       episode has keyframes only.

@@ -85,8 +85,8 @@ def decisions(replies: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dic
         found["pruning.kappa"] = np.asarray(kappa, np.float32)
         found["pruning.tokens"] = np.array([pruning["kept"] for pruning in told], np.int64)
         found |= _kept(told, config)
-    grids = [(reply.get("attention") or {}).get("grids") for reply in replies]
-    if all(grids):
+    grids = [reply["attention"]["grids"] for reply in replies if reply.get("attention")]
+    if grids and len(grids) == len(replies):
         for camera in grids[0]:
             layers = np.stack([np.asarray(own[camera], np.float32) for own in grids])
             found[f"pruning.attention.{camera}"] = layers
