@@ -2,33 +2,39 @@
 PYTHON ?= python3
 VENV := .venv
 PINNED := .venv-pinned
+AOT := .venv-aot
 PIP_FLAGS := --quiet --disable-pip-version-check
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-pinned test-cluster lint format libero setup clean
+.PHONY: help demo test test-pinned test-cluster test-aot lint format libero setup clean
 
 help:
 	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
 	@echo "make test         lint and tests on the newest jax (sets up .venv and the LIBERO simulator)"
 	@echo "make test-pinned  tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
 	@echo "make test-cluster evaluation and serving on a Ray cluster of three nodes on this machine"
+	@echo "make test-aot     launches of a control step, compiled for a GPU that need not be there"
 	@echo "make lint format clean"
 
 demo: libero
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 test: libero lint
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray") $(ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray and not aot") $(ARGS)
 
 # the model, the pruners and serving run on openpi's pins; what does not is marked `newest`
 test-pinned: $(PINNED)/.ready
-	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero and not newest" $(ARGS)
+	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero and not newest and not ray and not aot" $(ARGS)
 
 # three Ray nodes on loopback; nightly, since Ray alone takes 340 MB
 test-cluster: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[ray]"
 	$(VENV)/bin/python -m pytest -m ray $(ARGS)
+
+# a room of its own: a CUDA plugin beside jax would change what every other test starts with
+test-aot: $(AOT)/.ready
+	$(AOT)/bin/python -m pytest -m aot tests/test_aot.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -59,5 +65,10 @@ $(PINNED)/.ready: pyproject.toml requirements/openpi-client.txt requirements/pin
 	$(PINNED)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/openpi-client.txt
 	@touch $@
 
+$(AOT)/.ready: pyproject.toml
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(AOT)
+	$(AOT)/bin/python -m pip install $(PIP_FLAGS) -e ".[aot]" pytest hypothesis
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(PINNED) out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PINNED) $(AOT) out .pytest_cache .ruff_cache .hypothesis

@@ -60,6 +60,8 @@ class Bench:
       compile_for: GPUs (h100, h200, rtx4090, rtx5090, orin, thor) that the programs are compiled for instead of being
         run here: launches, memory and a modelled time. Takes jax's CUDA plugin (extra `aot`) and no GPU.
       savings: what programs do for fewer launches, names of `model.config.SAVINGS`; None: what pays on the platform.
+      kernels: with `compile_for`, names of `model.config.KERNELS` that programs are compiled with; here they are chosen
+        by measurement.
       out: folder for NAME.json, NAME.md and NAME.png, and for NAME.rounds.jsonl, which gets every round as it ends.
       name: of these files.
     """
@@ -81,6 +83,7 @@ class Bench:
     openpi_variant: str = ""
     compile_for: tuple[str, ...] = ()
     savings: tuple[Saving, ...] | None = None
+    kernels: tuple[str, ...] = ()
     out: Path = Path("out/bench")
     name: str = "bench"
 

@@ -39,7 +39,7 @@ def run_bench(args: Bench) -> None:
     config = config.replace(savings=xla.savings(platform) if args.savings is None else args.savings)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.compile_for:
-        return _compile(args, config)
+        return _compile(args, config.replace(kernels=args.kernels))
     fits(config)
     report: dict[str, Any] = {
         "command": " ".join(["openpi", *sys.argv[1:]]),
@@ -67,6 +67,7 @@ def _sizes(args: Bench, config: Pi0Config) -> dict[str, Any]:
         "prompt_tokens": args.prompt,
         "num_steps": args.num_steps,
         "savings": list(config.savings),
+        "kernels": list(config.kernels),
     }
 
 

@@ -1,0 +1,112 @@
+"""Compiling for GPUs that are not there: targets, the modelled time, and a guard on the number of launches."""
+
+import dataclasses
+import json
+from importlib import util
+
+import jax
+import pytest
+
+from safe_pruner_jax.bench import aot
+from safe_pruner_jax.bench.hlo import Cost
+from safe_pruner_jax.bench.modelled import Assumptions, launch_time, sequence_time
+from safe_pruner_jax.bench.targets import FOLDER, TargetError, known, target
+from safe_pruner_jax.bench.thunks import Launch, Sequence
+from safe_pruner_jax.engine import xla
+from safe_pruner_jax.robots.configs import get_config
+
+pytestmark = pytest.mark.newest
+
+
+def test_every_target_has_what_a_model_of_time_needs_and_its_sources():
+    assert set(known()) == {"h100", "h200", "orin", "rtx4090", "rtx5090", "thor"}
+    for name in known():
+        gpu = target(name)
+        assert gpu.bytes_per_s > 1e11 and gpu.macs_per_s("bfloat16") * 2 == gpu.flops_per_s["bfloat16"]
+        assert len(gpu.sources) >= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d.pop("multiprocessors"), "gpu.json has no field multiprocessors"),
+        (lambda d: d.update(tensor_cores=4), "unknown field tensor_cores"),
+        (lambda d: d.update(bytes_per_s=0), "bytes_per_s: expected a positive number, got 0"),
+        (lambda d: d["flops_per_s"].pop("bfloat16"), "no rate of bfloat16"),
+    ],
+)
+def test_a_target_that_is_wrong_is_told_in_a_line(change, told, tmp_path):
+    data = json.loads((FOLDER / "h100.json").read_text())
+    change(data)
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    with pytest.raises(TargetError, match=told) as caught:
+        target("gpu", tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TargetError, match="target b200: expected one of gpu"):
+        target("b200", tmp_path)
+
+
+def test_a_launch_takes_the_longest_of_its_least_time_its_bytes_and_its_products():
+    gpu, assumed = target("h100"), Assumptions(least_us=2.0)
+    launch = Launch("kernel", "small", None, Cost(0, 0))
+    assert launch_time(launch, gpu, assumed).launch == pytest.approx(2e-6)
+    moves = dataclasses.replace(launch, cost=Cost(bytes=3_350_000_000, macs=0))
+    assert launch_time(moves, gpu, assumed).memory == pytest.approx(1e-3)
+    multiplies = dataclasses.replace(launch, cost=Cost(bytes=0, macs=494_500_000_000), times=2)
+    assert launch_time(multiplies, gpu, assumed).products == pytest.approx(2e-3)
+    few = dataclasses.replace(moves, blocks=33)  # a quarter of the chip
+    assert launch_time(few, gpu, assumed).memory == pytest.approx(4e-3)
+    run = Sequence(outside=[launch], loop=[launch, moves], turns=10)
+    assert run.total == 21 and sequence_time(run, gpu, assumed).total == pytest.approx(2e-6 + 10 * (2e-6 + 1e-3))
+
+
+def test_without_the_plugin_or_with_another_one_a_line_says_what_to_install(monkeypatch):
+    def absent(name):
+        raise aot.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(aot.metadata, "version", absent)
+    with pytest.raises(
+        TargetError, match=r"got none; pip install 'safe-pruner-jax\[aot\]'"
+    ):
+        aot.device(target("h100"))
+    monkeypatch.setattr(aot.metadata, "version", lambda _: "0.0.1")
+    with pytest.raises(TargetError, match=f"expected jax-cuda12-plugin {jax.__version__} as jax, got 0.0.1"):
+        aot.device(target("h100"))
+
+
+# ----------------------------------------------------------------------------------------------------------- the guard
+
+LIMITS = {"vision block": 16.0, "expert layer": 14.0, "expert layer by kernels": 6.0, "decision": 73.0}
+"""Launches at most, per unit: what was reached when this was written, and nothing above it (docs/performance.md)."""
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    if util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("jax's CUDA plugin is not installed; `make test-aot` installs it")
+    return aot.device(target("h100"))
+
+
+def launches(gpu, depth, blocks, savings=None, kernels=()):
+    """Launches of the programs of a π0.5 of so many layers and vision blocks, at full width."""
+    config = get_config("pi05_libero").model
+    config = config.with_depth(depth).replace(vision=dataclasses.replace(config.vision, depth=blocks))
+    config = config.replace(savings=xla.savings("gpu") if savings is None else savings, kernels=kernels)
+    own = aot.programs(config, num_steps=2)
+    return {name: aot.compiled(gpu, own[name]).sequence for name in ("vision", "before", "decision", "pruned")}
+
+
+@pytest.mark.aot
+def test_launches_per_unit_do_not_rise(gpu):
+    low, high = launches(gpu, 4, 1), launches(gpu, 6, 3)
+    per_step = lambda run: sum(launch.times for launch in run["pruned"].loop)
+    fused = [launches(gpu, depth, 1, kernels=("layer",)) for depth in (4, 6)]
+    found = {
+        "expert layer by kernels": (per_step(fused[1]) - per_step(fused[0])) / 2,
+        "vision block": (high["vision"].total - low["vision"].total) / 2,
+        "expert layer": (per_step(high) - per_step(low)) / 2,
+        "decision": low["decision"].total - low["before"].total,
+    }
+    assert all(found[name] <= LIMITS[name] for name in LIMITS), f"expected at most {LIMITS}, got {found}"
+    undone = per_step(launches(gpu, 6, 1, savings=())) - per_step(launches(gpu, 4, 1, savings=()))
+    assert undone / 2 > LIMITS["expert layer"]  # the guard sees a program that is as it was before
