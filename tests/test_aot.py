@@ -65,9 +65,7 @@ def test_without_the_plugin_or_with_another_one_a_line_says_what_to_install(monk
         raise aot.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(aot.metadata, "version", absent)
-    with pytest.raises(
-        TargetError, match=r"got none; pip install 'safe-pruner-jax\[aot\]'"
-    ):
+    with pytest.raises(TargetError, match=r"got none; pip install 'safe-pruner-jax\[aot\]'"):
         aot.device(target("h100"))
     monkeypatch.setattr(aot.metadata, "version", lambda _: "0.0.1")
     with pytest.raises(TargetError, match=f"expected jax-cuda12-plugin {jax.__version__} as jax, got 0.0.1"):
