@@ -95,11 +95,12 @@ def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert EMBEDDED_WEIGHTS in done.stdout and "pruned / none" in done.stdout
-    assert done.stdout.count("no success in 25 actions") == 4  # after each episode, and in the summary
+    assert done.stdout.count("no success in 25 actions") == 8  # after each of four episodes, and in the summary
 
     records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     visual = 2 * get_config(EMBEDDED).model.tokens_per_camera
-    safe, plain = ([r for r in records if r["pruner"] == name] for name in ("safe", "none"))
+    assert [(r["scene"], r["pruner"]) for r in records[::5]] == [(0, "safe"), (0, "none"), (1, "safe"), (1, "none")]
+    safe, plain = ([r for r in records if (r["scene"], r["pruner"]) == (1, name)] for name in ("safe", "none"))
     assert [r["step"] for r in safe] == [r["step"] for r in plain] == [0, 5, 10, 15, 20]
     assert safe[0]["keyframe"] and safe[0]["kappa"] is None and safe[0]["kept"] == safe[0]["alive"] == visual
     pruned = [r for r in safe if not r["keyframe"]]
@@ -114,7 +115,7 @@ def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
 
     with imageio.get_reader(tmp_path / "episode.mp4") as video:
         frames = [np.asarray(frame) for frame in video]
-    assert len(frames) == 5 + 4 and frames[0].shape == (368, 656 + 16 + 656, 3)  # a second more at the end
+    assert len(frames) == 2 * (5 + 4) and frames[0].shape == (368, 656 + 16 + 656, 3)  # a second more at the end
     assert np.abs(frames[3][:320, :656].astype(int) - frames[3][:320, 672:]).mean() > 10  # pruned, and not
     assert frames[0].std() > 20 and np.abs(frames[1].astype(int) - frames[0]).mean() > 10
     assert imageio.imread(tmp_path / "overlay.png").std() > 20
