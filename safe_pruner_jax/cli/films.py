@@ -170,14 +170,18 @@ def _recordings(folder: Path, config: PolicyConfig) -> Iterator[Film]:
 
 def _nested(flat: Mapping[str, Any], side: str) -> dict[str, Any]:
     """One side of openpi's record, with the entries that robots send flat as they send them."""
-    own = {key.removeprefix(side): value for key, value in flat.items() if key.startswith(side)}
     nested: dict[str, Any] = {}
-    for key, value in own.items():
-        group, _, name = key.partition("/")
-        if group in ("images", "pruning", "policy_timing", "attention") and name:
-            nested.setdefault(group, {})[name] = value
-        else:
-            nested[key] = value
+    for key, value in flat.items():
+        if not key.startswith(side):
+            continue
+        group, *names = key.removeprefix(side).split("/")
+        if not names or group not in ("images", "pruning", "policy_timing", "attention"):
+            nested[key.removeprefix(side)] = value
+            continue
+        place = nested
+        for name in (group, *names[:-1]):
+            place = place.setdefault(name, {})
+        place[names[-1]] = value
     return nested
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from functools import partial
 from typing import Any, Literal
 
-from safe_pruner_jax.cluster.connect import require_ray
+from safe_pruner_jax.cluster.connect import read_replicas, require_ray
 from safe_pruner_jax.engine.xla import default_folder, keep_programs
 from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.identity import SERVED, local_device
@@ -106,7 +106,7 @@ def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
     if args.record:
         raise ValueError("record: expected one server with --record, got --on ray; record where the policy runs alone")
     require_ray()
-    from safe_pruner_jax.cluster.serve import read_replicas, run_until_signal, service
+    from safe_pruner_jax.cluster.serve import run_until_signal, service
 
     plain = Serve(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Serve)})
     files = (args.serving.tls_cert, args.serving.tls_key)

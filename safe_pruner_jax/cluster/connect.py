@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,19 @@ def connected(address: str | None, **options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def read_replicas(text: str) -> tuple[int, int]:
+    """(least, most) of "2" or "1..4"; raises ValueError.
+
+    >>> read_replicas("2"), read_replicas("1..4")
+    ((2, 2), (1, 4))
+    """
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"replicas: expected N, or LEAST..MOST with 1 ≤ LEAST ≤ MOST, got {text!r}")
+    return least, most
 
 
 def alive(node: str) -> bool:

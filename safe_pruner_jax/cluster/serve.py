@@ -11,7 +11,6 @@ robot connects again.
 import contextlib
 import dataclasses
 import logging
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -35,19 +34,6 @@ NAME = "openpi"
 
 LEAVE_S = 10.0
 """Seconds beyond the drain after which Serve ends a replica whatever it is at."""
-
-
-def read_replicas(text: str) -> tuple[int, int]:
-    """(least, most) of "2" or "1..4"; raises ValueError.
-
-    >>> read_replicas("2"), read_replicas("1..4")
-    ((2, 2), (1, 4))
-    """
-    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
-    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= least <= most:
-        raise ValueError(f"replicas: expected N, or LEAST..MOST with 1 ≤ LEAST ≤ MOST, got {text!r}")
-    return least, most
 
 
 @contextlib.contextmanager

@@ -57,14 +57,13 @@ def simulator(package: str = "libero") -> SimpleNamespace:
     # robosuite recommends a private macro file at every import
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     try:
-        import mujoco
-        from robosuite.utils.errors import RandomizationError
-        from robosuite.utils.observables import Observable, sensor
-
         load = lambda name: importlib.import_module(f"{package}.{root.name}{name}")
         names = {"benchmark": load(".benchmark"), "ControlEnv": load(".envs.env_wrapper").ControlEnv}
         names |= {"parse_problem": load(".envs.bddl_utils").robosuite_parse_problem}
         names |= {"get_libero_path": load("").get_libero_path}
+        import mujoco
+        from robosuite.utils.errors import RandomizationError
+        from robosuite.utils.observables import Observable, sensor
     except (ImportError, AttributeError, OSError) as error:  # AttributeError: PyOpenGL without its library
         raise LiberoUnavailable(f"{package} cannot be imported ({one_line(error)}): {setup}") from error
     names |= {"mujoco": mujoco, "sensor": sensor, "Observable": Observable}
