@@ -49,9 +49,11 @@ def test_a_cell_is_a_pruner_with_arguments_that_evaluate_takes():
         given = method.choices
         assert (given.get("fuse") == 0.0) == ("shallow" in cell.name)
         assert (given.get("every") == 10) == ("every" in cell.name)
-    _, warm = sweep.cells(sweep.Sweep(methods=("random-warm",), keeps=(0.2,)))
-    _, method = parse(Evaluate, ["--suite", "libero_object", *warm.arguments], "openpi evaluate")
-    assert method.make().name == "random" and method.choices["warm_start"] == 3
+    names = sweep.MEMORYLESS
+    _, *warm = sweep.cells(sweep.Sweep(methods=tuple(f"{name}-warm" for name in names), keeps=(0.2,)))
+    for name, cell in zip(names, warm, strict=True):
+        _, method = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
+        assert method.make().name == name and method.choices["warm_start"] == 3
 
 
 def test_finished_cells_are_skipped_and_all_shards_are_reported(tmp_path, capsys):

@@ -31,6 +31,9 @@ from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.pruners.baselines import BASELINES
 
+MEMORYLESS = ("random", "fastv", "divprune", "sparsevlm")
+"""Pruners that every call starts anew: with three full calls first, they have what the others begin with."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -43,8 +46,8 @@ class Sweep:
       keeps: shares of the visual tokens kept.
       methods: names of pruners; `safe-paper` (features Z, λ = 0.5, no pool: the paper's; γ and warm start as
         calibrated), `safe-topk` (the best tokens and no pool), `safe-shallow` (λ = 0, "w/o forecast"), `safe-every` (a
-        keyframe at a fixed interval, "w/o division") and `random-warm` (three full calls first, as in `vla_pruner`);
-        `full` is always played.
+        keyframe at a fixed interval, "w/o division") and `random-warm`, `fastv-warm`, `divprune-warm`, `sparsevlm-warm`
+        (three full calls first, as in `vla_pruner`); `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell; "slurm" the part of this task of a job array.
       out: folder; one records file per cell and shard in it, then the report.
@@ -96,7 +99,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     choices["safe-paper"] = ("--pruner=safe", "--pruner.features", "Z", "--pruner.fuse", "0.5", "--pruner.pool", "1.0")
     choices["safe-topk"] = ("--pruner=safe", "--pruner.pool", "1.0")
     choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
-    choices["random-warm"] = ("--pruner=random", "--pruner.warm-start", "3")
+    choices |= {f"{name}-warm": (f"--pruner={name}", "--pruner.warm-start", "3") for name in MEMORYLESS}
     if unknown := set(sweep.methods) - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
