@@ -9,6 +9,7 @@ from toy_traces import synthetic
 
 from safe_pruner_jax.analysis import attention, regions
 from safe_pruner_jax.analysis.episodes import Seen, episodes
+from safe_pruner_jax.analysis.rows import read_rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.cli.attention import Attention, run_attention
 from safe_pruner_jax.libero.labels import CLASSES
@@ -83,6 +84,13 @@ def test_labelled_files_become_rows_a_table_and_a_figure(plain_policy, tmp_path)
     text = (tmp_path / "out" / "attention.md").read_text()
     assert "prompt rows: on the target" in text and "κ across a boundary" in text and "Of the tokens: target" in text
     assert (tmp_path / "out" / "attention.png").stat().st_size > 5000
+    own = str(tmp_path / "out" / "attention.jsonl")
+    run_attention(dataclasses.replace(args, beside=(f"twin={own}",)), lambda: plain_policy, {"policy": "tiny"})
+    assert (tmp_path / "out" / "attention_beside.png").stat().st_size > 5000
+    of_twins = attention.beside({"one": read_rows(own), "twin": read_rows(own)}).axes[0].get_lines()
+    np.testing.assert_array_equal(*(line.get_ydata() for line in of_twins))
+    with pytest.raises(ValueError, match="expected NAME=FILE"):
+        run_attention(dataclasses.replace(args, beside=(own,)), lambda: plain_policy, {"policy": "tiny"})
     trace = Watch(plain_policy)(calls)
     mean = attention.measure(trace, cut=2)[-1]["map"]
     rows = [row | {"part": part} for part in "ab" for row in attention.measure(trace, cut=2)]

@@ -2,13 +2,14 @@
 
     rows = measure(trace)                 one row per query rows and layer
     table(rows), figure(rows)             with those of `regions` where they are
+    beside({"a": rows, "b": rows})        several policies in one figure
 
 SAFE-Pruner rests on attention that is spread in early layers and narrow in late ones. The effective number of tokens,
 exp(-Σ S log S) of a saliency S that sums to 1, says so in one figure: all n where S is uniform, 1 where one token has
 it all. A policy that plays from memory has late layers as flat as early ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -129,6 +130,28 @@ def figure(rows: Sequence[Row], calls: Sequence[Row] = ()) -> Figure:
         _draw_carried(axes[0, -1], calls)
     for ax in axes[0]:
         ax.legend(fontsize=8, frameon=False)
+    return drawn
+
+
+def beside(policies: Mapping[str, Sequence[Row]]) -> Figure:
+    """Effective tokens and, where it is labelled, attention on the target by depth: a line per policy.
+
+    Args:
+      policies: name → rows of `measure` and `regions.masses`. Depth is the layer's place between the first and the
+        last, so that policies of unlike depth share an axis.
+    """
+    drawn, axes = panels(2, rows=2, width=4.4)
+    for row, queries in enumerate(QUERIES):
+        for rows in policies.values():
+            shares = {layer: share for layer, (share, _) in medians(rows, queries).items()}
+            for ax, layers in zip(axes[row], (shares, places(rows, queries).get(REGIONS[0], {})), strict=True):
+                depth = np.linspace(0, 1, len(layers)) if layers else []
+                ax.plot(depth, [*layers.values()], marker="o", ms=3)
+        axes[row, 0].set(ylabel=f"{queries} rows: effective / alive tokens", ylim=(0, 1))
+        axes[row, 1].set(ylabel=f"{queries} rows: share on the target", ylim=(0, None))
+    for ax in axes[-1]:
+        ax.set_xlabel("depth, first to last layer")
+    axes[0, 0].legend(axes[0, 0].get_lines(), policies, fontsize=8, frameon=False)
     return drawn
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safe_pruner_jax.analysis import attention, regions
-from safe_pruner_jax.analysis.rows import Rows
+from safe_pruner_jax.analysis.rows import Rows, read_rows
 from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger
 
 
@@ -21,14 +21,19 @@ class Attention(OnRequests):
     Args:
       cut: layer index before which tokens are dropped: its shallow saliency is compared.
       every: calls between keyframes within a subtask; every subtask starts with one.
+      beside: attention.jsonl of other policies, each as NAME=FILE: all are drawn in one figure, attention_beside.png.
+      name: of this policy in that figure.
     """
 
     cut: int = 3
     every: int = 10
+    beside: tuple[str, ...] = ()
+    name: str = "this policy"
 
 
 def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) -> None:
     """Watches every episode for its layers, then again beside the mean of the others."""
+    others = {name: read_rows(file) for name, file in map(_named, args.beside)}
     told = {**conditions, "replan": args.replan, "driver": args.driver, "cut": args.cut}
     found = Watched(args, load)
     with Rows(args.out / "attention.jsonl", told) as file:
@@ -46,6 +51,16 @@ def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) ->
                 file.add(name, regions.carried(found.trace(name), prior, cut=args.cut, every=args.every))
         calls = file.rows()
     leave(args.out, "attention", attention.table(layers, calls), attention.figure(layers, calls))
+    if others:
+        attention.beside({args.name: layers, **others}).savefig(args.out / "attention_beside.png")
+        print(f"all policies in one figure: {args.out / 'attention_beside.png'}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise ValueError(f"beside: expected NAME=FILE, for example old=out/old/attention.jsonl, got {text!r}")
+    return name, file
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {"attention": (Attention, run_attention)}
