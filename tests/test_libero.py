@@ -1,7 +1,6 @@
 """The LIBERO wrapper against LIBERO as openpi's client drives it.
 
-Two reference environments: one that renders at every step, for the pictures, and one that rebuilds its model
-at every reset and renders nothing, for what happens from episode to episode.
+Two references: one renders at every step, for pictures; one rebuilds its model at every reset, for the order of things.
 """
 
 import gc
@@ -98,7 +97,6 @@ def test_a_distribution_that_asks_on_stdin_finds_its_config(users, tmp_path):
         "if not os.path.exists(file): input('Do you want to specify a custom path? ')\n"
         "sys.stderr.write(open(file).read())\n"
     )
-    (tmp_path / "stub" / "mujoco.py").touch()
     environment = {"MUJOCO_GL": "osmesa"}
     if users is not None:
         environment["LIBERO_CONFIG_PATH"] = str(tmp_path)
