@@ -11,7 +11,7 @@ next one, so there is no third function. Everything here is written for ONE robo
 Three instances, from nothing to everything:
 
     full     plan without a cut: every alive token stays                            no state
-    fastv    keeps the tokens the last prompt row looks at in layer 2               no state
+    fastv    keeps the tokens that all rows look at in layer 2                      no state
     safe     forecasts what late layers will look at from the last keyframe         unit tokens + one saliency
 
 A method that decides again deeper in the network adds `later`, one call per further cut of its plan; the others
