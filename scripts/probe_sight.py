@@ -32,7 +32,7 @@ from safe_pruner_jax.libero.placements import RECEPTACLE, open_env
 from safe_pruner_jax.libero.scene import Scene
 from safe_pruner_jax.libero.suites import load_task
 from safe_pruner_jax.policy.identity import checkpoint_fingerprint, local_device
-from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder, load_policy
+from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
 from safe_pruner_jax.policy.policy import Policy
 
 PROBES = ("own", "black", "stranger", "instruction")
@@ -154,10 +154,8 @@ def main(args: Args) -> int:
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    policy, checkpoint = (
-        load_policy(args.config, args.checkpoint),
-        checkpoint_fingerprint(args.checkpoint or embedded_folder()),
-    )
+    policy, note = load_policy(args.config, args.checkpoint), "" if args.checkpoint else EMBEDDED_WEIGHTS
+    checkpoint = checkpoint_fingerprint(args.checkpoint or embedded_folder(), note)
     same = {"checkpoint": checkpoint, "replan": args.replan, "device": local_device()}
     rows = [row for row in rows if row["suite"] == args.suite and row["checkpoint"] == checkpoint]
     known = {(row["probe"], row["task"], row["trial"]) for row in rows}
