@@ -16,14 +16,14 @@ import websockets.sync.client
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 DEADLINE_S = 120.0
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--mute-audio", "--hide-scrollbars")
+FLAGS = ("--headless=new", "--no-sandbox", "--no-first-run", "--mute-audio", "--hide-scrollbars")
 
 
 class Browser:
     """One page. `with Browser(folder) as page: page.open(url); page.ask("document.title")`."""
 
-    def __init__(self, folder, size=(1100, 760)):
-        self._folder, self._size, self._numbers = folder, size, itertools.count(1)
+    def __init__(self, folder, size=(1100, 760), flags=("--disable-gpu",)):
+        self._folder, self._size, self._flags, self._numbers = folder, size, flags, itertools.count(1)
 
     def __enter__(self):
         program = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -31,7 +31,9 @@ class Browser:
         window = f"--window-size={self._size[0]},{self._size[1]}"
         where = [f"--user-data-dir={self._folder}", "--remote-debugging-port=0", window, "about:blank"]
         self._log = (self._folder / "log").open("w+")
-        self._process = subprocess.Popen([program, *FLAGS, *where], stdout=self._log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            [program, *FLAGS, *self._flags, *where], stdout=self._log, stderr=subprocess.STDOUT
+        )
         port = self._wait(lambda: re.search(r"ws://127\.0\.0\.1:(\d+)/", (self._folder / "log").read_text()))[1]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             (target,) = [page for page in json.load(answer) if page["type"] == "page"]

@@ -4,18 +4,21 @@ import dataclasses
 import json
 import shutil
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from demonstrations import demo
-from tiny_policy import request
+from tiny_policy import FILES, request, tiny_config
 
 from safe_pruner_jax.analysis.episodes import episodes
 from safe_pruner_jax.cli import export
 from safe_pruner_jax.cli.export import Export, run_export
 from safe_pruner_jax.cli.films import decisions, films
+from safe_pruner_jax.cli.main import main
+from safe_pruner_jax.lerobot import repack
 from safe_pruner_jax.lerobot.dataset import Dataset
 from safe_pruner_jax.lerobot.libraries import DatasetError
 from safe_pruner_jax.lerobot.repack import columns, tracks
@@ -23,8 +26,9 @@ from safe_pruner_jax.lerobot.write import Writer
 from safe_pruner_jax.libero.demonstrations import write_demos
 from safe_pruner_jax.model.config import CAMERAS
 from safe_pruner_jax.policy.spec import Embedded, Method
-from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.configs import CONFIGS, get_config
 from safe_pruner_jax.robots.robots import ALOHA
+from safe_pruner_jax.robots.transforms import NormStats, save_norm_stats
 from safe_pruner_jax.serving.episodes import EpisodeRecorder
 from safe_pruner_jax.serving.recorder import Recorder, Step
 from safe_pruner_jax.training.data import chunks_of, make_samples, openpi_stats
@@ -128,6 +132,57 @@ def test_several_episodes_in_a_file(folder):
         assert np.abs(got - np.stack(film(len(episode), seed))).mean() < 4
 
 
+def test_nothing_is_read_before_it_is_asked_for(folder):
+    shutil.rmtree(folder / "data")
+    first, second = Dataset(folder).episodes()
+    assert (len(first), len(second)) == (5, 7)
+    with pytest.raises(DatasetError, match="got no such file"):
+        second.column("action")
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path):
+    """Frames of 30 episodes at 112² are 18 MB; reading them and gathering a batch holds a tenth of that."""
+    small = dataclasses.replace(MINI, model=MINI.model.replace(image_size=112, action_horizon=2))
+    with Writer(tmp_path / "data", 20, "LIBERO") as writer:
+        for seed in range(30):
+            writer.add(f"task {seed}", {BASE: film(8, seed), WRIST: film(8, 50)}, numbers(8, seed))
+    whole = 30 * 8 * 2 * 112 * 112 * 3
+    tokenizer = SimpleNamespace(encode=lambda prompt, state=None: np.array([1, 2, len(prompt)]))
+
+    def peak(scratch):
+        tracemalloc.start()
+        demos = list(tracks(Dataset(tmp_path / "data"), small, scratch=scratch))
+        samples = make_samples(demos, small, openpi_stats(demos, small), tokenizer)
+        got = samples.frames[np.array([0, 8, 239])]
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most, got
+
+    (most, got), (all_in_memory, want) = peak(tmp_path / "run"), peak(None)
+    assert most < whole / 10 and all_in_memory > whole
+    np.testing.assert_array_equal(got, want)
+    assert got[1, 0, 60, 60, 2] == pytest.approx(1, abs=4), "the first frame of the second episode"
+    assert list((tmp_path / "run").iterdir()) == [], "the file has no name, so nothing is left behind"
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_decoded(folder, monkeypatch):
+    monkeypatch.setattr(repack.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(DatasetError, match=r"GB of disk for 12 rows of frames, got 0 GB free .* smaller --image-size"):
+        next(tracks(Dataset(folder), MINI, scratch=folder.parent))
+
+
+@pytest.mark.parametrize("name", ["hf://datasets/lerobot/pusht", "hf://lerobot/pusht", "lerobot/pusht"])
+@pytest.mark.parametrize("command", ["train", "export", "analyze recall", "diagnose", "view"])
+def test_a_dataset_of_the_hub_is_one_line(name, command, tmp_path, capsys):
+    given = [name] if command in ("diagnose", "view") else ["--data", name]
+    given += [] if command == "view" else ["--out", str(tmp_path / "out")]
+    policy = [] if command == "train" else ["policy:embedded"]
+    assert main([*command.split(), *given, *policy]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"openpi {command}: data: expected a file or folder that is here, got ")
+    assert "`hf download lerobot/pusht --repo-type dataset --local-dir FOLDER`" in said
+
+
 def test_statistics_are_those_of_the_rows(folder):
     stats = json.loads((folder / "meta/stats.json").read_text())
     rows = np.concatenate([numbers(length, seed)["action"] for seed, length in enumerate((5, 7))])
@@ -177,6 +232,10 @@ def test_what_cannot_be_read_says_so(folder, monkeypatch):
         (folder / "meta/info.json").write_text(json.dumps(info | change) if text else "{")
         with pytest.raises(DatasetError, match=text or "is corrupt"):
             Dataset(folder)
+    for change in ({"total_frames": None}, {"data_path": None}, {"features": {"action": {}}}):
+        (folder / "meta/info.json").write_text(json.dumps({k: v for k, v in (info | change).items() if v is not None}))
+        with pytest.raises(DatasetError, match="is corrupt"):
+            Dataset(folder)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DatasetError, match=r'pip install "safe-pruner-jax\[lerobot\]"'):
         Writer(folder.parent / "new", 20, "LIBERO")
@@ -197,6 +256,7 @@ def test_libero_rows_are_training_samples(folder):
 
 @pytest.mark.parametrize("robot", ["DROID", "ALOHA"])
 def test_other_robots(tmp_path, robot):
+    """Repacked as openpi's configurations do it, to train on and to analyse."""
     length, rng = 4, np.random.default_rng(0)
     if robot == "DROID":
         videos = {"exterior_image_1_left": film(length), "wrist_image_left": film(length, 9)}
@@ -212,6 +272,17 @@ def test_other_robots(tmp_path, robot):
         writer.add("task", videos, rows)
     (track,) = tracks(Dataset(tmp_path / "d"), config)
     assert list(track.images) == list(CAMERAS[:cameras])
+    (recording,) = episodes(tmp_path / "d", replan=2, robot=robot)
+    first, second = recording.calls()
+    raw = config.robot.input(second.request)
+    assert raw["prompt"] == "task" and sum(raw["image_mask"].values()) == cameras
+    np.testing.assert_allclose(raw["state"], track.state[2])
+    closed = (lambda a: 2 * a[7] - 1) if robot == "DROID" else (lambda a: (1 - 2 * a[6]) * (1 - 2 * a[13]))
+    assert first.gripper == pytest.approx(closed(rows["actions" if robot == "DROID" else "action"][0]))
+    with pytest.raises(ValueError, match=f"expected a LeRobot dataset for {robot}, got example"):
+        next(episodes("example", robot=robot))
+    with pytest.raises(DatasetError, match="expected a column for observation/image of LIBERO"):
+        next(episodes(tmp_path / "d"))
     if robot == "DROID":
         want = np.concatenate([rows["joint_position"], rows["gripper_position"]], axis=1)
         np.testing.assert_array_equal(track.state, want)
@@ -242,10 +313,26 @@ def test_statistics_are_openpis():
     chunks = chunks_of(demos[0], config).reshape(-1, 2)
     np.testing.assert_allclose(found.mean, chunks.mean(0))
     np.testing.assert_allclose(found.std, chunks.std(0))
-    width = np.ptp(chunks, axis=0) / 5000
     for q, got in ((0.01, found.q01), (0.99, found.q99)):
-        below = np.quantile(chunks, q, axis=0, method="inverted_cdf") - got
-        assert (below >= -1e-9).all() and (below <= width + 1e-9).all()
+        np.testing.assert_allclose(got, [openpi_quantile(column, q) for column in chunks.T], rtol=0, atol=1e-12)
+    halves = [SimpleNamespace(state=d[0], actions=d[1], every=1) for d in zip(*halved(demos[0]), strict=True)]
+    together = openpi_stats(halves, dataclasses.replace(config, model=MINI.model.replace(action_horizon=1)))["actions"]
+    alone = openpi_stats(demos, dataclasses.replace(config, model=MINI.model.replace(action_horizon=1)))["actions"]
+    for name in ("mean", "std", "q01", "q99"):
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-9, atol=1e-12)
+
+
+def openpi_quantile(values: np.ndarray, q: float) -> float:
+    """The lower edge of the bin, of 5000, in which the q-th of the sorted values is; by sorting, not by counting."""
+    low, high = values.min() - 1e-10, values.max() + 1e-10
+    at = np.sort(values)[int(np.ceil(q * len(values))) - 1]
+    width = (high - low) / 5000
+    return low + width * np.floor((at - low) / width)
+
+
+def halved(demo):
+    """States and actions of a demonstration in two parts."""
+    return (demo.state[:100], demo.state[100:]), (demo.actions[:100], demo.actions[100:])
 
 
 def test_analyses_read_a_dataset(folder):
@@ -255,6 +342,32 @@ def test_analyses_read_a_dataset(folder):
     assert len(calls) == 3 and calls[1].request["prompt"] == "task 1"
     assert calls[1].gripper == pytest.approx(numbers(7, 1)["action"][3, 6])
     assert calls[0].request["observation/image"].shape == (64, 64, 3)
+
+
+def test_a_policy_of_droid_is_analysed_on_its_own_data(tmp_path, monkeypatch, capsys):
+    """From the command line, with a tiny π0.5 and statistics of DROID's width."""
+    ones = NormStats(*(np.full(8, value) for value in (0.0, 1.0, -1.0, 1.0)))
+    shutil.copytree(FILES["checkpoint"], tmp_path / "ckpt")
+    save_norm_stats(tmp_path / "ckpt", "droid", {"state": ones, "actions": ones})
+    monkeypatch.setitem(
+        CONFIGS, "pi05_droid", dataclasses.replace(get_config("pi05_droid"), model=tiny_config(False).model)
+    )
+    rng = np.random.default_rng(0)
+    rows = {"joint_position": rng.random((6, 7)), "gripper_position": rng.random((6, 1)), "actions": rng.random((6, 8))}
+    rows["actions"][:, 7] = [0, 0, 0, 1, 1, 1]
+    with Writer(tmp_path / "d", 15, "DROID") as writer:
+        writer.add("task", {"exterior_image_1_left": film(6), "wrist_image_left": film(6, 9)}, rows)
+    given = ["--data", str(tmp_path / "d"), "--out", str(tmp_path / "out"), "--replan", "2"]
+    policy = ["policy:checkpoint", "--policy.config", "pi05_droid", "--policy.dir", str(tmp_path / "ckpt")]
+    tokenizer = ["--tokenizer", str(FILES["tokenizer"])]
+    assert main(["analyze", "kappa", *given, *tokenizer, *policy]) == 0, capsys.readouterr().err
+    about, part = (json.loads(line) for line in (tmp_path / "out/kappa.jsonl").read_text().splitlines())
+    assert about["conditions"]["policy"] == "pi05_droid" and part["part"] == "d#0"
+    of_text = [row for row in part["rows"] if row["queries"] == "text"]
+    assert [row["boundary"] for row in of_text] == [False, False, True], "the gripper closes before the third call"
+    assert all(0 < row["kappa"] <= 1 for row in of_text[1:])
+    assert main(["analyze", "actions", *given, *tokenizer, *policy]) == 2
+    assert "actions: expected a policy of LIBERO's robot, got one of DROID" in capsys.readouterr().err
 
 
 # export
@@ -311,6 +424,16 @@ def test_recordings_become_rows_of_calls(tmp_path):
         list(films(str(out), MINI, 5, None))
 
 
+def test_masks_are_of_the_cameras_that_were_seen():
+    """ALOHA without its left wrist: patches are numbered over the cameras of `views`, one of which drops out here."""
+    told = reply(0) | {"pruning": reply(0)["pruning"] | {"views": [CAMERAS[0], CAMERAS[2]]}}
+    alone = reply(1) | {"pruning": reply(1)["pruning"] | {"views": [CAMERAS[0]], "alive": 64, "index": np.array([5])}}
+    masks = decisions([told, alone])
+    assert {key for key in masks if "kept" in key} == {"pruning.kept.base_0_rgb", "pruning.kept.right_wrist_0_rgb"}
+    np.testing.assert_array_equal(np.argwhere(masks["pruning.kept.right_wrist_0_rgb"]), [[0, 0, 0]])
+    np.testing.assert_array_equal(np.argwhere(masks["pruning.kept.base_0_rgb"]), [[0, 0, 3], [1, 0, 5]])
+
+
 def test_demonstrations_become_rows_of_actions(tmp_path, monkeypatch):
     write_demos(tmp_path / "butter_demo.hdf5", [demo(0, steps=5, side=64)])
     out, source = tmp_path / "plain", str(tmp_path / "butter_demo.hdf5")
@@ -341,4 +464,4 @@ def test_exports_that_cannot_be_are_refused(tmp_path):
             run_export(Export(data=data, **base, **more), Method("full", {}))
     with pytest.raises(ValueError, match="add --watch"):
         list(films("libero:a/0/0", MINI, 5, None))
-    assert export.RATE == 20 and decisions([{"actions": 0}], MINI) == {}
+    assert export.RATE == 20 and decisions([{"actions": 0}]) == {}

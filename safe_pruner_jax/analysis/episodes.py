@@ -2,7 +2,7 @@
 
     for recording in episodes("demos/butter_demo.hdf5"):            LIBERO's files, human or scripted
     for recording in episodes("suite.zip"):                       packed archives
-    for recording in episodes("my_dataset"):                      folders of LeRobot datasets, of LIBERO's robot
+    for recording in episodes("my_dataset", robot="DROID"):       folders of LeRobot datasets
     for recording in episodes("scenes/milk_demo_7.npz"):          labelled episodes of scripts/collect_scenes.py
     for recording in episodes("libero:libero_object/0/3"):        suite/task/trial, played live by the scripted expert
     for recording in episodes("example"):                         the recording inside this package
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset
-from safe_pruner_jax.lerobot.repack import columns, requests
+from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset, require_local
+from safe_pruner_jax.lerobot.repack import columns, grippers, requests
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.placements import RECEPTACLE
@@ -70,6 +70,7 @@ def episodes(
     *,
     replan: int = 5,
     infer: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    robot: str = LIBERO.name,
 ) -> Iterator[Recording]:
     """The episodes of a source, see the module's docstring.
 
@@ -78,14 +79,18 @@ def episodes(
       replan: robot actions between two calls. Demonstrations with a frame of every n-th step are asked at the multiple
         of n that is nearest to it, and at every frame if n is larger.
       infer: drives live episodes, request to reply with "actions"; None: the scripted expert does.
+      robot: whose requests a LeRobot dataset becomes; all other sources are LIBERO's.
 
     Raises:
-      ValueError: replan < 1, or a live source that is not suite/task/trial.
+      ValueError: replan < 1, a live source that is not suite/task/trial, a dataset of another robot or on the hub, or
+        a source of LIBERO's robot for another.
       OSError: a file that cannot be read.
       LiberoUnavailable: a live source without the simulator.
     """
     if replan < 1:
         raise ValueError(f"replan: expected at least 1 action per call, got {replan}")
+    if robot != LIBERO.name and not is_dataset(source):
+        raise ValueError(f"data: expected a LeRobot dataset for {robot}, got {source}, which is of LIBERO's robot")
     if str(source).startswith(_LIVE):
         yield _live(str(source), replan, infer)
         return
@@ -93,10 +98,15 @@ def episodes(
     path = path if str(source) == EXAMPLE else Path(source)
     if is_dataset(path):
         data = Dataset(path)
-        named = columns(data, LIBERO.name)
+        named = columns(data, robot)
         for found in data.episodes():
-            yield Recording(f"{path.name}#{found.index}", lambda found=found: _repacked(found, named, replan))
+            yield Recording(f"{path.name}#{found.index}", lambda found=found: _repacked(found, named, replan, robot))
         return
+    require_local(path)
+    if not path.is_file():
+        what = "a folder without meta/info.json" if path.is_dir() else "nothing there"
+        forms = "a file of demonstrations, a LeRobot dataset, libero:SUITE/TASK/TRIAL or example"
+        raise ValueError(f"data: expected {forms}, got {path}, {what}")
     if path.suffix == ".npz":
         yield Recording(f"{path.parent.name}/{path.stem}", lambda: _labelled(path))
         return
@@ -138,8 +148,8 @@ def _labelled(path: Path) -> Iterator[Call]:
         yield Call(request, float(frames["actions"][t, 0, 6]), seen)
 
 
-def _repacked(episode: Episode, named: dict[str, str], replan: int) -> Iterator[Call]:
-    gripper = episode.column(named["actions"])[:, 6]
+def _repacked(episode: Episode, named: dict[str, str], replan: int, robot: str) -> Iterator[Call]:
+    gripper = grippers(episode, named, robot)
     for t, request in enumerate(requests(episode, named)):
         if t % replan == 0:
             yield Call(request, float(gripper[t]))

@@ -24,6 +24,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.policy.episode import Episode
+from safe_pruner_jax.policy.identity import SERVED
 from safe_pruner_jax.policy.policy import Policy, pack
 from safe_pruner_jax.pruners.plan import Plan
 from safe_pruner_jax.serving.server import OBSERVE
@@ -98,7 +99,12 @@ def played(policy: Policy, requests: Iterable[dict[str, Any]], threshold: float 
 
 
 def live(url: str, key: str | None = None) -> Iterator[Frame]:
-    """The steps of a server's robots as they happen, until it stops; needs `--serving.watch` there.
+    """The steps of a server's robots as they happen, see `look_on`."""
+    yield from look_on(url, key)[1]
+
+
+def look_on(url: str, key: str | None = None) -> tuple[dict[str, Any], Iterator[Frame]]:
+    """A server's metadata, and its robots' steps as they happen, until it stops; needs `--serving.watch` there.
 
     Args:
       url: ws://host:port or wss://…; http means ws.
@@ -118,9 +124,12 @@ def live(url: str, key: str | None = None) -> Iterator[Frame]:
         raise ValueError(f"{url}: expected to look on, got HTTP {status}; {why.get(status, 'try later')}") from refused
     except OSError as error:
         raise ValueError(f"{url}: expected a server, got none ({error}); is it running?") from error
+    metadata = unpack(bytes(socket.recv()))
+    return metadata, _followed(socket, metadata.get(SERVED, {}).get("configuration", {}).get("choices", {}))
+
+
+def _followed(socket: websockets.sync.client.ClientConnection, choices: Mapping[str, Any]) -> Iterator[Frame]:
     with socket:
-        metadata = unpack(bytes(socket.recv()))
-        choices = metadata.get("safe_pruner", {}).get("configuration", {}).get("choices", {})
         try:
             for message in socket:
                 yield _seen(unpack(bytes(message)), choices.get("threshold"))

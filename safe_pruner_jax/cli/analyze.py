@@ -20,7 +20,16 @@ from safe_pruner_jax.analysis.budget import read_budget
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.cli.budget import run_budget
-from safe_pruner_jax.cli.recordings import Analysis, Load, OnEpisodes, OnRequests, leave, logger, recordings
+from safe_pruner_jax.cli.recordings import (
+    Analysis,
+    Load,
+    OnEpisodes,
+    OnRequests,
+    leave,
+    logger,
+    only_libero,
+    recordings,
+)
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy, layout_of
@@ -186,6 +195,7 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     """`openpi analyze calibrate`: both measurements on every episode, then the rule of `calibrate`, then the budget."""
     if args.budget is not None:
         read_budget(args.budget)  # before anything is computed
+        only_libero(args, "budget")
     taken = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recall)}
     both = {"recall": Recall(**same | {"keeps": tuple(sorted({*args.keeps, args.keep}))})}
@@ -201,6 +211,7 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
 
 def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze actions`: one part of the file per episode, method and share kept."""
+    only_libero(args, "actions")
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
     fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), args.replan)
     wanted = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]

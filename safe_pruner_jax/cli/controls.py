@@ -11,7 +11,7 @@ import numpy as np
 
 from safe_pruner_jax.analysis import controls
 from safe_pruner_jax.analysis.rows import Row, Rows
-from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger
+from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger, only_libero
 
 PRIOR = "prior.npy"
 """The mean late saliency of all episodes, as `baseline/prior` takes it."""
@@ -40,6 +40,7 @@ class Controls(OnRequests):
 
 def run_controls(args: Controls, load: Load, conditions: Mapping[str, Any]) -> None:
     """Watches every episode for its mean maps, then again against the mean of the others."""
+    only_libero(args, "controls")
     if not args.cuts or not set(args.cuts) <= {1, 2, 3}:
         raise ValueError(f"cuts: expected some of 1, 2 and 3, got {args.cuts}")
     told = {**conditions, "replan": args.replan, "driver": args.driver, "cuts": args.cuts}

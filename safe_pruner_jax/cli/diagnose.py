@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import diagnose
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.cli.recordings import robot_of
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
@@ -22,8 +23,8 @@ class Diagnose(Model):
 
     Args:
       source: an episode of `openpi serve --record`, looked at with the policy that it names; or, for the policy of the
-        other arguments, demonstrations (HDF5 or packed), libero:SUITE/TASK/TRIAL played by the scripted expert,
-        "example".
+        other arguments, demonstrations (HDF5 or packed), a LeRobot dataset, libero:SUITE/TASK/TRIAL played by the
+        scripted expert, "example".
       out: folder; diagnose.md and diagnose.png appear in it.
       layers: whose attention is averaged; negative counts from the end.
       of: rows that attend: the expert's action tokens, or the prompt.
@@ -57,5 +58,5 @@ def _load(args: Diagnose) -> tuple[Policy, Iterator[dict[str, Any]]]:
     if args.source.endswith(SUFFIX):
         episode = read_episode(args.source)
         return load(Path(args.source), episode, args.dir, args.tokenizer), (s["request"] for s in episode.steps)
-    recording = next(episodes(args.source, replan=args.replan))
+    recording = next(episodes(args.source, replan=args.replan, robot=robot_of(args)))
     return args.load("LIBERO", pruners.make("full")), (call.request for call in recording.calls())

@@ -1,23 +1,32 @@
-"""`openpi export`: demonstrations, recordings and played episodes as a LeRobot dataset.
+"""`openpi export`: demonstrations, recordings, played and running episodes as a LeRobot dataset.
 
 openpi export --data demos/*.hdf5 --out my_dataset
 openpi export --data policy_records/*.episode --out what_it_saw
 openpi export --data example --watch --attention -1 --out watched --pruner=safe policy:embedded
+openpi export --data safe.jsonl --out evaluated --pruner=safe policy:embedded
+openpi export --data ws://localhost:8000 --limit 20 --out seen_live
 """
 
 import dataclasses
 import functools
+import itertools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from safe_pruner_jax.cli.films import LIVE, Infer, films
+from safe_pruner_jax.cli.films import LIVE, Film, Infer, evaluated, films, observed
+from safe_pruner_jax.evaluation.records import Record, latest, read_records
 from safe_pruner_jax.lerobot.write import Writer
+from safe_pruner_jax.policy.identity import METHOD, differences
 from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.serving.access import read_key
 from safe_pruner_jax.serving.episodes import SUFFIX
 
 logger = logging.getLogger(__name__)
 
+RECORDS = ".jsonl"
+SERVERS = ("ws", "wss", "http", "https")
 RATE = 20
 """Control steps per second of LIBERO's robot."""
 
@@ -28,12 +37,15 @@ class Export(Model):
 
     Args:
       data: demonstrations (HDF5, packed, or "example"); recordings of `openpi serve --record`, files or their folder;
-        or libero:SUITE/TASK/TRIAL, played by the policy.
+        libero:SUITE/TASK/TRIAL, played by the policy; records of `openpi evaluate` (.jsonl), whose episodes the same
+        policy plays again; or ws://HOST:PORT of a server with --serving.watch, whose robots are followed.
       out: folder of the dataset, new or empty.
       watch: show demonstrations to the policy, and write what it keeps; every row then has the masks of its call.
       attention: layers of the action tokens' attention that are written as grids; needs --watch or a live episode.
       replan: robot actions between two calls.
       fps: rows per second; None takes 20 for demonstrations, 20 / replan where a row is a call.
+      limit: episodes, at most; a server is followed until then, or until Ctrl-C.
+      api_key_file: file with the server's key; default: $OPENPI_API_KEY.
     """
 
     data: tuple[str, ...]
@@ -42,6 +54,8 @@ class Export(Model):
     attention: tuple[int, ...] = ()
     replan: int = 5
     fps: int | None = None
+    limit: int | None = None
+    api_key_file: str | None = None
 
 
 def run_export(args: Export, method: Method) -> None:
@@ -57,25 +71,49 @@ def run_export(args: Export, method: Method) -> None:
         )
     fps = args.fps or (max(1, round(RATE / args.replan)) if calls else RATE)
     config = get_config(args.named("LIBERO")[0])
-    watched = args.watch or any(source.startswith(LIVE) for source in args.data)
+    watched = args.watch or any(source.startswith(LIVE) or source.endswith(RECORDS) for source in args.data)
     if args.attention and not watched:
         raise ValueError(
             "attention: expected --watch or a live episode beside it, got neither; recordings have their own"
         )
-    policy = functools.cache(lambda: args.load("LIBERO", args.fit("LIBERO", method, args.replan).make()))
+    method = args.fit("LIBERO", method, args.replan) if watched else method
+    policy = functools.cache(lambda: args.load("LIBERO", method.make()))
 
     def robot() -> Infer:
         session = policy().session()
         wanted = {"attention": {"layers": list(args.attention), "of": "action"}} if args.attention else {}
         return lambda request: session.infer(request | wanted)
 
+    def of(source: str) -> Iterator[Film]:
+        if source.partition("://")[0] in SERVERS:
+            return observed(source, read_key(args.api_key_file), config)
+        if source.endswith(RECORDS):
+            return evaluated(_records(source, args, method), config, args.replan, robot)
+        return films(source, config, args.replan, robot if watched else None)
+
     with Writer(args.out, fps, config.robot.name) as writer:
-        for source in args.data:
-            for film in films(source, config, args.replan, robot if watched else None):
-                writer.add(film.task, film.images, film.columns)
-                logger.info("%s: episode %d, %d rows", source, len(writer) - 1, len(film.columns["action"]))
+        found = ((source, film) for source in args.data for film in of(source))
+        for source, film in itertools.islice(found, args.limit):
+            writer.add(film.task, film.images, film.columns)
+            logger.info("%s: episode %d, %d rows", source, len(writer) - 1, len(film.columns["action"]))
     print(f"{len(writer)} episodes in {args.out}: `lerobot-dataset-viz`, rerun and `openpi train --data` read it")
 
 
 def _is_of_calls(source: str) -> bool:
-    return source.startswith(LIVE) or Path(source).is_dir() or source.endswith(SUFFIX)
+    server = source.partition("://")[0] in SERVERS
+    return server or source.startswith(LIVE) or Path(source).is_dir() or source.endswith((SUFFIX, RECORDS))
+
+
+def _records(file: str, args: Export, method: Method) -> list[Record]:
+    """The episodes of an evaluation that can be played again; it has to be one of these arguments."""
+    records = [record for record in latest(read_records(file)) if record.outcome != "error"]
+    if not records:
+        raise ValueError(f"{file}: expected at least one finished episode, got none")
+    own = args.describe("LIBERO", method).as_json() | {"replan": args.replan}
+    known = records[0].configuration
+    keys = (*METHOD, "policy", "checkpoint", "replan")
+    if changes := differences({key: known.get(key) for key in keys}, {key: own[key] for key in keys}):
+        raise ValueError(f"{file}: expected the policy and method of its evaluation, got {'; '.join(changes)}")
+    if known.get("delay") or known.get("rtc"):
+        raise ValueError(f"{file}: expected an evaluation without --delay and --rtc, got one with; export another")
+    return records

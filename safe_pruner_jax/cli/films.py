@@ -1,5 +1,8 @@
 """What `openpi export` writes: episodes as pictures, columns of numbers, and what a policy decided at each row."""
 
+import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, stride
+from safe_pruner_jax.analysis.view import Frame, look_on
+from safe_pruner_jax.evaluation.records import Record
 from safe_pruner_jax.evaluation.rollout import rollout
+from safe_pruner_jax.lerobot.dataset import require_local
 from safe_pruner_jax.lerobot.repack import COLUMNS
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.model.config import CAMERAS
+from safe_pruner_jax.policy.identity import SERVED
 from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig
@@ -19,6 +26,8 @@ from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
 
 Infer = Callable[[dict[str, Any]], dict[str, Any]]
 """Request to reply, one robot."""
+
+logger = logging.getLogger(__name__)
 
 IMAGES = "observation.images."
 LIVE = "libero:"
@@ -49,7 +58,7 @@ def films(source: str, config: PolicyConfig, replan: int, robot: Callable[[], In
       robot: makes a policy's session; demonstrations are shown to it, live episodes played by it. None: nobody looks.
 
     Raises:
-      ValueError: a source of another kind, a live one without a policy, a damaged recording.
+      ValueError: a source of another kind or on the hub, a live one without a policy, a damaged recording.
       OSError: a file that cannot be read.
     """
     path = Path(str(embedded_folder().parent / "recordings" / "cream_cheese.zip") if source == EXAMPLE else source)
@@ -62,11 +71,15 @@ def films(source: str, config: PolicyConfig, replan: int, robot: Callable[[], In
     elif path.suffix == SUFFIX:
         yield _recorded(path)
     else:
+        require_local(path)
+        if not path.is_file():
+            forms = "demonstrations, recordings, records of an evaluation, libero:SUITE/TASK/TRIAL or ws://HOST:PORT"
+            raise ValueError(f"data: expected {forms}, got {source}, which does not exist")
         for demo in (read_demos if path.suffix in (".hdf5", ".h5") else read_packed)(path):
             yield _demonstrated(demo, config, replan, None if robot is None else robot())
 
 
-def decisions(replies: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dict[str, np.ndarray]:
+def decisions(replies: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """What replies tell of pruning, latency and attention: feature → [calls, …]; nothing that one of them lacks.
 
     Returns:
@@ -84,7 +97,7 @@ def decisions(replies: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dic
         kappa = [np.nan if pruning["kappa"] is None else pruning["kappa"] for pruning in told]
         found["pruning.kappa"] = np.asarray(kappa, np.float32)
         found["pruning.tokens"] = np.array([pruning["kept"] for pruning in told], np.int64)
-        found |= _kept(told, config)
+        found |= _kept(told)
     grids = [reply["attention"]["grids"] for reply in replies if reply.get("attention")]
     if grids and len(grids) == len(replies):
         for camera in grids[0]:
@@ -93,15 +106,16 @@ def decisions(replies: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dic
     return found
 
 
-def _kept(told: Sequence[Mapping[str, Any]], config: PolicyConfig) -> dict[str, np.ndarray]:
+def _kept(told: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Boolean masks of the patches that are left after the last cut, for the cameras of the first reply."""
-    side, tokens = config.model.grid, config.model.tokens_per_camera
-    masks = np.zeros((len(told), len(CAMERAS) * tokens), bool)
-    for row, pruning in zip(masks, told, strict=True):
-        row[np.asarray(pruning["index"])] = True
-    grids = masks.reshape(len(told), len(CAMERAS), side, side)
-    views = told[0].get("views", CAMERAS)
-    return {f"pruning.kept.{camera}": grids[:, CAMERAS.index(camera)] for camera in views}
+    rows = []
+    for pruning in told:
+        views = pruning["views"]
+        side, mask = math.isqrt(pruning["alive"] // len(views)), np.zeros(pruning["alive"], bool)
+        mask[np.asarray(pruning["index"])] = True
+        rows.append(dict(zip(views, mask.reshape(len(views), side, side), strict=True)))
+    blank = np.zeros_like(next(iter(rows[0].values())))
+    return {f"pruning.kept.{camera}": np.stack([row.get(camera, blank) for row in rows]) for camera in rows[0]}
 
 
 def _demonstrated(demo: Demo, config: PolicyConfig, replan: int, look: Infer | None) -> Film:
@@ -117,7 +131,7 @@ def _demonstrated(demo: Demo, config: PolicyConfig, replan: int, look: Infer | N
             request = {key: demo.images[key][t // demo.every] for key in keys}
             replies.append(look(request | {"observation/state": demo.state[t], "prompt": demo.prompt}))
         last = np.searchsorted(called, rows, side="right") - 1
-        columns |= {key: values[last] for key, values in decisions(replies, config).items()}
+        columns |= {key: values[last] for key, values in decisions(replies).items()}
         columns["policy.call"] = np.isin(rows, called)
     return Film(demo.prompt, {IMAGES + keys[key]: held(demo.images[key]) for key in keys}, columns)
 
@@ -138,7 +152,7 @@ def _of_calls(steps: Sequence[tuple[dict[str, Any], dict[str, Any]]], config: Po
     chunks = np.stack([np.asarray(reply["actions"], np.float32) for _, reply in steps])
     columns = {name: np.stack(rows) for name, rows in values.items()} | {"action": chunks[:, 0], "action_chunk": chunks}
     task = prompt or config.default_prompt or ""
-    return Film(task, images, columns | decisions([reply for _, reply in steps], config))
+    return Film(task, images, columns | decisions([reply for _, reply in steps]))
 
 
 def _recorded(path: Path) -> Film:
@@ -183,6 +197,60 @@ def _nested(flat: Mapping[str, Any], side: str) -> dict[str, Any]:
             place = place.setdefault(name, {})
         place[names[-1]] = value
     return nested
+
+
+def observed(url: str, key: str | None, config: PolicyConfig) -> Iterator[Film]:
+    """Episodes of a running server's robots, as they end; when the server stops or at Ctrl-C, those that go on, too.
+
+    Args:
+      url: ws://host:port of a server with `--serving.watch`.
+      key: its API key.
+      config: of a server that does not tell its own.
+
+    Yields:
+      A row per call that was seen; an observer misses calls when robots are faster, "policy.step" tells which.
+
+    Raises:
+      ValueError: the server cannot be reached or lets nobody look on.
+    """
+    metadata, frames = look_on(url, key)
+    if name := metadata.get(SERVED, {}).get("configuration", {}).get("policy"):
+        config = get_config(name)
+    running: dict[str, list[Frame]] = {}
+    with contextlib.suppress(KeyboardInterrupt):
+        for frame in frames:
+            if frame.number == 0 and frame.robot in running:
+                yield _seen(running.pop(frame.robot), config)
+            running.setdefault(frame.robot, []).append(frame)
+    yield from (_seen(steps, config) for steps in running.values())
+
+
+def _seen(steps: Sequence[Frame], config: PolicyConfig) -> Film:
+    """Steps of one robot, a row per call."""
+    images = {IMAGES + camera: [step.images[camera] for step in steps] for camera in steps[0].images}
+    chunks = np.stack([np.asarray(step.reply["actions"], np.float32) for step in steps])
+    columns = {"action": chunks[:, 0], "action_chunk": chunks, "policy.step": np.array([s.number for s in steps])}
+    states = [step.state for step in steps if step.state is not None]
+    if len(states) == len(steps):
+        columns["observation.state"] = np.stack(states).astype(np.float32)
+    replies = [step.reply for step in steps]
+    return Film(steps[0].prompt or config.default_prompt or "", images, columns | decisions(replies))
+
+
+def evaluated(
+    records: Iterable[Record], config: PolicyConfig, replan: int, robot: Callable[[], Infer]
+) -> Iterator[Film]:
+    """The episodes of an evaluation, played again from the same initial states; a row per call.
+
+    A policy that draws noise (temperature above 0) draws other noise; an episode that ends otherwise is logged.
+    """
+    for record in records:
+        source = f"{LIVE}{record.suite}/{record.task}/{record.trial}"
+        film = _played(source, config, replan, robot())
+        outcome = "success" if film.columns["next.success"].any() else "failure"
+        if outcome != record.outcome:
+            logger.warning("%s: a %s here, a %s in the evaluation", source, outcome, record.outcome)
+        yield film
 
 
 def _played(source: str, config: PolicyConfig, replan: int, infer: Infer) -> Film:

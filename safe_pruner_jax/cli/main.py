@@ -85,7 +85,7 @@ def _analyze(name: str) -> Command:
 
     def run_analysis(args: Any) -> None:
         keep_all = pruners.make("full")
-        about = args.describe("LIBERO", Method("full", {})).as_json()
+        about = args.describe("LIBERO", Method("full", {}), anywhere=True).as_json()
         conditions = {key: about[key] for key in MODEL} | {"seed": args.seed}
         run(args, lambda: args.load("LIBERO", keep_all), conditions)
 

@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.policy.spec import Model
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.robots import LIBERO
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ class OnRequests(Analysis):
     """An analysis of what a policy is asked.
 
     Args:
-      data: files of demonstrations (HDF5 or packed), libero:SUITE/TASK/TRIAL played live, or "example", the recording
-        inside the package.
+      data: files of demonstrations (HDF5 or packed), folders of LeRobot datasets of the policy's robot,
+        libero:SUITE/TASK/TRIAL played live, or "example", the recording inside the package.
       driver: of live episodes: the scripted expert, or the policy without pruning.
       limit: episodes, at most.
       replan: robot actions between two policy calls.
@@ -71,7 +74,8 @@ class OnEpisodes(OnRequests):
 def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
     infer = _driver(policy) if args.driver == "policy" else None
-    found = (recording for source in args.data for recording in episodes(source, replan=args.replan, infer=infer))
+    options = {"replan": args.replan, "infer": infer, "robot": robot_of(args)}
+    found = (recording for source in args.data for recording in episodes(source, **options))
     seen = set()
     for recording in itertools.islice(found, args.limit):
         if recording.name in seen:
@@ -80,6 +84,20 @@ def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
         yield recording
     if not seen:
         raise ValueError("data: expected at least one episode, got none; give files or libero:SUITE/TASK/TRIAL")
+
+
+def robot_of(args: Any) -> str:
+    """Name of the robot that the arguments' policy drives."""
+    return get_config(args.named(LIBERO.name)[0]).robot.name if isinstance(args, Model) else LIBERO.name
+
+
+def only_libero(args: Any, name: str) -> None:
+    """Raises ValueError for a policy of another robot; `name` is of an analysis that compares actions by their σ."""
+    if (robot := robot_of(args)) != LIBERO.name:
+        raise ValueError(
+            f"{name}: expected a policy of LIBERO's robot, got one of {robot}; recall, forecast, kappa, overlap and "
+            "attention take any"
+        )
 
 
 class Watched:

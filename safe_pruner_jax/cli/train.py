@@ -15,7 +15,7 @@ from typing import Literal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from safe_pruner_jax.cli.stages import Stages, run_stages
-from safe_pruner_jax.lerobot.dataset import Dataset, is_dataset
+from safe_pruner_jax.lerobot.dataset import Dataset, is_dataset, require_local
 from safe_pruner_jax.lerobot.repack import Track, tracks
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
@@ -89,7 +89,7 @@ def run_train(args: Train) -> None:
         go_on = args.init is not None
         run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out, go_on=go_on)
         return
-    demos = [demo for path in args.data for demo in read(path, config)]
+    demos = [demo for path in args.data for demo in read(path, config, args.out)]
     recorded = any(is_dataset(path) for path in args.data)
     stats = openpi_stats(demos, config) if recorded and demos else norm_stats(demos)
     served = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len))  # refuses what could not be served
@@ -124,15 +124,21 @@ def run_train(args: Train) -> None:
     logger.info("%d of %d steps; checkpoint in %s", step, args.settings.steps, checkpoint)
 
 
-def read(path: Path, config: PolicyConfig) -> Iterator[Demo | Track]:
+def read(path: Path, config: PolicyConfig, scratch: Path | None = None) -> Iterator[Demo | Track]:
     """Demonstrations of a file, LIBERO's HDF5 or a packed archive, or of a LeRobot dataset, frames of the model's size.
+
+    Args:
+      path: of it.
+      config: of the policy.
+      scratch: folder for the frames of a dataset (`lerobot.repack.tracks`); those of files are in memory.
 
     Raises:
       ValueError: there is no such file, or a dataset that does not fit the configuration.
     """
     size = config.model.image_size
     if is_dataset(path):
-        return tracks(Dataset(path), config)
+        return tracks(Dataset(path), config, scratch=scratch)
+    require_local(path)
     if not path.is_file():
         expected = "expected files or LeRobot datasets that exist"
         raise ValueError(f"data: {expected}, got {path}; make some with scripts/collect_demos.py")

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from safe_pruner_jax.analysis import view
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.cli.recordings import robot_of
 from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.serving.access import read_key
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
@@ -24,7 +25,7 @@ class View(Model):
     Args:
       source: ws://host:port of a server started with --serving.watch; an episode of `openpi serve --record`, computed
         again by the policy that it names; or what the policy of the other arguments is asked: demonstrations (HDF5 or
-        packed), libero:SUITE/TASK/TRIAL played live by the policy, "example".
+        packed), a LeRobot dataset, libero:SUITE/TASK/TRIAL played live by the policy, "example".
       save: write an .rrd file instead of opening a viewer.
       web: port of a page with the viewer, for machines without a screen.
       limit: steps, at most.
@@ -75,5 +76,5 @@ def _frames(args: View, method: Method) -> Iterator[view.Frame]:
     method = args.fit("LIBERO", method, executed=args.replan)
     policy = args.load("LIBERO", method.make())
     session = policy.session()
-    (recording, *_) = episodes(args.source, replan=args.replan, infer=session.infer)
+    recording = next(episodes(args.source, replan=args.replan, infer=session.infer, robot=robot_of(args)))
     yield from view.played(policy, (call.request for call in recording.calls()), method.choices.get("threshold"))

@@ -1,13 +1,16 @@
 """A dataset's columns → what a robot's client sends, and demonstrations to train on.
 
-    for track in tracks(Dataset(folder), get_config("pi05_libero")): …
+    for track in tracks(Dataset(folder), get_config("pi05_libero"), scratch=run): …
 
 Column names are those of openpi's data configurations (`LeRobotLiberoDataConfig`, `LeRobotDROIDDataConfig`,
 `LeRobotAlohaDataConfig`) first, then those of LeRobot's own datasets and of `openpi export`.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +56,8 @@ class Track:
     """An episode to train on.
 
     Args:
-      images: camera of the network → uint8 [T, S, S, 3], in the order of its slots.
+      images: camera of the network → uint8 [T, S, S, 3], in the order of its slots; views of a file where `tracks` was
+        given a folder for it.
       state: float [T, n], in the network's convention.
       actions: float [T, n], in the network's convention, absolute where the dataset's are.
       prompt: what the robot was told.
@@ -110,26 +114,75 @@ def requests(episode: Episode, named: Mapping[str, str]) -> Iterator[dict[str, A
         yield request
 
 
-def tracks(data: Dataset, config: PolicyConfig) -> Iterator[Track]:
+def grippers(episode: Episode, named: Mapping[str, str], robot: str) -> np.ndarray:
+    """Whether the gripper is told to close, at every row: float [T], open ≤ 0 < closed.
+
+    LIBERO's command is -1 or 1, DROID's 0 (open) to 1, ALOHA's 0 (closed) to 1. ALOHA has two grippers: the sign is
+    that of their product, so that it changes whenever one of them does.
+    """
+    actions = episode.column(named["actions"]).astype(np.float64)
+    width = {"LIBERO": 7, "DROID": 8, "ALOHA": 14}[robot]
+    if actions.ndim != 2 or actions.shape[1] < width:
+        raise DatasetError(f"episode {episode.index}: expected [T, {width}] actions for {robot}, got {actions.shape}")
+    if robot == "LIBERO":
+        return actions[:, 6]
+    if robot == "DROID":
+        return 2 * actions[:, 7] - 1
+    return (1 - 2 * actions[:, 6]) * (1 - 2 * actions[:, 13])
+
+
+def tracks(data: Dataset, config: PolicyConfig, *, scratch: Path | None = None) -> Iterator[Track]:
     """Every episode as a demonstration for `config`, frames of the model's size.
 
+    Args:
+      data: of the robot of `config`.
+      config: of the policy.
+      scratch: folder for the frames, on a disk with room for rows × cameras × S × S × 3 bytes. They are in a file
+        without a name there, which vanishes with the last track; memory then holds states and actions only, and one
+        frame per camera. None keeps frames in memory.
+
     Raises:
-      DatasetError: a column that is missing or of another length, a video that is cut short.
+      DatasetError: a column that is missing or of another length, a video that is cut short, too small a disk.
     """
-    named, size, robot = columns(data, config.robot.name), config.model.image_size, config.robot
+    named, robot, size = columns(data, config.robot.name), config.robot, config.model.image_size
+    rows, cameras = int(data.info["total_frames"]), sum("image" in entry for entry in named)
+    frames, begin = _room((rows, cameras, size, size, 3), scratch), 0
     for episode in data.episodes():
-        states, films = [], {}
+        where = f"{data.folder}, episode {episode.index}"
+        if (end := begin + len(episode)) > rows:
+            raise DatasetError(
+                f"{where}: expected {rows} rows in all, as meta/info.json says, got more; download it again"
+            )
+        states, slots = [], []
         try:
-            for request in requests(episode, named):
+            for t, request in enumerate(requests(episode, named)):
                 raw = robot.input(request)
                 states.append(raw["state"])
-                for camera in (camera for camera, real in raw["image_mask"].items() if real):
-                    films.setdefault(camera, []).append(resize_with_pad(raw["image"][camera], size, size))
+                slots = [camera for camera, real in raw["image_mask"].items() if real]
+                for number, camera in enumerate(slots):
+                    frames[begin + t, number] = resize_with_pad(raw["image"][camera], size, size)
         except RequestError as error:
-            raise DatasetError(f"{data.folder}, episode {episode.index}: {error}") from error
+            raise DatasetError(f"{where}: {error}") from error
         actions = episode.column(named["actions"]).astype(np.float64)
         if actions.ndim != 2 or actions.shape[1] < robot.action_dim:
-            expected = f"[T, {robot.action_dim}] actions for {robot.name}"
-            raise DatasetError(f"{data.folder}, episode {episode.index}: expected {expected}, got {actions.shape}")
-        images = {camera: np.stack(film) for camera, film in films.items()}
+            raise DatasetError(
+                f"{where}: expected [T, {robot.action_dim}] actions for {robot.name}, got {actions.shape}"
+            )
+        images = {camera: frames[begin:end, number] for number, camera in enumerate(slots)}
         yield Track(images, np.stack(states), robot.target(actions), episode.task)
+        begin = end
+
+
+def _room(shape: tuple[int, ...], scratch: Path | None) -> np.ndarray:
+    """Zeros of uint8, in memory or in a file without a name."""
+    if scratch is None:
+        return np.zeros(shape, np.uint8)
+    scratch.mkdir(parents=True, exist_ok=True)
+    needed, free = int(np.prod(shape)), shutil.disk_usage(scratch).free
+    if needed > free:
+        raise DatasetError(
+            f"data: expected {needed / 1e9:.0f} GB of disk for {shape[0]} rows of frames, got {free / 1e9:.0f} GB free "
+            f"in {scratch}; give another --out, a smaller --image-size or fewer episodes"
+        )
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)

@@ -47,6 +47,8 @@ def read_frames(file: Path, start: float, count: int, fps: float) -> Iterator[np
 def write_frames(file: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> tuple[int, int, int]:
     """Writes frames uint8 [H, W, 3] as H.264, every second one a key frame; odd sides lose their last row or column.
 
+    No frame is predicted from a later one (bf = 0): rerun streams such a file as it is, others need its ffmpeg.
+
     Returns:
       How many frames there are, their height and width in the file.
 
@@ -60,7 +62,7 @@ def write_frames(file: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 
         for frame in frames:
             if stream is None:
                 height, width = (side // 2 * 2 for side in frame.shape[:2])
-                options = {"crf": str(crf), "g": "2"}
+                options = {"crf": str(crf), "g": "2", "bf": "0"}
                 stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             picture = np.ascontiguousarray(frame[:height, :width])

@@ -310,8 +310,11 @@ def pack(
 
 def packed_index(path: str | Path) -> list[dict[str, Any]]:
     """What is in an archive, without decoding it: per episode prompt, suite, task, name, seed, side of the frames."""
-    with zipfile.ZipFile(path) as archive:
-        index = json.loads(archive.read("index.json"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            index = json.loads(archive.read("index.json"))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path}: expected LIBERO's HDF5 or a packed archive of episodes, got another file") from error
     if index.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected the format {_FORMAT!r}, found {index.get('format')!r}")
     return index["demos"]

@@ -130,6 +130,7 @@ def describe(
     temperature: float | None = None,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     note: str = "",
+    anywhere: bool = False,
 ) -> Configuration:
     """The configuration of a policy that plays LIBERO, known before its weights are read.
 
@@ -139,13 +140,14 @@ def describe(
       pruner, choices: the method and the factory arguments that made it.
       dtype, quantise, num_steps, temperature, prompt_lengths: as for `load_policy`.
       note: enters the checkpoint's fingerprint.
+      anywhere: for a policy of any robot, which plays nothing.
 
     Raises:
       ValueError: an unknown configuration, one of another robot, or a pruner that does not fit the model.
       FileNotFoundError: no checkpoint.
     """
     config = get_config(policy)
-    if config.robot != LIBERO:
+    if config.robot != LIBERO and not anywhere:
         fitting = ", ".join(name for name, c in CONFIGS.items() if c.robot == LIBERO)
         raise ValueError(f"config: {policy} drives {config.robot.name}, which LIBERO does not have; choose {fitting}")
     return Configuration(

@@ -150,11 +150,11 @@ class Model:
         }
         return chosen | {"kernels": () if self.kernels == "none" else self.kernels}
 
-    def describe(self, environment: str, method: Method) -> Configuration:
-        """What an evaluation needs to know of it, before weights are read."""
+    def describe(self, environment: str, method: Method, *, anywhere: bool = False) -> Configuration:
+        """What an evaluation needs to know of it, before weights are read; `anywhere`: what an analysis does."""
         name, checkpoint = self.named(environment)
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
         options = self.options()
         known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
-        return describe(name, folder, method.make(), method.choices, note=note, **known)
+        return describe(name, folder, method.make(), method.choices, note=note, anywhere=anywhere, **known)

@@ -1,9 +1,9 @@
 """Demonstrations as training samples: every step of every demonstration, with the chunk of actions that follows.
 
-Frames stay uint8, in memory once; a batch is an index into them, so the gather can run where the frames are.
+Frames stay uint8 and where they are, in memory or in a file; a batch is an index into them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,35 @@ CAMERA_KEYS = ("observation/image", "observation/wrist_image")
 """Image entries of a demonstration in slot order: outside camera, wrist camera."""
 
 
+class Frames:
+    """Frames of demonstrations one after the other, [N, C, S, S, 3], which are not copied until they are asked for.
+
+    Args:
+      parts: one tuple per demonstration, of its cameras' frames, uint8 [F, S, S, 3] each.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[np.ndarray]]):
+        self._parts, self._ends = parts, np.cumsum([len(part[0]) for part in parts])
+        self.shape = (int(self._ends[-1]), len(parts[0]), *parts[0][0].shape[1:])
+
+    def __getitem__(self, steps: np.ndarray) -> np.ndarray:
+        """[…, C, S, S, 3] of step indices […]."""
+        steps = np.asarray(steps)
+        found = np.empty((steps.size, *self.shape[1:]), np.uint8)
+        for own, step in zip(found, steps.ravel(), strict=True):
+            part = int(np.searchsorted(self._ends, step, side="right"))
+            cameras = self._parts[part]
+            for camera, frames in enumerate(cameras):
+                own[camera] = frames[step - self._ends[part]]  # from the end of its demonstration
+        return found.reshape(*steps.shape, *self.shape[1:])
+
+
 @dataclass(frozen=True)
 class Samples:
     """All samples, indexed by step.
 
     Args:
-      frames: [N, C, S, S, 3] uint8, C the cameras of a demonstration, outside first.
+      frames: [N, C, S, S, 3] uint8, C the cameras of a demonstration, outside first; read by index.
       state: [N, action_dim] float32, normalised, zero-padded.
       actions: [N, A, action_dim] float32, normalised, zero-padded; the last action of a demonstration repeats.
       tokens: [prompts, T] int32, padded with 0.
@@ -31,7 +54,7 @@ class Samples:
       episode: [N] int32, number of the demonstration.
     """
 
-    frames: np.ndarray
+    frames: Frames
     state: np.ndarray
     actions: np.ndarray
     tokens: np.ndarray
@@ -63,25 +86,30 @@ def openpi_stats(demos: Sequence[Any], config: PolicyConfig) -> dict[str, NormSt
     Deviations: openpi goes batch by batch, and widens its bins when a batch has a new extreme, which moves a quantile
     by up to a bin; the last batch, which it drops when it is not full, counts here.
     """
-    state = np.concatenate([demo.state[:: demo.every] for demo in demos]).astype(np.float64)
-    chunks = np.concatenate([chunks_of(demo, config) for demo in demos])
-    return {"state": _binned(state), "actions": _binned(chunks.reshape(-1, chunks.shape[-1]))}
+    states = lambda: (demo.state[:: demo.every].astype(np.float64) for demo in demos)
+    chunks = lambda: (chunks_of(demo, config).reshape(-1, np.shape(demo.actions)[-1]) for demo in demos)
+    return {"state": _binned(states), "actions": _binned(chunks)}
 
 
 _BINS = 5000
 
 
-def _binned(values: np.ndarray) -> NormStats:
-    """Statistics of [N, d]."""
-    mean = values.mean(0)
-    std = np.sqrt(np.maximum(np.square(values).mean(0) - mean**2, 0))
-    low, high = [], []
-    for column in values.T:
-        counts, edges = np.histogram(column, np.linspace(column.min() - 1e-10, column.max() + 1e-10, _BINS + 1))
-        places = np.searchsorted(np.cumsum(counts), np.array([0.01, 0.99]) * len(column))
-        low.append(edges[places[0]])
-        high.append(edges[places[1]])
-    return NormStats(mean, std, np.array(low), np.array(high))
+def _binned(parts: Callable[[], Iterable[np.ndarray]]) -> NormStats:
+    """Statistics of [N, d], which comes in parts, twice: once for the extremes, once for what lies between."""
+    count, total, squares, least, most = 0, 0.0, 0.0, np.inf, -np.inf
+    for rows in parts():
+        count, total, squares = count + len(rows), total + rows.sum(0), squares + np.square(rows).sum(0)
+        least, most = np.minimum(least, rows.min(0)), np.maximum(most, rows.max(0))
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    edges = np.linspace(least - 1e-10, most + 1e-10, _BINS + 1).T
+    counts = np.zeros((len(edges), _BINS), np.int64)
+    for rows in parts():
+        for own, column, bins in zip(counts, rows.T, edges, strict=True):
+            own += np.histogram(column, bins)[0]
+    places = np.argmax(counts.cumsum(1)[None] >= np.array([0.01, 0.99])[:, None, None] * count, axis=-1)
+    low, high = np.take_along_axis(edges, places.T, axis=1).T
+    return NormStats(mean, std, low, high)
 
 
 def chunks_of(demo: Any, config: PolicyConfig) -> np.ndarray:
@@ -161,7 +189,7 @@ def make_samples(
     chunks = [padded(scaled(chunks_of(demo, config), "actions")) for demo in demos]
     lengths = [len(chunk) for chunk in chunks]
     return Samples(
-        frames=np.concatenate([np.stack([d.images[k] for k in cameras], axis=1) for d in demos]),
+        frames=Frames([[d.images[k] for k in cameras] for d in demos]),
         state=padded(np.concatenate(states)),
         actions=np.concatenate(chunks),
         tokens=tokens,
