@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -146,9 +147,9 @@ def wire(requests: int) -> dict[str, list[float]]:
 
 
 class Server:
-    """`openpi serve policy:embedded` in a process of its own."""
+    """`openpi serve policy:embedded` in a process of its own, `more` are further arguments of it."""
 
-    def __init__(self, pruner: str, folder: Path, max_batch: int):
+    def __init__(self, pruner: str, folder: Path, max_batch: int, more: Sequence[str] = ()):
         command = [
             sys.executable,
             "-m",
@@ -156,7 +157,7 @@ class Server:
             "serve",
         ]
         command += ["policy:embedded", "--prompt-lengths", "16", f"--pruner={pruner}", "--port", "0"]
-        command += ["--serving.max-batch", str(max_batch)]
+        command += ["--serving.max-batch", str(max_batch), *more]
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)

@@ -20,6 +20,7 @@ from tyro.conf import Positional
 
 from safe_pruner_jax.analysis import view as rerun_view
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.loading import calibrated, load_policy
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
@@ -36,13 +37,14 @@ WEB = 9390
 def embedded() -> tuple[Policy, list[dict]]:
     """The policy, and what it is asked in the recording."""
     (recording,) = episodes(EXAMPLE)
-    return load_policy("mini_libero", pruner=safe(keep=0.2, **calibrated())), [c.request for c in recording.calls()]
+    policy = load_policy("mini_libero", pruner=safe(keep=0.2, **calibrated()), prompt_lengths=(32,))
+    return policy, [call.request for call in recording.calls()]
 
 
 def watch(path: Path) -> None:
     """Two robots in the page; one has begun later."""
     policy, requests = embedded()
-    with running(policy, watch=True) as server, tempfile.TemporaryDirectory() as folder:
+    with running(Fleet(policy, 1), watch=True) as server, tempfile.TemporaryDirectory() as folder:
         for name, steps in (("left arm", len(requests)), ("right arm", 12)):
             robot = WebsocketClientPolicy("127.0.0.1", server.port)
             for request in requests[:steps]:

@@ -129,6 +129,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     shares = [[row["cameras"][camera] for row in rows] for camera in cameras]
     over_time.stackplot(calls, shares, labels=cameras, colors=COLORS, alpha=0.8)
     over_time.set(title="share of attention over the episode", xlabel="call", ylim=(0, 1))
+    over_time.xaxis.get_major_locator().set_params(integer=True)
     over_time.legend(loc="upper right", fontsize=8)
     for camera, color in zip(cameras, COLORS, strict=False):
         mean = np.mean([row["regions"][camera] for row in rows], axis=0)

@@ -35,6 +35,7 @@ from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy, layout_of
 from safe_pruner_jax.policy.spec import Method
 from safe_pruner_jax.pruners import PRUNERS, factory
+from safe_pruner_jax.pruners.checks import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,9 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     if args.budget is not None:
         read_budget(args.budget)  # before anything is computed
         only_libero(args, "budget")
+        within = lambda shares: bool(shares) and all(0 < share <= 1 for share in shares)
+        require(within(args.budget_keeps), "budget_keeps", "shares in (0, 1]", args.budget_keeps)
+        require(within(args.shares) and max(args.shares) < 1, "shares", "shares in (0, 1)", args.shares)
     taken = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recall)}
     both = {"recall": Recall(**same | {"keeps": tuple(sorted({*args.keeps, args.keep}))})}

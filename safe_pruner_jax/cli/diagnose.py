@@ -1,6 +1,7 @@
 """`openpi diagnose FILE`: which camera and region the late layers attend to, over a recorded episode."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.cli.recordings import robot_of
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Model
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
 from safe_pruner_jax.serving.replay import load
 
@@ -44,8 +46,9 @@ class Diagnose(Model):
 
 def run_diagnose(args: Diagnose) -> None:
     """Prints the table, writes it and the figure."""
+    require(args.limit is None or args.limit >= 1, "limit", "at least 1 call", args.limit)
     policy, requests = _load(args)
-    taken = [request for _, request in zip(range(args.limit or 2**31), requests, strict=False)]
+    taken = list(itertools.islice(requests, args.limit))
     rows = diagnose.measure(policy, taken, layers=args.layers, of=args.of)
     args.out.mkdir(parents=True, exist_ok=True)
     text = diagnose.table(rows)

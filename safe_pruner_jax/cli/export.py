@@ -19,6 +19,7 @@ from safe_pruner_jax.evaluation.records import Record, latest, read_records
 from safe_pruner_jax.lerobot.write import Writer
 from safe_pruner_jax.policy.identity import METHOD, differences
 from safe_pruner_jax.policy.spec import Method, Model
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.serving.access import read_key
 from safe_pruner_jax.serving.episodes import SUFFIX
@@ -64,6 +65,7 @@ def run_export(args: Export, method: Method) -> None:
     Raises:
       ValueError, OSError: with what to do.
     """
+    _at_least_one(args)
     calls = [source for source in args.data if _is_of_calls(source)]
     if calls and len(calls) != len(args.data):
         raise ValueError(
@@ -97,6 +99,12 @@ def run_export(args: Export, method: Method) -> None:
             writer.add(film.task, film.images, film.columns)
             logger.info("%s: episode %d, %d rows", source, len(writer) - 1, len(film.columns["action"]))
     print(f"{len(writer)} episodes in {args.out}: `lerobot-dataset-viz`, rerun and `openpi train --data` read it")
+
+
+def _at_least_one(args: Export) -> None:
+    for name in ("replan", "fps", "limit"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, name, "at least 1", value)
 
 
 def _is_of_calls(source: str) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,13 +174,23 @@ def _recordings(folder: Path, config: PolicyConfig) -> Iterator[Film]:
         raise ValueError(f"data: expected *{SUFFIX} or step_*.npy in {folder}, got neither; give what --record wrote")
     steps: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for file in numbered:
-        flat = np.load(file, allow_pickle=True).item()
-        request, reply = (_nested(flat, side) for side in ("inputs/", "outputs/"))
+        request, reply = _flat(file)
         if steps and request.get("prompt") != steps[-1][0].get("prompt"):
             yield _of_calls(steps, config)
             steps = []
         steps.append((request, reply))
     yield _of_calls(steps, config)
+
+
+def _flat(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Request and reply of one of openpi's records, a pickle: open only what you recorded yourself."""
+    try:
+        flat = np.load(file, allow_pickle=True).item()
+        request, reply = (_nested(flat, side) for side in ("inputs/", "outputs/"))
+        _ = reply["actions"]
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: expected a record of openpi's server, got another file ({error})") from error
+    return request, reply
 
 
 def _nested(flat: Mapping[str, Any], side: str) -> dict[str, Any]:

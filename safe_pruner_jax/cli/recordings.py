@@ -14,6 +14,7 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, Recording, episodes
 from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Model
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.robots import LIBERO
 
@@ -73,6 +74,7 @@ class OnEpisodes(OnRequests):
 
 def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
+    require(args.limit is None or args.limit >= 1, "limit", "at least 1 episode", args.limit)
     infer = _driver(policy) if args.driver == "policy" else None
     options = {"replan": args.replan, "infer": infer, "robot": robot_of(args)}
     found = (recording for source in args.data for recording in episodes(source, **options))

@@ -13,6 +13,7 @@ from safe_pruner_jax.analysis import view
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.cli.recordings import robot_of
 from safe_pruner_jax.policy.spec import Method, Model
+from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.serving.access import read_key
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
 from safe_pruner_jax.serving.replay import load
@@ -46,6 +47,7 @@ class View(Model):
 def run_view(args: View, method: Method) -> None:
     """Logs every step; with a page it stays until it is interrupted."""
     view.rerun()  # before anything is loaded
+    require(args.limit is None or args.limit >= 1, "limit", "at least 1 step", args.limit)
     frames = itertools.islice(_frames(args, method), args.limit)
     with contextlib.suppress(KeyboardInterrupt):
         first = next(frames, None)

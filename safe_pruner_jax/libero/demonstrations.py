@@ -173,6 +173,11 @@ def read_demos(path: str | Path, *, size: int | None = None) -> Iterator[Demo]:
     """
     import h5py
 
+    if not h5py.is_hdf5(Path(path)):
+        what = "another file" if Path(path).is_file() else "no such file"
+        raise OSError(
+            f"{path}: expected LIBERO's demonstrations in HDF5, got {what}; scripts/collect_demos.py makes some"
+        )
     with h5py.File(path, "r") as file:
         try:
             data = file["data"]

@@ -28,9 +28,9 @@ class Frames:
         self._parts, self._ends = parts, np.cumsum([len(part[0]) for part in parts])
         self.shape = (int(self._ends[-1]), len(parts[0]), *parts[0][0].shape[1:])
 
-    def __getitem__(self, steps: np.ndarray) -> np.ndarray:
-        """[…, C, S, S, 3] of step indices […]."""
-        steps = np.asarray(steps)
+    def __getitem__(self, steps: np.ndarray | slice) -> np.ndarray:
+        """[…, C, S, S, 3] of step indices […], or of a slice."""
+        steps = np.arange(self.shape[0])[steps]
         found = np.empty((steps.size, *self.shape[1:]), np.uint8)
         for own, step in zip(found, steps.ravel(), strict=True):
             part = int(np.searchsorted(self._ends, step, side="right"))
