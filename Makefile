@@ -7,7 +7,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-pinned test-cluster test-aot lint format libero setup clean
+.PHONY: help demo test tests test-pinned test-cluster test-aot lint format libero setup setup-pinned clean
 
 help:
 	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
@@ -20,7 +20,9 @@ help:
 demo: libero
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
-test: libero lint
+test: lint tests
+
+tests: libero
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray and not aot") $(ARGS)
 
 # the model, the pruners and serving run on openpi's pins; what does not is marked `newest`
@@ -51,6 +53,8 @@ libero: $(VENV)/.ready
 	@bash scripts/setup_libero.sh $(VENV)/bin/python
 
 setup: $(VENV)/.ready
+
+setup-pinned: $(PINNED)/.ready
 
 # openpi-client comes without its dependencies: its numpy<2 pin is metadata only
 $(VENV)/.ready: pyproject.toml requirements/openpi-client.txt

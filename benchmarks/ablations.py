@@ -68,12 +68,12 @@ def layers_with(config: Pi0Config, layer: Callable, last_whole: bool = False) ->
     def run(weights: Any, p: pi0.Rows) -> list:
         c, x, out = config.prefix, p.x, []
         rotation = gemma.rope(p.positions, c.head_dim)
-        own = p.mask[:, :, None] & p.mask[:, None, :]
+        visible = p.mask[:, :, None] & p.mask[:, None, :]
         for i, w in enumerate(weights):
             if i == config.depth - 1 and not last_whole:
                 out.append(gemma.keys_and_values(c, w, x, rotation))
             else:
-                x, kv, _ = layer(c, w, x, rotation, own)
+                x, kv, _ = layer(c, w, x, rotation, visible)
                 out.append(kv)
         return (out, x) if last_whole else out
 
@@ -88,25 +88,25 @@ def split_heads(c: Any, w: gemma.LayerWeights) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.array, parts) | {"rest": dataclasses.replace(w, qkv=w.qkv[:1], gate_up=w.gate_up[:1])}
 
 
-def unfused(c: Any, parts: dict, x: jax.Array, rotation: Any, own: jax.Array) -> tuple:
+def unfused(c: Any, parts: dict, x: jax.Array, rotation: Any, visible: jax.Array) -> tuple:
     """`gemma.layer` with one product per projection."""
     w = parts["rest"]
     h, _ = gemma.rms_norm(x, w.gain1)
     heads = lambda a, n: a.reshape(*a.shape[:2], n, c.head_dim)
     q, k, v = (heads(gemma.dense(h, parts[n]), m) for n, m in (("q", c.num_heads), ("k", 1), ("v", 1)))
     q, k = gemma._rotate(q, rotation) * c.head_dim**-0.5, gemma._rotate(k, rotation)
-    out, _ = gemma.attend(q, (gemma.Segment(k, v, own),))
+    out, _ = gemma.attend(q, (gemma.Segment(k, v, visible),))
     x = x + gemma.dense(out, w.out)
     h, _ = gemma.rms_norm(x, w.gain2)
     gated = jax.nn.gelu(gemma.dense(h, parts["gate"])) * gemma.dense(h, parts["up"])
     return x + gemma.dense(gated, w.down), (k, v), None
 
 
-def through_dot_product_attention(c: Any, w: gemma.LayerWeights, x: jax.Array, rotation: Any, own: jax.Array) -> tuple:
+def through_dot_product_attention(c: Any, w: gemma.LayerWeights, x: jax.Array, rotation: Any, seen: jax.Array) -> tuple:
     """`gemma.layer` with `jax.nn.dot_product_attention`."""
     h, _ = gemma.rms_norm(x, w.gain1)
     q, k, v = gemma.project_qkv(c, w, h, rotation)
-    out = jax.nn.dot_product_attention(q, k, v, mask=own[:, None], scale=1.0)
+    out = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=1.0)
     x = x + gemma.dense(out.reshape(*x.shape[:2], -1), w.out)
     h, _ = gemma.rms_norm(x, w.gain2)
     g, u = jnp.split(gemma.dense(h, w.gate_up), 2, axis=-1)
@@ -119,8 +119,8 @@ def scanned(config: Pi0Config) -> Callable:
     def run(weights: tuple[Any, Any], p: pi0.Rows) -> tuple:
         c, (stack, last) = config.prefix, weights
         rotation = gemma.rope(p.positions, c.head_dim)
-        own = p.mask[:, :, None] & p.mask[:, None, :]
-        x, kv = jax.lax.scan(lambda x, w: gemma.layer(c, w, x, rotation, own)[:2], p.x, stack)
+        visible = p.mask[:, :, None] & p.mask[:, None, :]
+        x, kv = jax.lax.scan(lambda x, w: gemma.layer(c, w, x, rotation, visible)[:2], p.x, stack)
         return kv, gemma.keys_and_values(c, last, x, rotation)
 
     return run
@@ -163,18 +163,60 @@ def dispatched(engine: Engine) -> Callable:
 
 
 def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep: float) -> list[Pair]:
-    """All of them."""
+    """All of them; what differs in what it computes for dead or unused rows comes first."""
     example = example_of(config, views, prompt)
     layout = layout_of(example, config)
-    p, everything = prefix_of(config, layout.slots), prefix_of(config, all_slots(config).slots)
-    c, layers = config.prefix, weights.prefix
-    plain = layers_with(config, gemma.layer)
-    ours = compiled(plain, layers, p)
-    stack = jax.tree.map(lambda *a: jnp.stack(a), *layers[:-1])
-    parts = [split_heads(c, w) for w in layers[:-1]] + [layers[-1]]
+    loop = loops(config, weights, layout.slots)
+    of_options = []
+    if options():
+        plain, upright = prefix_options(config, weights, layout.slots)
+        of_options = [
+            plain,
+            Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
+            upright,
+        ]
+    return [
+        *prefix_pairs(config, weights, layout.slots),
+        Pair("adaptive norms computed once (denoise)", loop("adaptive"), loop("scan")),
+        Pair("denoise steps as a loop, not unrolled", loop("unrolled"), loop("scan")),
+        keyframe_pair(config, weights, example, keep),
+        *of_options,
+    ]
 
+
+def prefix_pairs(config: Pi0Config, weights: pi0.Weights, slots: int) -> list[Pair]:
+    """What the layers of the prefix do."""
+    p, everything = prefix_of(config, slots), prefix_of(config, all_slots(config).slots)
+    layers, plain = weights.prefix, layers_with(config, gemma.layer)
+    ours = compiled(plain, layers, p)
+    whole, library = layers_with(config, gemma.layer, True), layers_with(config, through_dot_product_attention)
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *layers[:-1])
+    parts = [split_heads(config.prefix, w) for w in layers[:-1]] + [layers[-1]]
+    return [
+        Pair("dead tokens removed (prefix)", compiled(plain, layers, everything), ours),
+        Pair("of the last prefix layer only keys and values", compiled(whole, layers, p), ours),
+        Pair("q, k, v and gate, up fused", compiled(layers_with(config, unfused), parts, p), ours),
+        Pair("layers unrolled over split weights", compiled(scanned(config), (stack, layers[-1]), p), ours),
+        Pair("own attention, not jax.nn's", compiled(library, layers, p), ours),
+    ]
+
+
+def prefix_options(config: Pi0Config, weights: pi0.Weights, slots: int) -> tuple[Pair, Pair]:
+    """How the prefix is compiled, and how its widest matrices lie."""
+    p, layers, plain = prefix_of(config, slots), weights.prefix, layers_with(config, gemma.layer)
+    ours = compiled(plain, layers, p)
+    turned = [w.replace(gate_up=Upright(jnp.array(w.gate_up.T))) for w in layers]
+    return (
+        Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
+        Pair("gate and up stored upright (prefix)", ours, compiled(plain, turned, p)),
+    )
+
+
+def loops(config: Pi0Config, weights: pi0.Weights, slots: int) -> Callable[..., Callable]:
+    """A function that compiles one kind of denoise loop over a prefix of `slots` keys."""
+    c, mask = config.prefix, prefix_of(config, slots).mask
     segments = tuple(
-        gemma.Segment(*(jnp.ones((1, layout.slots, 1, c.head_dim), config.dtype),) * 2, p.mask[:, None]) for _ in layers
+        gemma.Segment(*(jnp.ones((1, slots, 1, c.head_dim), config.dtype),) * 2, mask[:, None]) for _ in weights.prefix
     )
     noise = jax.random.normal(jax.random.key(1), (1, config.action_horizon, config.action_dim))
     cond = weights.schedule.cond
@@ -183,44 +225,21 @@ def pairs(config: Pi0Config, weights: pi0.Weights, views: int, prompt: int, keep
         "layers": [(solve(m.attn), solve(m.mlp)) for m in weights.schedule.mods],
         "final": solve(weights.schedule.final),
     }
-    loop = lambda how, **more: compiled(denoise(config, how), weights, adaptive, segments, noise, **more)
+    return lambda how, **more: compiled(denoise(config, how), weights, adaptive, segments, noise, **more)
 
+
+def keyframe_pair(config: Pi0Config, weights: pi0.Weights, example: Any, keep: float) -> Pair:
+    """Whole steps: who reads the keyframe bit."""
+    layout = layout_of(example, config)
     engine = Engine(weights, config, make("safe", keep, cut=config.depth - 1))
     inputs, host = jax.device_put(pack([example], layout)), pack([example], layout)
     control = engine.step(engine.init((0,), len(layout.cameras)), inputs)[1]
     one = jit(dispatched(engine)).lower(weights, control, inputs).compile()
-    whole, library = layers_with(config, gemma.layer, True), layers_with(config, through_dot_product_attention)
-    chosen = []
-    if options():
-        turned = [w.replace(gate_up=Upright(jnp.array(w.gate_up.T))) for w in layers]
-        chosen = [
-            Pair("options of compiling.py (prefix)", compiled(plain, layers, p, jit=jax.jit), ours),
-            Pair("options of compiling.py (denoise)", loop("scan", jit=jax.jit), loop("scan")),
-            Pair("gate and up stored upright (prefix)", ours, compiled(plain, turned, p)),
-        ]
-    return [
-        Pair("dead tokens removed (prefix)", compiled(plain, layers, everything), ours),
-        Pair(
-            "of the last prefix layer only keys and values",
-            compiled(whole, layers, p),
-            ours,
-        ),
-        Pair("q, k, v and gate, up fused", compiled(layers_with(config, unfused), parts, p), ours),
-        Pair("layers unrolled over split weights", compiled(scanned(config), (stack, layers[-1]), p), ours),
-        Pair(
-            "own attention, not jax.nn's",
-            compiled(library, layers, p),
-            ours,
-        ),
-        Pair("adaptive norms computed once (denoise)", loop("adaptive"), loop("scan")),
-        Pair("denoise steps as a loop, not unrolled", loop("unrolled"), loop("scan")),
-        Pair(
-            "keyframe bit on the host, not lax.cond (whole step)",
-            lambda: jax.device_get(one(weights, control, jax.device_put(host))),
-            lambda: jax.device_get(engine.step(control, jax.device_put(host))[0]),
-        ),
-        *chosen,
-    ]
+    return Pair(
+        "keyframe bit on the host, not lax.cond (whole step)",
+        lambda: jax.device_get(one(weights, control, jax.device_put(host))),
+        lambda: jax.device_get(engine.step(control, jax.device_put(host))[0]),
+    )
 
 
 def main(
@@ -248,16 +267,16 @@ def main(
     model = get_config(config).model
     model = model.replace(dtype=dtype).with_depth(depth)
     weights = jax.block_until_ready(random_weights(model, upright=False))
-    made = pairs(model, weights, views, prompt, keep)
-    for pair in made[2:]:  # the first two differ in what they compute for dead or unused rows
+    all_pairs = pairs(model, weights, views, prompt, keep)
+    for pair in all_pairs[2:]:  # the first two differ in what they compute for dead or unused rows
         a, b = pair.without(), pair.with_it()
         if "scan" not in pair.what and "split" not in pair.what:
             same(a, b, pair.what)
-    steps = {f"{i}{side}": run for i, pair in enumerate(made) for side, run in zip("-+", pair[1:], strict=True)}
+    steps = {f"{i}{side}": run for i, pair in enumerate(all_pairs) for side, run in zip("-+", pair[1:], strict=True)}
     times = interleave(steps, rounds)
     rows = []
     print(f"{'optimisation':55} {'without, ms':>12} {'with, ms':>10}  gain (quartiles)")
-    for i, pair in enumerate(made):
+    for i, pair in enumerate(all_pairs):
         without, with_it = times[f"{i}-"], times[f"{i}+"]
         gain = ratio(with_it, without)
         rows.append({"what": pair.what, "gain": dataclasses.asdict(gain)})

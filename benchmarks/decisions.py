@@ -74,7 +74,7 @@ def filled(shape: Evidence, cameras: int, since_full: int) -> Evidence:
 
 def decision(config: Pi0Config, pruner: Pruner, views: int, prompt: int) -> Step:
     """All decisions of one pruned step, compiled; has a state that a keyframe has left behind."""
-    found = shapes(config, pruner, views, prompt)
+    state_and_evidence = shapes(config, pruner, views, prompt)
 
     @jax.jit
     def decide(state, evidence):
@@ -85,7 +85,7 @@ def decision(config: Pi0Config, pruner: Pruner, views: int, prompt: int) -> Step
             chosen.append(selection.index)
         return state, chosen
 
-    fresh, behind = (tuple(filled(s, views, since) for s in found) for since in (NO_HISTORY, 1))
+    fresh, behind = (tuple(filled(s, views, since) for s in state_and_evidence) for since in (NO_HISTORY, 1))
     state, _ = decide(pruner.init(fresh[0]), fresh)
     return lambda: jax.block_until_ready(decide(state, behind)[1])
 

@@ -1,7 +1,7 @@
 """What 8-bit weights do to the actions, beside what they do to the time.
 
-python benchmarks/quantisation.py --out benchmarks/results/precision_mini_cpu.json
-python benchmarks/quantisation.py --config pi05_libero --checkpoint gs://openpi-assets/checkpoints/pi05_libero
+python benchmarks/precision.py --out benchmarks/results/precision_mini_cpu.json
+python benchmarks/precision.py --config pi05_libero --checkpoint gs://openpi-assets/checkpoints/pi05_libero
 
 Plays recorded episodes through a policy at full precision and with its language model and expert in 8 bits: the same
 frames, prompts and noise, on the full and on the pruned path. Compares the actions that the robot would get. All kinds
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -25,6 +26,9 @@ from safe_pruner_jax.model import quantisation
 from safe_pruner_jax.policy.loading import EMBEDDED, calibrated
 from safe_pruner_jax.pruners import full, safe
 from safe_pruner_jax.timing import ratio, spread
+
+Key = tuple[str, str | None]
+"""Path and kind of weights, None at full precision."""
 
 
 def main(
@@ -54,33 +58,56 @@ def main(
     exactly = policy.engine.weights
     stored = {kind: exactly if kind is None else quantisation.reduce(exactly, kind) for kind in kinds}
     robots = {(p, k): policy.with_pruner(make(), stored[k]).session() for p, make in paths.items() for k in kinds}
-    draws, size = np.random.default_rng(0), (policy.engine.config.action_horizon, policy.engine.config.action_dim)
+    size = (policy.engine.config.action_horizon, policy.engine.config.action_dim)
+    actions, times = play(robots, data, size)
+    rows = [row_of(key, actions, times) for key in robots]
+    for row in rows:
+        row["weights"] = row["weights"] or policy.engine.config.dtype
+    print(table(rows), end="")
+    if out is not None:
+        report = {
+            "command": " ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]),
+            "machine": machine.describe(),
+            "calls": len(next(iter(actions.values()))),
+            "rows": rows,
+        }
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def play(robots: dict[Key, Any], data: tuple[str, ...], size: tuple[int, int]) -> tuple[dict[Key, list], ...]:
+    """The same calls by every robot in turn: actions of all calls, and seconds of those after the first two."""
+    draws = np.random.default_rng(0)
     actions, times = {key: [] for key in robots}, {key: [] for key in robots}
-    for source in data:
-        for recording in episodes(source):
-            for number, call in enumerate(recording.calls()):
-                noise = draws.standard_normal(size).astype(np.float32)
-                for key, robot in robots.items():
-                    start = time.perf_counter()
-                    reply = robot.infer(call.request | ({"reset": True} if number == 0 else {}), noise=noise)
-                    if number > 1:  # by then both paths are compiled
-                        times[key].append(time.perf_counter() - start)
-                    actions[key].append(reply["actions"])
-    rows = []
-    for (path, kind), mine in actions.items():
-        exact = np.array(actions[path, None])
-        error = np.abs(np.array(mine) - exact) / exact.std((0, 1))
-        ms, gain = spread(1e3 * np.array(times[path, kind])), ratio(np.array(times[path, kind]), times[path, None])
-        rows.append(
-            {
-                "path": path,
-                "weights": kind or policy.engine.config.dtype,
-                "error_mean": float(error.mean()),
-                "error_p99": float(np.quantile(error, 0.99)),
-                "ms": dataclasses.asdict(ms),
-                "times_full_precision": dataclasses.asdict(gain),
-            }
-        )
+    for recording in (recording for source in data for recording in episodes(source)):
+        for number, call in enumerate(recording.calls()):
+            noise = draws.standard_normal(size).astype(np.float32)
+            for key, robot in robots.items():
+                start = time.perf_counter()
+                reply = robot.infer(call.request | ({"reset": True} if number == 0 else {}), noise=noise)
+                if number > 1:  # by then both paths are compiled
+                    times[key].append(time.perf_counter() - start)
+                actions[key].append(reply["actions"])
+    return actions, times
+
+
+def row_of(key: Key, actions: dict[Key, list], times: dict[Key, list]) -> dict[str, Any]:
+    """One path and kind of weights against the same path at full precision."""
+    path, kind = key
+    exact = np.array(actions[path, None])
+    error = np.abs(np.array(actions[key]) - exact) / exact.std((0, 1))
+    return {
+        "path": path,
+        "weights": kind,
+        "error_mean": float(error.mean()),
+        "error_p99": float(np.quantile(error, 0.99)),
+        "ms": dataclasses.asdict(spread(1e3 * np.array(times[key]))),
+        "times_full_precision": dataclasses.asdict(ratio(np.array(times[key]), times[path, None])),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line per row."""
     lines = [
         [
             *(r["path"], r["weights"], f"{r['error_mean']:.1e}, {r['error_p99']:.1e}"),
@@ -88,17 +115,7 @@ def main(
         ]
         for r in rows
     ]
-    columns = ["path", "weights", "action error: mean, 99 % (standard deviations)", "ms", "times as fast"]
-    print(markdown(columns, lines), end="")
-    if out is not None:
-        report = {
-            "command": " ".join(["python", "benchmarks/quantisation.py", *sys.argv[1:]]),
-            "machine": machine.describe(),
-            "calls": len(next(iter(actions.values()))),
-            "rows": rows,
-        }
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return markdown(["path", "weights", "action error: mean, 99 % (standard deviations)", "ms", "times as fast"], lines)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,11 @@ class Server:
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-        while (found := re.search(r"127\.0\.0\.1:(\d+)", self.log.read_text())) is None:
+        while (match := re.search(r"127\.0\.0\.1:(\d+)", self.log.read_text())) is None:
             if self.process.poll() is not None:
                 raise SystemExit(f"serving: the server does not start:\n{self.log.read_text()[-2000:]}")
             time.sleep(0.1)
-        self.port = int(found[1])
+        self.port = int(match[1])
 
     def robot(self, number: int, requests: int, rounds: list[dict]) -> None:
         """One robot asks as fast as it is answered."""

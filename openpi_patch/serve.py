@@ -52,7 +52,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for item in argv:
         if item.startswith("--") or item.startswith("policy:"):
             name = item.partition("=")[0]
-            target = ours if any(name == own or name.startswith(f"{own}.") for own in OURS) else theirs
+            target = ours if any(name == package or name.startswith(f"{package}.") for package in OURS) else theirs
         target.append(item)
     return ours, theirs
 
@@ -64,17 +64,17 @@ def load_script(path: Path | None) -> ModuleType:
       PatchError: openpi or its script is not there.
     """
     if path is None:
-        found = importlib.util.find_spec("openpi")
-        if found is None:
+        package = importlib.util.find_spec("openpi")
+        if package is None:
             raise PatchError("openpi is not installed; install it from its repository, and this package beside it")
-        places = list(found.submodule_search_locations or [])
+        places = list(package.submodule_search_locations or [])
         path = Path(places[0]).parents[1] / "scripts" / "serve_policy.py" if places else Path("serve_policy.py")
     if not path.is_file():
         raise PatchError(f"expected openpi's script at {path}, got no such file; give it with --serve-policy")
-    found = importlib.util.spec_from_file_location("openpi_serve_policy", path)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # its dataclasses look themselves up
-    found.loader.exec_module(module)
+    script = importlib.util.spec_from_file_location("openpi_serve_policy", path)
+    module = importlib.util.module_from_spec(script)
+    sys.modules[script.name] = module  # its dataclasses look themselves up
+    script.loader.exec_module(module)
     return module
 
 

@@ -182,7 +182,7 @@ def best(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array
     chosen = jax.lax.top_k(_comparable(score, alive), k)[1].astype(jnp.int32)
     kept = (jnp.arange(k) < count) & alive[chosen]
     # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
-    packed = jnp.sort(chosen * 2 + kept)
+    packed = jnp.sort(chosen * 2 + kept.astype(jnp.int32))
     return packed // 2, (packed % 2).astype(bool)
 
 

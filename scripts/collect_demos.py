@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from safe_pruner_jax.libero.demonstrations import merge_demos, seeds, write_demos
+
+if TYPE_CHECKING:
+    from safe_pruner_jax.libero.env import LiberoEnv
 
 SEEDS_PER_RUN = 1_000_000  # episode k of a run has the seed `seed` · this + k
 SETTINGS = ("suite", "noise", "pushes", "size", "every", "led_by")  # of one folder
@@ -160,8 +163,8 @@ class Collection:
         file = self._folder / "settings.json"
         if not file.exists():
             file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        elif (found := {"pushes": 0.0} | json.loads(file.read_text(encoding="utf-8"))) != settings:
-            raise SystemExit(f"{self._folder} was collected with {found}, not {settings}: choose another --out")
+        elif (stored := {"pushes": 0.0} | json.loads(file.read_text(encoding="utf-8"))) != settings:
+            raise SystemExit(f"{self._folder} was collected with {stored}, not {settings}: choose another --out")
 
     def _settings(self) -> dict[str, Any]:
         given = {key: getattr(self._args, key) for key in SETTINGS}
@@ -248,15 +251,6 @@ def work() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the simulator prints
     from safe_pruner_jax.libero.env import LIMITS, LiberoEnv, load_task
-    from safe_pruner_jax.libero.expert import demonstrate, led_by
-    from safe_pruner_jax.libero.simulator import provenance
-    from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
-    from safe_pruner_jax.pruners import make
-
-    @functools.cache
-    def leader(config: str, checkpoint: str) -> Callable[..., None]:
-        name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)
-        return led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)
 
     env: LiberoEnv | None = None
     built: tuple | None = None
@@ -264,24 +258,16 @@ def work() -> None:
         job, start = json.loads(line), time.perf_counter()
         reply: dict[str, Any] = {"outcome": "error"}
         try:
-            wanted = (job["suite"], job["task"], job["size"])
-            if built != wanted:
+            what = (job["suite"], job["task"], job["size"])
+            if built != what:
                 if env is not None:
                     env.close()
                 env, built = None, None
                 task = load_task(job["suite"], job["task"])
                 most = LIMITS[job["suite"]] * (2 if "led_by" in job else 1)
                 env = LiberoEnv(task, observed_size=job["size"], max_steps=most)
-                built = wanted
-            first = {"before": leader(job["config"], job["led_by"])} if "led_by" in job else {}
-            how = {key: job[key] for key in ("noise", "pushes", "every")}
-            demo, steps = demonstrate(env, job["seed"], **how, **first)
-            if demo is not None:
-                env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}
-                env_args |= {"problem_name": env.simulator.problem_name, **how, **provenance()}
-                write_demos(job["path"], [demo], env_args)
-            outcome = "failure" if steps == env.max_steps else "solved"
-            reply = {"outcome": outcome if demo is None else "success", "steps": steps}
+                built = what
+            reply = _play(env, job)
         except Exception as error:  # the attempt is lost, the worker is not
             reply["error"] = f"{type(error).__name__}: {error}"[:300]
             built = None  # start from a fresh environment
@@ -289,6 +275,33 @@ def work() -> None:
         print(json.dumps(reply), file=replies, flush=True)
     if env is not None:
         env.close()
+
+
+def _play(env: "LiberoEnv", job: dict[str, Any]) -> dict[str, Any]:
+    """One job in its environment; a success is written to the job's path."""
+    from safe_pruner_jax.libero.expert import demonstrate
+    from safe_pruner_jax.libero.simulator import provenance
+
+    first = {"before": _leader(job["config"], job["led_by"])} if "led_by" in job else {}
+    how = {key: job[key] for key in ("noise", "pushes", "every")}
+    demo, steps = demonstrate(env, job["seed"], **how, **first)
+    if demo is not None:
+        env_args = {"env_name": type(env.simulator.env).__name__, "bddl_file": env.task.bddl.name}
+        env_args |= {"problem_name": env.simulator.problem_name, **how, **provenance()}
+        write_demos(job["path"], [demo], env_args)
+    outcome = "failure" if steps == env.max_steps else "solved"
+    return {"outcome": outcome if demo is None else "success", "steps": steps}
+
+
+@functools.cache
+def _leader(config: str, checkpoint: str) -> Callable[..., None]:
+    """What plays before the expert does."""
+    from safe_pruner_jax.libero.expert import led_by
+    from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
+    from safe_pruner_jax.pruners import make
+
+    name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)
+    return led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)
 
 
 def main(args: Args) -> bool:

@@ -15,8 +15,6 @@ import http.client
 import importlib.util
 import json
 import os
-import platform
-import re
 import signal
 import socket
 import statistics
@@ -31,12 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import imageio.v2 as imageio
-import jax
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from safe_pruner_jax.bench import machine
 from safe_pruner_jax.engine import flops
 from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
@@ -114,9 +112,6 @@ class Demo:
         return {name: getattr(self, name) for name in ("keep", "queries", "fuse", "threshold")}
 
 
-# --- servers -----------------------------------------------------------------------------------------------
-
-
 class Server:
     """`openpi serve policy:embedded` as a child process, which never outlives this one; `log` takes its output."""
 
@@ -189,6 +184,11 @@ class Step:
         """Whether every token ran; always so without a pruner."""
         return self.pruning.get("keyframe", True)
 
+    def label(self) -> str:
+        """For a picture of it."""
+        kind = "keyframe" if self.keyframe else f"κ = {self.pruning['kappa']:.3f}"
+        return f"scene {self.scene}, step {self.step}, {kind}"
+
     def record(self) -> str:
         """One line of JSON."""
         index = self.pruning.get("index")
@@ -238,8 +238,9 @@ def play(server: Server, env: LiberoEnv, args: Demo, scene: int, write: Callable
             begin = {} if steps else {"reset": True, "seed": episode_seed(args.suite, args.task, scene)}
             start, reply = time.perf_counter(), client.infer(request | begin)
             elapsed = (time.perf_counter() - start) * 1000
-            seen, pruning = {name: request[key] for key, name in CAMERAS.items()}, reply.get("pruning", {})
-            steps.append(Step(scene, env.steps, server.pruner, seen, pruning, reply["policy_timing"], elapsed))
+            images = {name: request[key] for key, name in CAMERAS.items()}
+            answer = {"pruning": reply.get("pruning", {}), "timing": reply["policy_timing"]}
+            steps.append(Step(scene, env.steps, server.pruner, images, **answer, round_trip_ms=elapsed))
             write(steps[-1])
             console.print(steps[-1].row())
             return reply
@@ -270,10 +271,10 @@ def write_video(path: Path, pairs: list[tuple[Run, Run]], layout: PrefixLayout) 
 
 
 def _frame(run: Run, call: int, layout: PrefixLayout) -> np.ndarray:
-    over, step = call >= len(run.steps), run.steps[min(call, len(run.steps) - 1)]
+    step = run.steps[min(call, len(run.steps) - 1)]
     p = {"kept": layout.visual, "alive": layout.visual, "index": np.arange(layout.visual), "kappa": None} | step.pruning
     badge = "KEYFRAME" if run.pruner != "none" and step.keyframe else ""
-    if over:
+    if call >= len(run.steps):
         badge = "SUCCESS" if run.success else "NO SUCCESS"
     kappa = "" if p["kappa"] is None else f"κ {p['kappa']:.3f}   "
     caption = f"{run.pruner}   step {step.step}   {kappa}{p['kept']} of {p['alive']} tokens"
@@ -282,14 +283,11 @@ def _frame(run: Run, call: int, layout: PrefixLayout) -> np.ndarray:
 
 def write_picture(path: Path, runs: list[Run], tokens_per_camera: int, title: str) -> None:
     """Of every scene the first keyframe and a pruned step halfway."""
-    label = lambda s: (
-        f"scene {s.scene}, step {s.step}, " + ("keyframe" if s.keyframe else f"κ = {s.pruning['kappa']:.3f}")
-    )
     chosen = []
     for run in runs:
         pruned = [s for s in run.steps if not s.keyframe]
         chosen += [next(s for s in run.steps if s.keyframe), *pruned[len(pruned) // 2 : len(pruned) // 2 + 1]]
-    shown = [Shown(s.images, s.pruning["index"], label(s)) for s in chosen]
+    shown = [Shown(s.images, s.pruning["index"], s.label()) for s in chosen]
     text = f"{textwrap.fill(title, 52)}\n{textwrap.fill(f'embedded policy: {EMBEDDED_WEIGHTS}', 60)}"
     kept_patches_figure(shown, tokens_per_camera, text).savefig(path)
 
@@ -324,7 +322,7 @@ def summarise(args: Demo, plan: Plan, layout: PrefixLayout, pairs: list[tuple[Ru
     mean = lambda run: statistics.fmean(s.timing["infer_ms"] for s in run)
     share = (keyframes * paper["safe, keyframe"] + (calls - keyframes) * paper["safe, pruned"]) / calls / paper["none"]
     verdicts = "\n".join(f"scene {run.scene:<3} {run.pruner:5} {run.verdict()}" for pair in pairs for run in pair)
-    versions = {"jax": metadata.version("jax"), **provenance()}
+    here, versions = machine.describe(), {"jax": metadata.version("jax"), **provenance()}
     console.print(f"""\
 [bold]{verdicts}[/]
 pruned / none   {ms["safe, pruned"] / ms["none"]:.2f} of the time (medians)
@@ -334,20 +332,11 @@ visual tokens   {statistics.fmean(s.pruning["kept"] for s in pruned_run):.0f} of
 {budget(plan.cut.keep, layout.visual)} of {layout.visual} in a pruned step
 prefix tokens   layers × tokens: pruned {per_layer["safe, pruned"]}, otherwise {per_layer["none"]}
 paper, exact    10⁹ multiply-adds of the language model's prefix, and of all that runs
-machine         {_machine()}; {jax.devices()[0].device_kind}; {model.dtype}; Python {platform.python_version()}
+machine         {here["cpu"]}, {here["cores"]} cores; {here["device"]}; {model.dtype}; Python {here["python"]}
 versions        {", ".join(f"{name} {version}" for name, version in versions.items())}
 runs            one episode each: {args.suite} task {args.task}, scenes {args.scenes[0]} and {args.scenes[1]}, \
 {REPLAN} actions per call; {len(layout.cameras)} cameras, {layout.text} prompt slots, 10 denoise steps
 note            a model this small spends its time elsewhere than π0.5: the ratios are its own""")
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-# --- main --------------------------------------------------------------------------------------------------
 
 
 def run(args: Demo) -> None:
@@ -364,8 +353,8 @@ def run(args: Demo) -> None:
     options = [f"--pruner.{name}={value}" for name, value in args.choices().items()]
     with contextlib.ExitStack() as stack:
         servers = []
-        for pruner, given in (("safe", options), ("none", [])):
-            servers.append(Server(pruner, given, args.out / f"server_{pruner}.log"))
+        for pruner, chosen in (("safe", options), ("none", [])):
+            servers.append(Server(pruner, chosen, args.out / f"server_{pruner}.log"))
             stack.callback(servers[-1].stop)
             console.print(f"$ openpi {' '.join(servers[-1].arguments)}\n  [dim]log: {servers[-1].log}[/]")
         started = time.perf_counter()

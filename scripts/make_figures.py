@@ -35,10 +35,10 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
         choices = {} if name == "full" else {"keep": keep} | (calibrated() if name == "safe" else {})
         pruner = pruners.make(name, **choices)
         session = policy.with_pruner(pruner).session()
-        told = [session.infer(request)["pruning"] for request in requests]
-        last, keyframes = told[-1], sum(p["keyframe"] for p in told)
+        pruning = [session.infer(request)["pruning"] for request in requests]
+        last, keyframes = pruning[-1], sum(p["keyframe"] for p in pruning)
         count = "keyframe" if last["keyframe"] else f"{last['kept']} of {last['alive']}"
-        print(f"{name}: {count}, {keyframes} of {len(told)} calls were keyframes")
+        print(f"{name}: {count}, {keyframes} of {len(pruning)} calls were keyframes")
         images = {c: np.asarray(i) for c, i in example.images.items() if example.image_mask[c]}
         shown.append(Shown(images, last["index"], f"{name} · {count}"))
     return methods_figure(shown, policy.engine.config.tokens_per_camera)

@@ -103,8 +103,8 @@ def play(
 
 def another(env: LiberoEnv, trial: int) -> str:
     """An object in view that is not the task's own, another one every trial."""
-    own = Scene(env).goals[0][1]
-    names = [n for n in env.simulator.env.objects_dict if n != own and not n.startswith(RECEPTACLE)]
+    goal = Scene(env).goals[0][1]
+    names = [n for n in env.simulator.env.objects_dict if n != goal and not n.startswith(RECEPTACLE)]
     return names[trial % len(names)]
 
 

@@ -113,20 +113,27 @@ class Robot(threading.Thread):
             self.hang_up()
             return step
         if fault < 0.09:
-            self.soak.tally.count("not finite")
-            self.connection.send(pack(request | {"observation/state": np.full(8, np.nan)}))
-            answer = self.connection.recv(WAIT_S)
-            if not (isinstance(answer, str) and "expected finite" in answer):
-                self.soak.tally.problem("wrong answers", f"a state of NaN was answered with {answer!r:.80}")
-            self.hang_up()
+            self.ask_nan(request)
             return step
         if fault < 0.12:
             request["deadline_ms"] = 0.01
-        burst = step == len(self.requests) - 1 and fault > 0.9
+        return self.ask(request, step, 3 if step == len(self.requests) - 1 and fault > 0.9 else 1)
+
+    def ask_nan(self, request: dict) -> None:
+        """A request with a state of NaN, which must be refused."""
+        self.soak.tally.count("not finite")
+        self.connection.send(pack(request | {"observation/state": np.full(8, np.nan)}))
+        answer = self.connection.recv(WAIT_S)
+        if not (isinstance(answer, str) and "expected finite" in answer):
+            self.soak.tally.problem("wrong answers", f"a state of NaN was answered with {answer!r:.80}")
+        self.hang_up()
+
+    def ask(self, request: dict, step: int, times: int) -> int:
+        """The same request several times at once, of which one is answered; the step that comes next."""
         started = time.monotonic()
-        for _ in range(3 if burst else 1):
+        for _ in range(times):
             self.connection.send(pack(request))
-        answers = [self.connection.recv(WAIT_S) for _ in range(3 if burst else 1)]
+        answers = [self.connection.recv(WAIT_S) for _ in range(times)]
         replies = [unpack(answer) for answer in answers if isinstance(answer, bytes)]
         for text in (answer for answer in answers if isinstance(answer, str)):
             kind = text.partition(":")[0]
@@ -266,13 +273,13 @@ class Soak:
                 return
             time.sleep(0.02)
         code = self.server.exit_codes[-1]
-        told = {
+        recovered = {
             "signal": signal.Signals(number).name,
             "exit_code": code,
             "start_s": start_s,
             "first_reply_s": min(late),
         }
-        self.recovery.append(told)
+        self.recovery.append(recovered)
         if number == signal.SIGTERM and code != 0:
             self.tally.problem("bad exit", f"SIGTERM ended with {code}")
 

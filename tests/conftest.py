@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -16,12 +17,22 @@ pytest.register_assert_rewrite(
     "fake_libero", "fake_server", "laws", "live_server", "oracles", "synthetic", "tiny_checkpoint", "tiny_engine"
 )
 
+# an array of fewer axes is never stretched unasked: a missing axis is a mistake, and not a broadcast
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # of children
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 # the models are tiny, so compiling is most of the time: code that is not optimised, by the simpler of two emitters
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+FLAGS.append(
+    "--xla_cpu_parallel_codegen_split_count=1"
+)  # a quarter less work: every part has code of its own around it
 if xla.trusted():  # an older jax does not know it
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ["SAFE_PRUNER_PROGRAMS"] = "none"  # servers leave nothing behind
+
+# tracing makes many objects and few cycles, and jax does work of its own in every collection: a tenth of the time
+gc.set_threshold(100_000, 20, 20)
 
 # one program is compiled once for all workers, servers and notebooks of a run; the folder goes with the run
 PROGRAMS = None
@@ -78,8 +89,6 @@ def large_workers_forget_their_programs():
     """Programs of earlier modules are most of a worker's memory; who needs one again reads it from the disk."""
     yield
     if resident_bytes() > LARGE:
-        import jax
-
         jax.clear_caches()
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

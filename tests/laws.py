@@ -1,7 +1,8 @@
 """Laws every pruner obeys.
 
 Every name of `PRUNERS` is a case by itself, so a new pruner is under the laws as soon as it is registered. A law is a
-function of a case; `LAWS` lists them, `test_pruners.py` runs the product. Cases and robots are in `synthetic.py`.
+function of a case; `LAWS` lists them, `test_pruners.py` runs the product. Cases are in `pruner_cases.py`, robots in
+`synthetic.py`.
 """
 
 import inspect
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pruner_cases import BAD, CASES, COUNTED, SLOTWISE, TIED
 from synthetic import (
     DEPTH,
     HEADS,
@@ -24,7 +26,6 @@ from synthetic import (
     T,
     all_finite,
     at,
-    case,
     control_step,
     episode,
     fresh,
@@ -45,77 +46,6 @@ from safe_pruner_jax.pruners.base import NO_HISTORY
 WARM = 5
 """Steps after which every pruner with a quiet scene has a history."""
 
-CASES = [
-    *map(case, PRUNERS),
-    case("safe", every=3, keep=0.5, fuse=0.0),
-    case("safe", max_age=2, match="camera", per_camera=2, threshold=-1.0),
-    case("safe", variant="as_released", keep=5, queries="last"),
-    case("safe", pool=1.5, threshold=0.5, keep=0.3, queries="text"),
-    case("safe", pool=2, keep=5, every=4),
-    case("safe", warm_start=3, threshold=0.5),
-    case("safe", late="prefix", queries="all", over="all", threshold=0.3, keep=0.3),
-    case("safe", features="hidden", late="prefix", late_layers=(-1,), threshold=-1.0, max_age=4),
-    case("fastv", queries="last", warm_start=2, keep=5),
-    case("random", warm_start=2, keep=0.3),
-    case("vla_pruner", variant="as_released", keep=5, window=2),
-    case("divprune", keep=7),
-    case("vla_cache", variant="as_released", keep=0.75, static=0.9, relevant=0.1),
-    case("divprune", keep=0.3, warm_start=2),
-    case("specprune", keep=9, executed=1),
-    case("specprune", variant="as_released", alpha=2.0, keep=0.5),
-    case("sparsevlm", version="v2", keep=0.4),
-    case("sparsevlm", keep=0.5, layers=(0, 1, 3)),
-]
-
-SLOTWISE = {"random"}
-"""Pruners whose score belongs to the slot, not to the token in it: permuting tokens does not permute it."""
-
-TIED = {
-    case("vla_pruner", variant="as_released", keep=5, window=2),
-    case("vla_cache", variant="as_released", keep=0.75, static=0.9, relevant=0.1),
-}
-"""Cases in which the slot decides: between mutual nearest neighbours, equally far; in what order tokens are reused."""
-
-COUNTED = {"specprune", "vla_cache"}
-"""Pruners that may leave slots of their static budget empty."""
-
-BAD = {
-    "keep": (0, -0.1, 1.5, 1.0001, 2.5, math.nan, math.inf, True),
-    "cut": (0, -1),
-    "fuse": (-0.1, 1.1, math.nan),
-    "threshold": (-1.1, 1.1, math.nan),
-    "queries": ("image", ""),
-    "over": ("text", ""),
-    "late": ("action", None),
-    "features": ("z", None),
-    "late_layers": ((),),
-    "late_steps": ("first",),
-    "match": ("robot", None),
-    "pool": (0.5, 0, -1.0, math.nan, math.inf),
-    "warm_start": (0, -1),
-    "every": (0, -1),
-    "max_age": (0, -1),
-    "per_camera": (-1,),
-    "variant": ("paper", None),
-    "window": (0, -1),
-    "decay": (-0.1, 1.1, math.nan),
-    "version": ("v3", None),
-    "static": (-0.1, 1.1, math.nan),
-    "relevant": (-0.1, 1.1, math.nan),
-    "growth": (-0.1, 1.1, math.nan),
-    "alpha": (0, -1.0, math.nan),
-    "drop": (-0.1, 1.0, math.nan),
-    "smoothing": (-0.1, 1.1, math.nan),
-    "slope": (0, -1.0, math.nan),
-    "slow": (-0.1, math.nan),
-    "still": (-0.1, math.nan),
-    "executed": (0, -1),
-    "translation": ((0, 1), (0, 1, -1)),
-    "rotation": ((0, 1), (0, 1, -1)),
-    "layers": ((), (5, 2), (-1,)),
-}
-"""Values out of range by argument name; an argument without an entry fails the law of the factory."""
-
 
 def budget(case: Case, alive: int) -> int:
     """Tokens a robot with so many alive ones keeps: the share rounded half to even, a count capped."""
@@ -125,6 +55,7 @@ def budget(case: Case, alive: int) -> int:
 
 
 def state_keeps_structure_shapes_and_dtypes(case: Case):
+    """Also where jax promotes no type that nobody asked it to."""
     p = case.pruner
     for dtype in (jnp.float32, jnp.bfloat16):  # of the network; no business of the state's
         e = at(episode(0, p, steps=1), 0)
@@ -132,7 +63,8 @@ def state_keeps_structure_shapes_and_dtypes(case: Case):
         shapes = jax.eval_shape(lambda e: e, e)
         state = p.init(shapes)  # shapes are enough, and the prompt may be shorter than they say
         before = jax.eval_shape(lambda s: s, state)
-        after, selection = jax.eval_shape(p.step, state, shapes)
+        with jax.numpy_dtype_promotion("strict"):
+            after, selection = jax.eval_shape(p.step, state, shapes)
         assert jax.tree.structure(after) == jax.tree.structure(before)
         avals = lambda tree: [(a.shape, a.dtype, a.weak_type) for a in jax.tree.leaves(tree)]
         assert avals(after) == avals(before)
@@ -206,7 +138,8 @@ def later_cuts_choose_among_those_that_run(case: Case):
                 hidden=np.where(running[:, None], now.hidden, 0),
                 saliency=tuple(attention(i, c, running) for c in cut.capture),
             )
-            before, (state, selection) = state, later(state, now, i)
+            with jax.numpy_dtype_promotion("strict"):
+                before, (state, selection) = state, later(state, now, i)
             same(*(jax.tree.map(np.zeros_like, host(s)) for s in (before, state)))
             index, chosen = np.asarray(selection.index), kept(selection)
             assert (np.diff(index) > 0).all() and index[0] >= 0 and index[-1] < N
@@ -375,7 +308,7 @@ def factory_arguments_are_documented_and_checked(case: Case):
         assert parameter.default is not parameter.empty, f"{name} has no default"
         assert name in hints, f"{name} has no annotation"
         assert any(line.strip().startswith(f"{name}: ") for line in documented.splitlines()), f"{name} has no text"
-        assert name in BAD, f"{name}: add values out of range to laws.BAD"
+        assert name in BAD, f"{name}: add values out of range to pruner_cases.BAD"
         for value in BAD[name]:
             with pytest.raises(ValueError, match=r"(?s)expected.*got") as error:
                 factory(**{name: value})

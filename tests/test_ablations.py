@@ -68,7 +68,7 @@ def test_the_moving_average_is_equation_6(ablated):
         smoothed = carries[0][3].astype(np.float64).mean(0)
         for i in range(1, t):
             smoothed = 0.5 * smoothed + 0.5 * carries[i][3].astype(np.float64).mean(0)
-        np.testing.assert_allclose(carries[t][0].own.action[0], smoothed, rtol=1e-5)
+        np.testing.assert_allclose(carries[t][0].inner.action[0], smoothed, rtol=1e-5)
     assert [bool(s.keyframe) for s in selections] == [True] * 3 + [False] * 3  # the warm start stays
 
 

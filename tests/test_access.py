@@ -21,9 +21,6 @@ from safe_pruner_jax.serving import Access, ServerError, pack, running
 from safe_pruner_jax.serving.access import is_loopback, read_key, tls_context
 from safe_pruner_jax.serving.episodes import MAGIC, EpisodeError, read_episode
 
-# openpi's client connects outside a `with`, which websockets deprecates since 17.1
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 DATA = Path(__file__).parent / "data"
 
 

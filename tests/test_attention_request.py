@@ -14,8 +14,6 @@ from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import running
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 CAMERAS = ["base_0_rgb", "left_wrist_0_rgb"]
 BOTH = {"layers": [0, -1], "of": "action"}
 
@@ -40,7 +38,7 @@ def test_grids_are_those_of_a_full_pass_with_the_noise_of_the_step(policy):
         np.testing.assert_allclose(seen, trace.late("half", "all")[step, [0, 3]], atol=1e-5)
     told = session.infer(request(0, 0, reset=True, attention={"layers": [1], "of": "text"}))["attention"]
     seen = np.concatenate([told["grids"][c].ravel() for c in CAMERAS])
-    np.testing.assert_allclose(seen, trace.own["text"][0, 1], atol=1e-5)
+    np.testing.assert_allclose(seen, trace.probabilities["text"][0, 1], atol=1e-5)
 
 
 def test_asking_changes_no_action_and_nobody_else_pays(policy, monkeypatch):

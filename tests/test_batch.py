@@ -14,8 +14,6 @@ from safe_pruner_jax.policy.reply import Result
 from safe_pruner_jax.serving import Terms, pack, running, unpack
 from safe_pruner_jax.serving.backend import Sessions
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 
 class Joined(Sessions):
     """Counts each robot's steps, up to 8 robots per device step."""

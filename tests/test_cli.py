@@ -1,9 +1,12 @@
 """The command line: arguments, and one clear line with exit code 2 for what cannot be served."""
 
 import dataclasses
+import importlib
 import inspect
 import logging
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +210,15 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr(spec, "load_policy", lambda *args, **options: interrupted())
     assert cli.main(["serve", "policy:embedded"]) == 130
     assert capsys.readouterr().err.strip().endswith("openpi serve: interrupted")
+
+
+def test_commands_are_imported_when_they_are_asked_for():
+    """A server starts without what draws, trains and analyses; every analysis is known without its module."""
+    code = (
+        "import sys; from safe_pruner_jax.cli import main; main.COMMANDS['serve']\n"
+        "print([name for name in ('matplotlib', 'optax', 'safe_pruner_jax.analysis') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    modules = {importlib.import_module(f"safe_pruner_jax.cli.{module}") for module in cli.ANALYSES.values()}
+    assert set(cli.ANALYSES) == {name for module in modules for name in module.COMMANDS}
+    assert "analyse" not in cli.COMMANDS and "serve" in cli.COMMANDS

@@ -11,10 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.serving import Access, running
 
-pytestmark = [
-    pytest.mark.newest,
-    pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning"),
-]
+pytestmark = pytest.mark.newest
 
 KEY = "a-key-for-tests-only"
 

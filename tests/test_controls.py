@@ -60,7 +60,7 @@ def policy_of(kind: str, seed: int) -> tuple[Trace, np.ndarray]:
         text=prefix,
         last=prefix,
         everyone=prefix,
-        own={"expert": 0.5 * expert, "text": 0.5 * prefix, "last": 0.5 * prefix, "all": 0.5 * prefix},
+        probabilities={"expert": 0.5 * expert, "text": 0.5 * prefix, "last": 0.5 * prefix, "all": 0.5 * prefix},
         hidden=np.repeat(visual[:, None], 3, 1).astype(np.float32),
         actions=np.zeros((CALLS, 6, 8), np.float32),
         keys=jax.vmap(jax.random.key)(np.arange(CALLS)),

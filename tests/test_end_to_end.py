@@ -16,9 +16,6 @@ from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import pack, running, unpack
 
-# openpi's client connects outside a `with`, which websockets deprecates since 17.1
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 PROMPT = "pick up the black bowl"
 
 

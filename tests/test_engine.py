@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small
 from tiny_engine import CUT, SLOTS, close, compilations, example, inputs_of
 
 from safe_pruner_jax.engine.engine import BATCH_SIZES, Engine, Inputs, batch_size
+from safe_pruner_jax.engine.programs import finish, shallow
 from safe_pruner_jax.model import gemma, pi0, siglip
 from safe_pruner_jax.model.config import pi05
 from safe_pruner_jax.model.params import param_shapes
@@ -316,3 +318,23 @@ def test_the_second_time_nothing_is_compiled_or_copied_implicitly(ref, engine, s
     host = jax.device_get(inputs)
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"), jax.transfer_guard("disallow"):
         engine.step(control, host)  # the guard works
+
+
+# Types
+
+
+@pytest.mark.parametrize("name", ["full", "safe", "specprune", "vla_cache", "sparsevlm"])
+def test_programs_promote_no_type_unasked(name):
+    """In bfloat16, where promotion would hide that half a network computes in float32."""
+    config = small(max_token_len=16, dtype="bfloat16")
+    weights = jax.eval_shape(lambda params: pi0.prepare(params, config, num_steps=2), param_shapes(config))
+    engine = Engine(weights, config, PRUNERS[name](**({"cut": 2} if name == "safe" else {})))
+    control, shape = engine.init((0,), 2), jax.ShapeDtypeStruct
+    images = shape((1, 2, config.image_size, config.image_size, 3), jnp.uint8)
+    masks = [shape((1, n), bool) for n in (2, 16)]
+    inputs = Inputs(images, masks[0], shape((1, 16), jnp.int32), masks[1], shape((1, config.action_dim), jnp.float32))
+    with jax.numpy_dtype_promotion("strict"):
+        carry = jax.eval_shape(partial(shallow, config, engine.pruner), weights, control, inputs, None)
+        for pruned in (False, True) if engine.plan.cut else (False,):
+            finished = jax.eval_shape(partial(finish, config, engine.pruner, pruned), weights, carry)
+            assert finished[0].dtype == jnp.float32

@@ -22,9 +22,6 @@ from openpi_patch.weights import parameters, shared, sizes
 from safe_pruner_jax.robots.robots import DROID, LIBERO
 from safe_pruner_jax.serving import running
 
-# openpi's client connects outside a `with`, which websockets deprecates since 17.1
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 DATA = Path(__file__).parent / "data"
 PROMPTS = (16,)
 

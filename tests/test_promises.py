@@ -25,11 +25,7 @@ from safe_pruner_jax.serving.episodes import MAGIC, EpisodeRecorder, Recorded, r
 from safe_pruner_jax.serving.recorder import Step
 from safe_pruner_jax.serving.replay import header, load
 
-# openpi's client connects outside a `with`, which websockets deprecates since 17.1
-pytestmark = [
-    pytest.mark.newest,
-    pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning"),
-]
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")

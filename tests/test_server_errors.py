@@ -12,9 +12,6 @@ from websockets.exceptions import ConnectionClosed
 
 from safe_pruner_jax.serving import pack, unpack
 
-# openpi's client connects outside a `with`, which websockets deprecates since 17.1
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 
 def test_a_mistake_of_the_client_is_explained_to_it_alone(connect):
     bystander, client = connect(), connect()

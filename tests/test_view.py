@@ -14,10 +14,7 @@ from safe_pruner_jax.cli.main import main
 from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.serving import Access, running
 
-pytestmark = [
-    pytest.mark.newest,
-    pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning"),
-]
+pytestmark = pytest.mark.newest
 
 
 def entities(path):

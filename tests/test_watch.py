@@ -16,8 +16,6 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from safe_pruner_jax.serving import Access, running, unpack
 from safe_pruner_jax.serving.observers import MOST, QUEUE, ROBOTS
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")
-
 
 @pytest.fixture
 def server():

@@ -30,7 +30,7 @@ def synthetic(calls: int = 12, *, n: int = 16, depth: int = 5, seed: int = 0, st
         text=move(draw(depth - 1)),
         last=last,
         everyone=last,
-        own=own,
+        probabilities=own,
         hidden=np.zeros((calls, 3, n, 2), np.float32),
         actions=np.zeros((calls, 3, 4), np.float32),
         keys=jax.vmap(jax.random.key)(np.arange(calls)),

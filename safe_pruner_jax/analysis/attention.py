@@ -78,20 +78,20 @@ def medians(rows: Sequence[Row], queries: str) -> dict[int, tuple[float, float]]
 
 def places(rows: Sequence[Row], queries: str) -> dict[str, dict[int | None, float]]:
     """Region → layer → median share of the attention over calls and episodes; empty where nothing is labelled."""
-    own = [row for row in rows if row["queries"] == queries and REGIONS[0] in row]
-    layers = sorted({row["layer"] for row in own}, key=lambda layer: -1 if layer is None else layer)
-    values = lambda region, layer: np.concatenate([row[region] for row in own if row["layer"] == layer])
-    return {r: {layer: float(np.median(values(r, layer))) for layer in layers} for r in REGIONS} if own else {}
+    labelled = [row for row in rows if row["queries"] == queries and REGIONS[0] in row]
+    layers = sorted({row["layer"] for row in labelled}, key=lambda layer: -1 if layer is None else layer)
+    values = lambda region, layer: np.concatenate([row[region] for row in labelled if row["layer"] == layer])
+    return {r: {layer: float(np.median(values(r, layer))) for layer in layers} for r in REGIONS} if labelled else {}
 
 
 def table(rows: Sequence[Row], calls: Sequence[Row] = ()) -> str:
     """By layer: effective share of the tokens, the outside camera's share, attention on the target; then κ by call."""
-    found = {queries: medians(rows, queries) for queries in QUERIES}
+    medians_of = {queries: medians(rows, queries) for queries in QUERIES}
     target = {queries: places(rows, queries).get(REGIONS[0], {}) for queries in QUERIES}
-    cells = lambda queries, layer: (*found[queries].get(layer, (None, None)), target[queries].get(layer))
+    cells = lambda queries, layer: (*medians_of[queries].get(layer, (None, None)), target[queries].get(layer))
     lines = [
         [layer, *(form(value, "{:.0%}") for queries in QUERIES for value in cells(queries, layer))]
-        for layer in sorted(set().union(*found.values()))
+        for layer in sorted(set().union(*medians_of.values()))
     ]
     names = ("effective tokens", "outside camera", "on the target")
     text = markdown(["layer", *(f"{queries} rows: {what}" for queries in QUERIES for what in names)], lines)

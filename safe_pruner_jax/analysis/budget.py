@@ -146,27 +146,27 @@ def frontier(points: Sequence[dict[str, Any]], kind: Kind) -> list[int]:
     """
     cost = "flops" if kind == "error" else kind
     order = sorted(range(len(points)), key=lambda i: (points[i][cost], points[i]["error"]))
-    found, best = [], float("inf")
+    front, best = [], float("inf")
     for i in order:
         if points[i]["error"] < best:
-            found.append(i)
+            front.append(i)
             best = points[i]["error"]
-    return found
+    return front
 
 
 def neighbours(points: Sequence[dict[str, Any]], chosen: int, kind: Kind) -> dict[str, dict[str, Any] | None]:
     """The next cheaper and the next dearer points of the frontier; None at its ends."""
     cost, line = "flops" if kind == "error" else kind, frontier(points, kind)
-    own = points[chosen][cost]
-    cheaper = [i for i in line if points[i][cost] < own and i != chosen]
-    dearer = [i for i in line if points[i][cost] > own and i != chosen]
+    price = points[chosen][cost]
+    cheaper = [i for i in line if points[i][cost] < price and i != chosen]
+    dearer = [i for i in line if points[i][cost] > price and i != chosen]
     return {"cheaper": points[cheaper[-1]] if cheaper else None, "dearer": points[dearer[0]] if dearer else None}
 
 
 def table(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> str:
     """Every setting played, the cheapest first, the chosen one marked; what its neighbours would change."""
     cost = "flops" if budget.kind == "error" else budget.kind
-    own, line = points[chosen], set(frontier(points, budget.kind))
+    point, line = points[chosen], set(frontier(points, budget.kind))
     rows = [
         [
             "**chosen**" if i == chosen else "frontier" if i in line else "",
@@ -180,13 +180,13 @@ def table(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> str:
         for i, p in sorted(enumerate(points), key=lambda item: item[1][cost])
     ]
     text = markdown(["", "keep", "γ", "keyframes", "multiply-adds", "ms per call", "error, σ"], rows)
-    text += f"\nBudget {budget}; played: {own[budget.kind]:.4g} {_UNIT[budget.kind]}.\n"
+    text += f"\nBudget {budget}; played: {point[budget.kind]:.4g} {_UNIT[budget.kind]}.\n"
     for name, other in neighbours(points, chosen, budget.kind).items():
         if other is not None:
             text += f"Next {name}: keep {other['keep']:.1%}, γ {other['threshold']:.4f}: "
-            text += f"{other[cost] / own[cost] - 1:+.0%} cost, error {other['error']:.4f} for {own['error']:.4f}.\n"
+            text += f"{other[cost] / point[cost] - 1:+.0%} cost, error {other['error']:.4f} for {point['error']:.4f}.\n"
     choices = ("keep", "queries", "fuse", "threshold")
-    return Table(text + f"Proposed: `--pruner=safe {' '.join(f'--pruner.{c} {own[c]}' for c in choices)}`.\n")
+    return Table(text + f"Proposed: `--pruner=safe {' '.join(f'--pruner.{c} {point[c]}' for c in choices)}`.\n")
 
 
 def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Figure:
@@ -197,9 +197,9 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
     lines: dict[float, list[dict[str, Any]]] = defaultdict(list)
     for point in points:
         lines[point["share"]].append(point)
-    for number, (share, own) in enumerate(sorted(lines.items())):
-        own.sort(key=lambda p: p[cost])
-        x, y = [p[cost] for p in own], [p["error"] for p in own]
+    for number, (share, curve) in enumerate(sorted(lines.items())):
+        curve.sort(key=lambda p: p[cost])
+        x, y = [p[cost] for p in curve], [p["error"] for p in curve]
         ax.plot(x, y, marker="o", ms=4, lw=1, color=f"C{number}", label=f"γ at {share:.0%} of κ")
     best = [points[i] for i in frontier(points, budget.kind)]
     ax.plot([p[cost] for p in best], [p["error"] for p in best], color="#999999", lw=4, alpha=0.35, label="frontier")

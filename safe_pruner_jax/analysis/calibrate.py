@@ -38,19 +38,19 @@ def gammas(rows: Sequence[Row], share: float = 0.1) -> dict[str, dict[str, float
     """
     if not 0 < share < 1:
         raise ValueError(f"share: expected a share in (0, 1), got {share}; for example 0.1")
-    found = {}
+    by_queries = {}
     for queries in QUERIES:
         name = f"shallow {queries}"
         within, across = (forecast.values(rows, name, "cosine", within=side) for side in (True, False))
         gamma = float(np.quantile(within, share)) if len(within) else None
-        found[queries] = {
+        by_queries[queries] = {
             "gamma": gamma,
             "within": float(np.median(within)) if len(within) else None,
             "across": float(np.median(across)) if len(across) else None,
             "caught": float((across < gamma).mean()) if len(across) and gamma is not None else None,
             "separation": separation(within, across),
         }
-    return found
+    return by_queries
 
 
 def candidates(recall: Sequence[Row], kappa: dict[str, dict[str, float | None]], keep: float) -> list[dict[str, Any]]:
@@ -62,8 +62,8 @@ def candidates(recall: Sequence[Row], kappa: dict[str, dict[str, float | None]],
     losses = mean_loss(recall)
     pairs = dict.fromkeys((r["queries"], r["fuse"]) for r in recall if (r["score"], r["keep"]) == ("fused", keep))
     if not pairs:
-        known = ", ".join(f"{k:g}" for k in sorted({r["keep"] for r in recall}))
-        raise ValueError(f"keep: expected one of the measured {known or 'shares'}, got {keep:g}")
+        measured = ", ".join(f"{k:g}" for k in sorted({r["keep"] for r in recall}))
+        raise ValueError(f"keep: expected one of the measured {measured or 'shares'}, got {keep:g}")
     name = lambda queries, fuse: label({"score": "fused", "queries": queries, "fuse": fuse})
     rows = [{"queries": q, "fuse": f, "loss": losses[name(q, f), keep]} | kappa[q] for q, f in pairs]
     return sorted(rows, key=lambda r: (r["loss"], -(r["separation"] or 0)))

@@ -77,14 +77,15 @@ def priors(rows: Sequence[Row], without: str | None = None) -> dict[Cell, np.nda
     Raises:
       ValueError: there is no other episode.
     """
-    found: dict[Cell, list[Row]] = defaultdict(list)
+    groups: dict[Cell, list[Row]] = defaultdict(list)
     for row in rows:
         if row["part"] != without:
-            found[Cell(row["cut"], row["over"], row["target"])].append(row)
-    if not found:
+            groups[Cell(row["cut"], row["over"], row["target"])].append(row)
+    if not groups:
         raise ValueError("data: expected at least two episodes, since the prior is that of the others; give more")
-    calls = lambda own: [row["calls"] for row in own]
-    return {cell: np.average([row["map"] for row in own], axis=0, weights=calls(own)) for cell, own in found.items()}
+    column = lambda group, key: [row[key] for row in group]
+    mean = lambda group: np.average(column(group, "map"), axis=0, weights=column(group, "calls"))
+    return {cell: mean(group) for cell, group in groups.items()}
 
 
 class Acting:
@@ -144,30 +145,30 @@ def measure(
       dropped) and "errors" (root mean square of the arm's executed commands against the full pass, normalised units).
     """
     reference = references(trace.subtask, every)
-    found: dict[tuple[Cell, str], list[tuple[float, float, float]]] = defaultdict(list)
+    values_of: dict[tuple[Cell, str], list[tuple[float, float, float]]] = defaultdict(list)
     for cut in cuts:
         match = {"Z": Matches(trace), "hidden": Matches(trace, trace.hidden[:, cut - 1])}
-        known = {c: late_map(trace, c, late_steps) for c in cells([cut])}
+        late_of = {c: late_map(trace, c, late_steps) for c in cells([cut])}
         cores = trace.late(late_steps)[:, cut:]
         for t in np.flatnonzero(reference != np.arange(len(trace))):
-            told: list[tuple[Cell, str, float]] = []
+            labels: list[tuple[Cell, str, float]] = []
             scores: list[np.ndarray] = []
-            for cell, late in known.items():
+            for cell, late in late_of.items():
                 shallow = trace.captured(Capture(cut - 1, queries, cell.over))[t]
                 for control, s in _late(late, t, reference[t], prior[cell], match).items():
-                    told.append((cell, control, cosine(late[t], s)))
+                    labels.append((cell, control, cosine(late[t], s)))
                     scores.append(shallow if control == "shallow" else fused(shallow, s[None], fuse))
-                told.append((cell, "shallow", cosine(late[t], shallow)))
+                labels.append((cell, "shallow", cosine(late[t], shallow)))
                 scores.append(shallow)
             chosen = top(np.stack(scores), trace.alive[t], keep)
             core = top(cores[t], trace.alive[t], 0.1)
             actions = act(trace, int(t), cut, np.stack([np.flatnonzero(c) for c in chosen]))
             error = (actions - trace.actions[t])[:, :executed, :ARM]
-            for (cell, control, alike), kept, e in zip(told, chosen, error, strict=True):
-                found[cell, control].append((alike, loss_rate(core, kept).mean(), np.sqrt(np.square(e).mean())))
+            for (cell, control, alike), kept, e in zip(labels, chosen, error, strict=True):
+                values_of[cell, control].append((alike, loss_rate(core, kept).mean(), np.sqrt(np.square(e).mean())))
     names = ("cosine", "loss", "errors")
     column = lambda values: {name: rounded(v) for name, v in zip(names, zip(*values, strict=True), strict=True)}
-    return [cell._asdict() | {"control": control} | column(values) for (cell, control), values in found.items()]
+    return [cell._asdict() | {"control": control} | column(values) for (cell, control), values in values_of.items()]
 
 
 def _late(late: np.ndarray, t: int, r: int, prior: np.ndarray, match: Mapping[str, Matches]) -> dict[str, np.ndarray]:
@@ -209,17 +210,15 @@ def verdict(errors: Mapping[str, np.ndarray], parts: Sequence[str], matched: str
     mean = {name: float(np.mean(e)) for name, e in errors.items()}
     ahead = lambda name, of: gain(errors[name], errors[of], parts).low > 0
     if not ahead("oracle", "shallow"):
-        told = (
-            f"error {mean['oracle']:.3f} with the late saliency of the call itself, {mean['shallow']:.3f} without any"
-        )
-        return Verdict("target wrong", told)
+        why = f"error {mean['oracle']:.3f} with the late saliency of the call itself, {mean['shallow']:.3f} without any"
+        return Verdict("target wrong", why)
     if not (ahead(matched, "prior") and ahead(matched, "shallow")):
-        told = f"error {mean[matched]:.3f} matched, {mean['prior']:.3f} with the mean of other episodes, "
-        told += f"{mean['shallow']:.3f} shallow; {mean['oracle']:.3f} would be possible"
-        return Verdict("matching broken", told)
+        why = f"error {mean[matched]:.3f} matched, {mean['prior']:.3f} with the mean of other episodes, "
+        why += f"{mean['shallow']:.3f} shallow; {mean['oracle']:.3f} would be possible"
+        return Verdict("matching broken", why)
     share = (mean["shallow"] - mean[matched]) / (mean["shallow"] - mean["oracle"])
-    told = f"{share:.0%} of what the oracle gains: error {mean['shallow']:.3f} shallow, {mean['prior']:.3f} prior, "
-    return Verdict("forecast works", f"{told}{mean[matched]:.3f} matched, {mean['oracle']:.3f} oracle")
+    why = f"{share:.0%} of what the oracle gains: error {mean['shallow']:.3f} shallow, {mean['prior']:.3f} prior, "
+    return Verdict("forecast works", f"{why}{mean[matched]:.3f} matched, {mean['oracle']:.3f} oracle")
 
 
 Errors = dict[Cell, dict[str, np.ndarray]]
@@ -227,25 +226,25 @@ Errors = dict[Cell, dict[str, np.ndarray]]
 
 def collected(rows: Sequence[Row], key: str = "errors") -> tuple[Errors, list[str]]:
     """{cell: {control: values of all calls}}, and the episode of every call."""
-    found: dict[Cell, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    cells_of: dict[Cell, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     parts: list[str] = []
     first = next(Cell(r["cut"], r["over"], r["target"]) for r in rows)
     for row in rows:
         cell = Cell(row["cut"], row["over"], row["target"])
-        found[cell][row["control"]] += row[key]
+        cells_of[cell][row["control"]] += row[key]
         if (cell, row["control"]) == (first, "oracle"):
             parts += [row["part"]] * len(row[key])
-    asarray = lambda own: {name: np.array(v, np.float64) for name, v in own.items()}
-    return {cell: asarray(own) for cell, own in found.items()}, parts
+    asarray = lambda controls: {name: np.array(v, np.float64) for name, v in controls.items()}
+    return {cell: asarray(controls) for cell, controls in cells_of.items()}, parts
 
 
 def table(rows: Sequence[Row]) -> str:
     """Mean error of every control in every cell, and the verdict on either kind of features."""
     errors, parts = collected(rows)
     lines = []
-    for cell, own in errors.items():
-        words = [verdict(own, parts, f"matched {features}").word for features in ("Z", "hidden")]
-        numbers = [form(float(own[name].mean()), "{:.4f}") for name in CONTROLS]
+    for cell, controls in errors.items():
+        words = [verdict(controls, parts, f"matched {features}").word for features in ("Z", "hidden")]
+        numbers = [form(float(controls[name].mean()), "{:.4f}") for name in CONTROLS]
         lines.append([f"cut {cell.cut}, over {cell.over}, {cell.target}", *numbers, *words])
     head = ["error of the actions", *CONTROLS, "verdict, Z", "verdict, hidden"]
     return markdown(head, lines) + f"\n{sentence(rows)}\n"
@@ -270,14 +269,13 @@ def figure(rows: Sequence[Row]) -> Figure:
     cuts = sorted({row["cut"] for row in rows})
     drawn, axes = panels(len(cuts), rows=3, width=4.6, height=2.8, sharey="row")
     for line, (key, title) in zip(axes, titles.items(), strict=True):
-        found, _ = collected(rows, key)
+        by_cell, _ = collected(rows, key)
         line[0].set_ylabel(title)
         for ax, cut in zip(line, cuts, strict=True):
-            for number, (cell, own) in enumerate((c, o) for c, o in found.items() if c.cut == cut):
+            for number, (cell, controls) in enumerate((c, o) for c, o in by_cell.items() if c.cut == cut):
                 look = {"color": f"C{number % 3}", "ls": "-" if cell.over == "visual" else "--", "marker": "o", "ms": 3}
-                ax.plot(
-                    CONTROLS, [np.nanmean(own[name]) for name in CONTROLS], label=f"{cell.over}, {cell.target}", **look
-                )
+                means = [np.nanmean(controls[name]) for name in CONTROLS]
+                ax.plot(CONTROLS, means, label=f"{cell.over}, {cell.target}", **look)
             ax.tick_params(axis="x", labelrotation=30, labelsize=7)
             ax.set_title(f"cut before layer {cut}" if line is axes[0] else "", fontsize=9)
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)

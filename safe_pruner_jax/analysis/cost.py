@@ -119,22 +119,23 @@ def table(rows: Sequence[Row]) -> str:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Paper's FLOPs, and the three speed-ups, against ρ; one line per ℓs."""
-    told = [
+    quantities = [
         ("paper", 1e-9, "paper FLOPs, 10⁹"),
         ("paper_speedup", 1, "speed-up, paper FLOPs"),
         ("exact_speedup", 1, "speed-up, exact FLOPs"),
         ("speedup", 1, "speed-up, measured"),
     ]
-    told = [item for item in told if any(item[0] in row for row in rows)]
-    drawn, axes = panels(len(told), width=3.6)
-    for ax, (key, unit, title) in zip(axes[0], told, strict=True):
+    quantities = [item for item in quantities if any(item[0] in row for row in rows)]
+    drawn, axes = panels(len(quantities), width=3.6)
+    for ax, (key, unit, title) in zip(axes[0], quantities, strict=True):
         for place, cut in enumerate(sorted({row["cut"] for row in rows})):
-            own = sorted((r for r in rows if r["cut"] == cut and key in r), key=lambda r: r["keep"])
-            if own:
-                x, y = [100 * (1 - r["keep"]) for r in own], [unit * r[key] for r in own]
+            line = sorted((r for r in rows if r["cut"] == cut and key in r), key=lambda r: r["keep"])
+            if line:
+                x, y = [100 * (1 - r["keep"]) for r in line], [unit * r[key] for r in line]
                 ax.plot(x, y, marker="o", ms=3.5, lw=1.3, color=f"C{place}", label=f"ℓs = {cut}")
                 if key == "speedup":
-                    ax.fill_between(x, [r["low"] for r in own], [r["high"] for r in own], color=f"C{place}", alpha=0.15)
+                    low, high = ([r[end] for r in line] for end in ("low", "high"))
+                    ax.fill_between(x, low, high, color=f"C{place}", alpha=0.15)
         ax.set(xlabel="visual tokens dropped ρ, %", title=title)
     axes[0, 0].legend(fontsize=8, frameon=False)
     return drawn

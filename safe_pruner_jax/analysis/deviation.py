@@ -47,14 +47,14 @@ def measure(policy: Policy, calls: Iterable[Call], reference: np.ndarray) -> Row
       "calls"; "errors" per call, in standard deviations; "keyframes", the calls that ran every token; "kept", tokens
       after the last cut, mean over the calls; "switched", steps at which the gripper is told otherwise; "steps".
     """
-    actions, told = actions_of(policy, calls, reference.shape[1])
+    actions, decisions = actions_of(policy, calls, reference.shape[1])
     sigma = policy.transform.stats["actions"].std[:ARM]
     error = (actions - reference)[..., :ARM] / np.maximum(sigma, 1e-6)
     return {
-        "calls": len(told),
+        "calls": len(decisions),
         "errors": rounded(np.sqrt(np.square(error).mean((1, 2)))),
-        "keyframes": [t for t, pruning in enumerate(told) if pruning["keyframe"]],
-        "kept": float(np.mean([pruning["kept"] for pruning in told])),
+        "keyframes": [t for t, pruning in enumerate(decisions) if pruning["keyframe"]],
+        "kept": float(np.mean([pruning["kept"] for pruning in decisions])),
         "switched": int((np.sign(actions[..., ARM]) != np.sign(reference[..., ARM])).sum()),
         "steps": int(reference.shape[0] * reference.shape[1]),
     }
@@ -65,13 +65,13 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, float | No
     groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["method"], row["keep"]].append(row)
-    found = {}
+    summaries = {}
     for key, group in groups.items():
         errors = np.concatenate([row["errors"] for row in group])
         keyframe = np.concatenate([np.isin(np.arange(row["calls"]), row["keyframes"]) for row in group])
         total = lambda name, group=group: sum(row[name] for row in group)
         rms = lambda e: float(np.sqrt(np.square(e).mean())) if e.size else None
-        found[key] = {
+        summaries[key] = {
             "calls": len(errors),
             "kept": sum(row["kept"] * row["calls"] for row in group) / len(errors),
             "keyframes": float(keyframe.mean()),
@@ -80,7 +80,7 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, float | No
             "p90": float(np.quantile(errors[~keyframe], 0.9)) if (~keyframe).any() else None,
             "switched": total("switched") / total("steps"),
         }
-    return found
+    return summaries
 
 
 def by_call(rows: Sequence[Row]) -> dict[tuple[str, float], dict[int, float]]:

@@ -99,8 +99,8 @@ def episodes(
     if is_dataset(path):
         data = Dataset(path)
         named = columns(data, robot)
-        for found in data.episodes():
-            yield Recording(f"{path.name}#{found.index}", lambda found=found: _repacked(found, named, replan, robot))
+        for entry in data.episodes():
+            yield Recording(f"{path.name}#{entry.index}", lambda entry=entry: _repacked(entry, named, replan, robot))
         return
     require_local(path)
     if not path.is_file():

@@ -55,7 +55,7 @@ def measure(
     truth = {f"shallow {q}": trace.captured(Capture(cut - 1, q)) for q in QUERIES}
     truth |= {f"layer {l}": late[:, l] for l in layers}
     truth[LATE] = late[:, layers].mean(1)
-    found: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    pairs_of: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for t in range(len(trace)):
         earlier = range(max(0, t - ages), t)
         for reference in earlier if references == "every" else [r for r in earlier if r == 0]:
@@ -64,12 +64,12 @@ def measure(
                 forecasts = {name: match.forecast(s[reference], t, reference)}
                 if name == LATE:
                     forecasts[UNMATCHED] = np.where(trace.alive[t], s[reference], 0.0)
-                for of, told in forecasts.items():
-                    found[of, t - reference, within].append((cosine(s[t], told), divergence(s[t], told)))
+                for of, predicted in forecasts.items():
+                    pairs_of[of, t - reference, within].append((cosine(s[t], predicted), divergence(s[t], predicted)))
     return [
         {"quantity": name, "age": age, "within": within}
         | {"pairs": len(pairs), "cosine": rounded(c for c, _ in pairs), "kl": rounded(k for _, k in pairs)}
-        for (name, age, within), pairs in found.items()
+        for (name, age, within), pairs in pairs_of.items()
     ]
 
 
@@ -108,12 +108,12 @@ def figure(rows: Sequence[Row]) -> Figure:
     for ax, key, title in zip(axes[0], ("cosine", "kl"), ("cosine similarity", "KL divergence, nats"), strict=True):
         for place, name in enumerate(quantities(rows)):
             for within, line in ((True, "-"), (False, "--")):
-                found = {r["age"]: values(rows, name, key, within=within, age=r["age"]) for r in rows}
-                points = [(age, v.mean()) for age, v in sorted(found.items()) if len(v)]
+                by_age = {r["age"]: values(rows, name, key, within=within, age=r["age"]) for r in rows}
+                points = [(age, v.mean()) for age, v in sorted(by_age.items()) if len(v)]
                 if points:
                     label = {"label": name} if within else {}
                     ax.plot(*zip(*points, strict=True), line, color=f"C{place}", lw=1.3, ms=3, marker="o", **label)
         ax.set(xlabel="calls since the keyframe", title=title)
-    told = {"title": "solid: within a subtask\ndashed: across a boundary", "title_fontsize": 8, "fontsize": 8}
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, **told)
+    legend = {"title": "solid: within a subtask\ndashed: across a boundary", "title_fontsize": 8, "fontsize": 8}
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, **legend)
     return drawn

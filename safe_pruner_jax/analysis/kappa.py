@@ -67,16 +67,16 @@ def table(rows: Sequence[Row]) -> str:
     """Per query rows: keyframes, boundaries they catch, and κ within and across subtasks."""
     lines = []
     for queries in dict.fromkeys(row["queries"] for row in rows):
-        own = [row for row in rows if row["queries"] == queries]
-        hit, edges = caught(own)
-        number = {(row["part"], row["call"]): row["subtask"] for row in own}
-        told = [row for row in own if row["kappa"] is not None]
+        group = [row for row in rows if row["queries"] == queries]
+        hit, edges = caught(group)
+        number = {(row["part"], row["call"]): row["subtask"] for row in group}
+        defined = [row for row in group if row["kappa"] is not None]
         same = lambda row: row["subtask"] == number[row["part"], row["reference"]]  # noqa: B023
-        within, across = ([row["kappa"] for row in told if same(row) is side] for side in (True, False))
+        within, across = ([row["kappa"] for row in defined if same(row) is side] for side in (True, False))
         middle = lambda v: form(float(np.median(v)) if v else None, "{:.4f}")
-        share = sum(row["keyframe"] for row in own) / len(own)
+        share = sum(row["keyframe"] for row in group) / len(group)
         lowest = form(min(within) if within else None, "{:.4f}")
-        lines.append([queries, len(own), f"{share:.1%}", f"{hit} of {edges}", middle(within), lowest, middle(across)])
+        lines.append([queries, len(group), f"{share:.1%}", f"{hit} of {edges}", middle(within), lowest, middle(across)])
     head = ["queries", "calls", "keyframes", "boundaries caught", "κ within, median", "lowest", "κ across, median"]
     return markdown(head, lines)
 
@@ -88,13 +88,13 @@ def figure(rows: Sequence[Row], threshold: float) -> Figure:
     drawn, axes = panels(len(parts), rows=len(queries), width=4.6, height=2.6, sharey="row")
     for line, q in zip(axes, queries, strict=True):
         for ax, part in zip(line, parts, strict=True):
-            own = [row for row in rows if (row["queries"], row["part"]) == (q, part)]
-            told = [row for row in own if row["kappa"] is not None]
-            ax.plot([r["call"] for r in told], [r["kappa"] for r in told], color="#1f5fa8", lw=1.2)
-            keyframes = [row for row in told if row["keyframe"]]
+            group = [row for row in rows if (row["queries"], row["part"]) == (q, part)]
+            defined = [row for row in group if row["kappa"] is not None]
+            ax.plot([r["call"] for r in defined], [r["kappa"] for r in defined], color="#1f5fa8", lw=1.2)
+            keyframes = [row for row in defined if row["keyframe"]]
             ax.scatter([r["call"] for r in keyframes], [r["kappa"] for r in keyframes], color="#b36b00", s=22, zorder=3)
             ax.axhline(threshold, color="#b36b00", lw=1, ls="--")
-            for row in own:
+            for row in group:
                 if row["boundary"]:
                     ax.axvline(row["call"], color="#1a7f37", lw=1.2)
             ax.set_xlabel("call", fontsize=8)

@@ -25,14 +25,14 @@ class Matches:
     def __init__(self, trace: Trace, tokens: np.ndarray | None = None):
         rows = zip(trace.visual if tokens is None else tokens, trace.alive, strict=True)
         self._unit = [_unit(np.where(a[:, None], z, 0)) for z, a in rows]
-        self._alive, self._found = trace.alive, {}
+        self._alive, self._cache = trace.alive, {}
 
     def __call__(self, t: int, reference: int) -> np.ndarray:
         """[n] int32: for each token of call t the most similar alive one of call `reference`."""
-        if (t, reference) not in self._found:
+        if (t, reference) not in self._cache:
             pi = _correspondence(self._unit[t], self._unit[reference], self._alive[reference])
-            self._found[t, reference] = np.asarray(pi)
-        return self._found[t, reference]
+            self._cache[t, reference] = np.asarray(pi)
+        return self._cache[t, reference]
 
     def forecast(self, s: np.ndarray, t: int, reference: int) -> np.ndarray:
         """Ŝ of call t: s [..., n] of call `reference`, transferred; dead tokens 0."""
@@ -86,12 +86,12 @@ def references(subtask: np.ndarray, every: int) -> np.ndarray:
     """
     if every < 1:
         raise ValueError(f"every: expected at least 1 call between keyframes, got {every}")
-    found, last = [], 0
+    keyframes, last = [], 0
     for t, number in enumerate(subtask):
         if t == 0 or number != subtask[t - 1] or t - last >= every:
             last = t
-        found.append(last)
-    return np.array(found)
+        keyframes.append(last)
+    return np.array(keyframes)
 
 
 def separation(within: np.ndarray, across: np.ndarray) -> float | None:

@@ -53,10 +53,10 @@ def measure(
 
 def ratios(rows: Sequence[Row]) -> dict[float, np.ndarray]:
     """keep → the ratios of all calls."""
-    found: dict[float, list[float]] = defaultdict(list)
+    by_keep: dict[float, list[float]] = defaultdict(list)
     for row in rows:
-        found[row["keep"]] += row["ratio"]
-    return {keep: np.array(values) for keep, values in sorted(found.items(), reverse=True) if values}
+        by_keep[row["keep"]] += row["ratio"]
+    return {keep: np.array(values) for keep, values in sorted(by_keep.items(), reverse=True) if values}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -72,8 +72,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     """The ratio call by call, mean over episodes, one line per share kept."""
     drawn, axes = panels(1, width=5.5)
     for keep in ratios(rows):
-        own = [row["ratio"] for row in rows if row["keep"] == keep]
-        at = [[r[i] for r in own if i < len(r)] for i in range(max(map(len, own)))]
+        shares = [row["ratio"] for row in rows if row["keep"] == keep]
+        at = [[r[i] for r in shares if i < len(r)] for i in range(max(map(len, shares)))]
         axes[0, 0].plot([np.mean(values) for values in at], marker="o", ms=3, lw=1.2, label=f"{keep:.1%} kept")
     axes[0, 0].set(xlabel="call after the window is filled", ylabel="size of the union / K", ylim=(1, 2))
     axes[0, 0].legend(fontsize=8, frameon=False)

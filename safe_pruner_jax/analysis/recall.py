@@ -69,32 +69,28 @@ def measure(
     chosen = late[:, [l % trace.depth for l in late_layers]]
     reference = references(trace.subtask, every)
     shallow = {q: trace.captured(Capture(cut - 1, q)) for q in QUERIES}
-    found: dict[tuple, list[np.ndarray]] = defaultdict(list)
-    pruned = [t for t in range(len(trace)) if reference[t] != t]
-    for t in pruned:
+    losses_of: dict[tuple, list[np.ndarray]] = defaultdict(list)
+    for t in (t for t in range(len(trace)) if reference[t] != t):  # those that are pruned
         alive = trace.alive[t]
         cores = top(late[t, cut:], alive, core)
         late_now = match.forecast(chosen[reference[t]], t, reference[t])
         scores = {("fused", q, fuse): forecast.fuse(shallow[q][t], late_now, fuse) for q in QUERIES for fuse in fuses}
         scores["same slot", None, None] = np.where(alive, chosen[reference[t]].mean(0), 0.0)
-        scores["fastv", None, None] = trace.own["all"][t, cut - 1]
+        scores["fastv", None, None] = trace.probabilities["all"][t, cut - 1]
         scores["truth", None, None] = chosen[t].mean(0)
         for keep in keeps:
             for name, score in scores.items():
-                found[*name, keep].append(loss_rate(cores, top(np.asarray(score), alive, keep)))
+                losses_of[*name, keep].append(loss_rate(cores, top(np.asarray(score), alive, keep)))
             n = int(alive.sum())
-            found["random", None, None, keep].append(np.full(len(cores), 1 - budget(keep, n) / n))
+            losses_of["random", None, None, keep].append(np.full(len(cores), 1 - budget(keep, n) / n))
     return [
-        {
-            "score": score,
-            "queries": queries,
-            "fuse": fuse,
-            "keep": keep,
+        dict(zip(("score", "queries", "fuse", "keep"), key, strict=True))
+        | {
             "calls": len(losses),
             "loss": round(float(np.mean(losses)), 6),
             "loss_by_layer": rounded(np.mean(losses, axis=0)),
         }
-        for (score, queries, fuse, keep), losses in found.items()
+        for key, losses in losses_of.items()
     ]
 
 
@@ -141,8 +137,8 @@ def figure(rows: Sequence[Row]) -> Figure:
         shown += [{"score": name} for name in ("same slot", "fastv", "random", "truth")]
         looks += [("--", "", "#b36b00"), ("--", "", "#8c564b"), (":", "", "#888888"), ("-.", "", "#222222")]
         for row, (line, marker, color) in zip(shown, looks, strict=True):
-            own = {keep: loss for (name, keep), loss in losses.items() if name == label(row)}
-            points = sorted((100 * (1 - keep), 100 * loss) for keep, loss in own.items())
+            curve = {keep: loss for (name, keep), loss in losses.items() if name == label(row)}
+            points = sorted((100 * (1 - keep), 100 * loss) for keep, loss in curve.items())
             if points:
                 ax.plot(*zip(*points, strict=True), line, marker=marker, ms=3.5, color=color, lw=1.2, label=label(row))
         ax.set(title=f"queries: {queries}", xlabel="visual tokens dropped, %")

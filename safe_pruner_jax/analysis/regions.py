@@ -46,8 +46,8 @@ def shares(seen: Seen, tokens_per_camera: int) -> np.ndarray:
 
 def by_region(seen: Seen, tokens_per_camera: int) -> np.ndarray:
     """How much of every token each of `REGIONS` has: float64 [n, 4]."""
-    own = shares(seen, tokens_per_camera)
-    padded = np.pad(own, ((0, 0), (0, max(0, 1 + max(seen.target, seen.receptacle) - own.shape[1]))))
+    share = shares(seen, tokens_per_camera)
+    padded = np.pad(share, ((0, 0), (0, max(0, 1 + max(seen.target, seen.receptacle) - share.shape[1]))))
     target, basket = padded[:, seen.target], padded[:, seen.receptacle]
     things = padded[:, len(CLASSES) :].sum(1)
     return np.stack([target, basket, padded[:, CLASSES.index("gripper")], things - target - basket], axis=1)

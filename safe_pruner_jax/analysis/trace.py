@@ -50,7 +50,7 @@ class Trace:
         Denoise step 0 of a layer before a cut is what a pruner there calls its "action" saliency.
       text, last, everyone: [C, L-1, n] float32 saliency of the prefix layers with the prompt's rows, its last one, or
         all rows as queries; the last layer computes no queries.
-      own: the same four, "expert", "text", "last" and "all", as the model's own probabilities over all keys.
+      probabilities: the same four, "expert", "text", "last" and "all", as the model's own probabilities over all keys.
       hidden: [C, H, n, d] float32 visual rows before the layers 1 … H.
       actions: [C, A, action_dim] float32, normalised.
       keys: [C] PRNG keys of the steps, as `Evidence.key`.
@@ -68,7 +68,7 @@ class Trace:
     text: np.ndarray
     last: np.ndarray
     everyone: np.ndarray
-    own: Mapping[str, np.ndarray]
+    probabilities: Mapping[str, np.ndarray]
     hidden: np.ndarray
     actions: np.ndarray
     keys: Array
@@ -91,14 +91,15 @@ class Trace:
 
     def late(self, steps: str = "half", over: str = "visual") -> np.ndarray:
         """[C, L, n] saliency of every expert layer, averaged over "half" (the second), "all" or the "last" step."""
-        seen, count = self.expert if over == "visual" else self.own["expert"], self.expert.shape[1]
+        seen, count = self.expert if over == "visual" else self.probabilities["expert"], self.expert.shape[1]
         return seen[:, {"half": count // 2, "all": 0, "last": count - 1}[steps] :].mean(1)
 
     def captured(self, capture: Capture) -> np.ndarray:
         """[C, n] saliency that a pruner's `Capture` of rows "action", "text", "last" or "all" asks for."""
         if capture.rows == "action":
-            return (self.expert if capture.over == "visual" else self.own["expert"])[:, 0, capture.layer]
-        seen = {"text": self.text, "last": self.last, "all": self.everyone} if capture.over == "visual" else self.own
+            return (self.expert if capture.over == "visual" else self.probabilities["expert"])[:, 0, capture.layer]
+        visual = {"text": self.text, "last": self.last, "all": self.everyone}
+        seen = visual if capture.over == "visual" else self.probabilities
         return seen[capture.rows][:, capture.layer]
 
 
@@ -113,8 +114,8 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
     Returns:
       The arrays of `Trace` for one call (without its axis C), and the next call's key.
     """
-    following, own = jax.random.split(key)
-    noise = draw_noise(config, own)[None]
+    following, noise_key = jax.random.split(key)
+    noise = draw_noise(config, noise_key)[None]
     embedded = embed(weights, config, inputs)
     n, queried = visual_slots(config, inputs), range(config.depth - 1)
     alive = embedded.mask[:, :n]
@@ -145,7 +146,7 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
         "text": reduce(rows, "visual"),
         "last": reduce(final, "visual"),
         "everyone": reduce(everyone, "visual", 0),
-        "own": {
+        "probabilities": {
             "expert": own_expert,
             "text": reduce(rows, "all"),
             "last": reduce(final, "all"),
@@ -154,9 +155,13 @@ def look(config: Pi0Config, weights: pi0.Weights, inputs: Inputs, key: Array) ->
         "hidden": jnp.stack(hidden[:-1]),
         "actions": actions[0],
         "noise": noise[0],
-        "keys": jax.random.fold_in(own, 1),
+        "keys": jax.random.fold_in(noise_key, 1),
     }
     return seen, following
+
+
+_look = jax.jit(look, static_argnums=0)
+"""Compiled once for all policies of the same sizes."""
 
 
 def cut_at(depth: int) -> list[range]:
@@ -174,7 +179,7 @@ class Watch:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self._look = jax.jit(partial(look, policy.engine.config))
+        self._look = partial(_look, policy.engine.config)
 
     def __call__(self, calls: Iterable[Call]) -> Trace:
         """The trace of one episode.
@@ -184,19 +189,20 @@ class Watch:
           RequestError: a request that the robot's transforms refuse.
         """
         policy, config = self.policy, self.policy.engine.config
-        seen, asked, images, grippers, labels = [], [], [], [], []
+        seen, all_inputs, images, grippers, labels = [], [], [], [], []
         layout, key = None, jax.random.key(self.policy.seed)
         for call in calls:
             example, _ = policy.transform.prepare(call.request)
-            found = layout_of(example, config, policy.prompt_lengths)
-            layout = layout or found
-            if found.cameras != layout.cameras:
-                raise ValueError(f"episode: expected {layout.cameras} throughout, got {found.cameras}; split it there")
-            inputs = pack([example], found)
+            layout_now = layout_of(example, config, policy.prompt_lengths)
+            layout = layout or layout_now
+            if layout_now.cameras != layout.cameras:
+                expected = f"episode: expected {layout.cameras} throughout"
+                raise ValueError(f"{expected}, got {layout_now.cameras}; split it there")
+            inputs = pack([example], layout_now)
             arrays, key = self._look(policy.engine.weights, jax.device_put(inputs), key)
             keys = arrays.pop("keys")
             seen.append((jax.device_get(arrays), keys))
-            asked.append(inputs)
+            all_inputs.append(inputs)
             images.append({camera: np.asarray(example.images[camera]) for camera in layout.cameras})
             grippers.append(call.gripper)
             labels += [] if call.seen is None else [call.seen]
@@ -204,8 +210,8 @@ class Watch:
             raise ValueError("episode: expected at least one call, got none")
         stacked = jax.tree.map(lambda *a: np.stack(a), *(arrays for arrays, _ in seen))
         keys = jnp.stack([keys for _, keys in seen])
-        known = {"layout": layout, "images": images, "subtask": subtasks(grippers), "inputs": asked, "seen": labels}
-        return Trace(**known, keys=keys, **stacked)
+        host = {"layout": layout, "images": images, "subtask": subtasks(grippers), "inputs": all_inputs, "seen": labels}
+        return Trace(**host, keys=keys, **stacked)
 
 
 def replay(pruner: Pruner, trace: Trace) -> list[Selection]:

@@ -147,17 +147,17 @@ def _seen(message: dict[str, Any], threshold: float | None) -> Frame:
 def _maps(saliency: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """`Result.saliency` as maps: the late saliency is the mean of its layers."""
     arrays = {name: np.asarray(value, np.float32) for name, value in saliency.items()}
-    known = {
+    maps = {
         {"score": "forecast"}.get(name, name): a.reshape(-1, a.shape[-1]).mean(0)
         for name, a in arrays.items()
         if a.size
     }
-    return {name: array for name, array in known.items() if np.isfinite(array).all() and array.any()}
+    return {name: array for name, array in maps.items() if np.isfinite(array).all() and array.any()}
 
 
 def _state(request: Mapping[str, Any]) -> np.ndarray | None:
-    found = request.get("observation/state", request.get("state"))
-    return None if found is None else np.asarray(found, np.float64).ravel()
+    state = request.get("observation/state", request.get("state"))
+    return None if state is None else np.asarray(state, np.float64).ravel()
 
 
 def tokens_per_layer(plan: Plan, depth: int, pruning: Mapping[str, Any]) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def by_queries(trace: Trace, call: int, layer: int = 2) -> Saliencies:
         "action tokens": trace.expert[call, 0, layer],
         "prompt": trace.text[call, layer],
         "last prompt token": trace.last[call, layer],
-        "FastV": trace.own["all"][call, layer],
+        "FastV": trace.probabilities["all"][call, layer],
     }
 
 
@@ -51,16 +51,17 @@ def forecast_and_truth(
         raise ValueError(f"expected 0 ≤ keyframe < call < {len(trace)}, got keyframe {reference} and call {call}")
     late = trace.late(steps)[:, list(late_layers)].mean(1)
     forecast = Matches(trace).forecast(late[reference], call, reference)
-    told = f"forecast for call {call}, cosine {cosine(late[call], forecast):.3f}"
-    return {f"keyframe, call {reference}": late[reference], told: forecast, f"seen at call {call}": late[call]}
+    title = f"forecast for call {call}, cosine {cosine(late[call], forecast):.3f}"
+    return {f"keyframe, call {reference}": late[reference], title: forecast, f"seen at call {call}": late[call]}
 
 
 def shown(trace: Trace, selections: Sequence[Selection], calls: Iterable[int]) -> list[Shown]:
     """Some calls of a replay, ready to draw: a keyframe keeps every alive token."""
-    found = []
+    pictures = []
     for call in calls:
         chosen = selections[call]
         index = np.flatnonzero(trace.alive[call]) if chosen.keyframe else chosen.index[chosen.alive]
         kappa = "" if np.isnan(chosen.kappa) else f", κ = {float(chosen.kappa):.3f}"
-        found.append(Shown(trace.images[call], index, f"call {call}{', keyframe' if chosen.keyframe else ''}{kappa}"))
-    return found
+        title = f"call {call}{', keyframe' if chosen.keyframe else ''}{kappa}"
+        pictures.append(Shown(trace.images[call], index, title))
+    return pictures

@@ -20,8 +20,8 @@ import time
 from typing import Any
 
 
-def main() -> int:
-    """Builds the model, compiles, answers; exit code 3 when openpi cannot be imported."""
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--cameras", type=int, default=2)
@@ -32,7 +32,12 @@ def main() -> int:
     parser.add_argument("--variant", default="", help='"dummy" takes openpi\'s test sizes')
     parser.add_argument("--target", default="", help="file with XLA's description of a GPU to compile for")
     parser.add_argument("--dump", default="", help="folder for what XLA writes down of it")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Builds the model, compiles, answers; exit code 3 when openpi cannot be imported."""
+    args = arguments()
     try:
         import flax.nnx as nnx
         import jax
@@ -48,9 +53,8 @@ def main() -> int:
         released = gemma.get_config
         gemma.get_config = lambda variant: dataclasses.replace(released(variant), depth=args.depth)
     sizes = {"paligemma_variant": args.variant, "action_expert_variant": args.variant} if args.variant else {}
-    config = pi0_config.Pi0Config(
-        pi05=True, action_horizon=args.horizon, dtype=args.dtype, discrete_state_input=False, **sizes
-    )
+    sizes |= {"action_horizon": args.horizon, "dtype": args.dtype}
+    config = pi0_config.Pi0Config(pi05=True, discrete_state_input=False, **sizes)
     rng = np.random.default_rng(0)
     with array_typing.disable_typechecking():
         graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))

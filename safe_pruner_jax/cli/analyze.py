@@ -56,8 +56,8 @@ class Recall(OnEpisodes):
 
     def rows(self, trace: Trace) -> list[Row]:
         """The measurement of one episode."""
-        own = {"keeps": self.keeps, "fuses": self.fuses, "core": self.core, "every": self.every}
-        return recall.measure(trace, **self.late(), **own)
+        settings = {"keeps": self.keeps, "fuses": self.fuses, "core": self.core, "every": self.every}
+        return recall.measure(trace, **self.late(), **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,10 +200,10 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
         within = lambda shares: bool(shares) and all(0 < share <= 1 for share in shares)
         require(within(args.budget_keeps), "budget_keeps", "shares in (0, 1]", args.budget_keeps)
         require(within(args.shares) and max(args.shares) < 1, "shares", "shares in (0, 1)", args.shares)
-    taken = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
+    episodes = {f.name: getattr(args, f.name) for f in dataclasses.fields(OnEpisodes)}
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recall)}
     both = {"recall": Recall(**same | {"keeps": tuple(sorted({*args.keeps, args.keep}))})}
-    both["forecast"] = Forecast(**taken, ages=args.ages)
+    both["forecast"] = Forecast(**episodes, ages=args.ages)
     recalls, forecasts = _over_episodes(args, load, conditions, **both)
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
@@ -218,21 +218,21 @@ def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> Non
     only_libero(args, "actions")
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
     fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), args.replan)
-    wanted = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]
+    methods = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]
     policy = functools.cache(load)
-    pruned = functools.cache(lambda number: policy().with_pruner(wanted[number][2].make()))
-    asked: list[str] = []
+    pruned = functools.cache(lambda number: policy().with_pruner(methods[number][2].make()))
+    parts: list[str] = []
     with Rows(args.out / "actions.jsonl", {**conditions, "replan": args.replan, "driver": args.driver}) as file:
         for recording in recordings(args, policy):
             calls = functools.cache(lambda recording=recording: list(recording.calls()))
             reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), args.replan)[0])
-            for number, (name, keep, method) in enumerate(wanted):
-                asked.append(f"{recording.name} | {name} | {json.dumps(method.choices, sort_keys=True)}")
-                if asked[-1] not in file.finished:
+            for number, (name, keep, method) in enumerate(methods):
+                parts.append(f"{recording.name} | {name} | {json.dumps(method.choices, sort_keys=True)}")
+                if parts[-1] not in file.finished:
                     row = deviation.measure(pruned(number), calls(), reference())
                     logger.info("%s: %s, keep %g", recording.name, name, keep)
-                    file.add(asked[-1], [{"method": name, "keep": keep} | row])
-        rows = [row for row in file.rows() if row["part"] in asked]
+                    file.add(parts[-1], [{"method": name, "keep": keep} | row])
+        rows = [row for row in file.rows() if row["part"] in parts]
     leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
 
 
@@ -243,8 +243,8 @@ def _method(text: str, keep: float) -> Method:
     parts = re.split(r",(?=\w+=)", rest) if rest else []
     given = {key: text for key, _, text in (part.partition("=") for part in parts)}
     if "keep" not in defaults or not given.keys() <= defaults.keys() - {"keep"}:
-        own = ", ".join(key for key in defaults if key != "keep")
-        choices = own if "keep" in defaults else "none: it keeps everything"
+        chosen = ", ".join(key for key in defaults if key != "keep")
+        choices = chosen if "keep" in defaults else "none: it keeps everything"
         raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
 
     def value(text: str) -> Any:
@@ -253,15 +253,15 @@ def _method(text: str, keep: float) -> Method:
         except (ValueError, SyntaxError):
             return text
 
-    own = {key: value(text) for key, text in given.items()}
-    return Method(name, defaults | own | {"keep": keep}, frozenset(own) | {"keep"})
+    chosen = {key: value(text) for key, text in given.items()}
+    return Method(name, defaults | chosen | {"keep": keep}, frozenset(chosen) | {"keep"})
 
 
 def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze cost`: one part of the file per pruning layer."""
     policy: Policy | None = None
-    told = {**conditions, "keeps": args.keeps, "rounds": args.rounds, "device": local_device()}
-    with Rows(args.out / "cost.jsonl", told) as file:
+    settings = {**conditions, "keeps": args.keeps, "rounds": args.rounds, "device": local_device()}
+    with Rows(args.out / "cost.jsonl", settings) as file:
         for cut in args.cuts:
             if (part := f"cut {cut}") in file.finished:
                 continue
@@ -277,8 +277,8 @@ def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
                 layout, steps = layout_of(example, config), len(weights.schedule.times)
                 rows = [cost.closed_form(config, layout, keep, cut, steps) for keep in args.keeps]
             file.add(part, rows)
-        wanted = {f"cut {cut}" for cut in args.cuts}
-        rows = [row for row in file.rows() if row["part"] in wanted]
+        parts = {f"cut {cut}" for cut in args.cuts}
+        rows = [row for row in file.rows() if row["part"] in parts]
     if not rows:
         raise ValueError(f"cuts: expected at least one layer inside the model, got {args.cuts}")
     leave(args.out, "cost", cost.table(rows), cost.figure(rows))
@@ -288,8 +288,8 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
     """Rows of every kind over the episodes of `args`; each episode is watched once, and only if a file lacks it."""
     files = {}
     for name, kind in kinds.items():
-        own = {f.name: getattr(kind, f.name) for f in dataclasses.fields(kind) if f.name in _conditions(kind)}
-        files[name] = Rows(args.out / f"{name}.jsonl", {**conditions, **own})
+        settings = {f.name: getattr(kind, f.name) for f in dataclasses.fields(kind) if f.name in _conditions(kind)}
+        files[name] = Rows(args.out / f"{name}.jsonl", {**conditions, **settings})
     watch: list[Watch] = []
 
     def policy() -> Policy:

@@ -34,21 +34,21 @@ class Attention(OnRequests):
 def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) -> None:
     """Watches every episode for its layers, then again beside the mean of the others."""
     others = {name: read_rows(file) for name, file in map(_named, args.beside)}
-    told = {**conditions, "replan": args.replan, "driver": args.driver, "cut": args.cut}
-    found = Watched(args, load)
-    with Rows(args.out / "attention.jsonl", told) as file:
-        for name in found.names():
+    source = {**conditions, "replan": args.replan, "driver": args.driver, "cut": args.cut}
+    watched = Watched(args, load)
+    with Rows(args.out / "attention.jsonl", source) as file:
+        for name in watched.names():
             if name not in file.finished:
-                trace = found.trace(name)
+                trace = watched.trace(name)
                 logger.info("%s: %d calls", name, len(trace))
                 file.add(name, attention.measure(trace, cut=args.cut) + (regions.masses(trace) if trace.seen else []))
-        layers = [row for row in file.rows() if row["part"] in found.names()]
-    own = {"every": args.every, "episodes": found.names()}
-    with Rows(args.out / "carried.jsonl", told | own) as file:
-        for name in found.names() if len(found.names()) > 1 else ():
+        layers = [row for row in file.rows() if row["part"] in watched.names()]
+    settings = {"every": args.every, "episodes": watched.names()}
+    with Rows(args.out / "carried.jsonl", source | settings) as file:
+        for name in watched.names() if len(watched.names()) > 1 else ():
             if name not in file.finished:
                 prior = attention.prior(layers, without=name)
-                file.add(name, regions.carried(found.trace(name), prior, cut=args.cut, every=args.every))
+                file.add(name, regions.carried(watched.trace(name), prior, cut=args.cut, every=args.every))
         calls = file.rows()
     leave(args.out, "attention", attention.table(layers, calls), attention.figure(layers, calls))
     if others:

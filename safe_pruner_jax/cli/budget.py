@@ -44,8 +44,8 @@ class Plays:
                 self._file.add(part, [self._play(pruned, name)])
             rows += self._file.parts[part]
         point = dict(choices) | {"share": share} | budget.summary(rows)
-        told = "keep %.3f, γ %.4f: %.4f σ, %.3f× of the multiply-adds, %.2f ms"
-        logger.info(told, *(point[key] for key in ("keep", "threshold", "error", "flops", "ms")))
+        report = "keep %.3f, γ %.4f: %.4f σ, %.3f× of the multiply-adds, %.2f ms"
+        logger.info(report, *(point[key] for key in ("keep", "threshold", "error", "flops", "ms")))
         return point
 
     def _play(self, pruned: Policy, name: str) -> Row:
@@ -60,8 +60,8 @@ def costs(policy: Policy, request: dict[str, Any]) -> tuple[float, float]:
     config, steps = policy.engine.config, len(policy.engine.weights.schedule.times)
     layout = layout_of(policy.transform.prepare(request)[0], config)
     count = lambda plan, pruned: exact_flops(config, plan, layout, pruned=pruned, num_steps=steps).total
-    plain, own = count(make("full").plan, False), policy.engine.pruner.plan
-    return count(own, False) / plain, count(own, True) / plain
+    plain, method = count(make("full").plan, False), policy.engine.pruner.plan
+    return count(method, False) / plain, count(method, True) / plain
 
 
 def settle(plays: Plays, proposal: Mapping[str, Any], thresholds: Mapping[float, float], args: Any, b: Budget) -> Any:
@@ -100,17 +100,17 @@ def run_budget(
     queries = proposal["choices"]["queries"]
     gamma = {share: calibrate.gammas(forecasts, share)[queries]["gamma"] for share in args.shares}
     thresholds = {share: round(value, 4) for share, value in gamma.items() if value is not None}
-    told = {**conditions, "replan": args.replan, "driver": args.driver, "device": local_device()}
-    with Rows(args.out / "budget.jsonl", told) as file:
+    settings = {**conditions, "replan": args.replan, "driver": args.driver, "device": local_device()}
+    with Rows(args.out / "budget.jsonl", settings) as file:
         points, chosen = settle(Plays(args, load, file), proposal, thresholds, args, b)
-    own = points[chosen]
-    choices = {key: own[key] for key in ("keep", "queries", "fuse", "threshold")}
-    proposal |= {"choices": choices, "keep": own["keep"], "share": own["share"]}
+    point = points[chosen]
+    choices = {key: point[key] for key in ("keep", "queries", "fuse", "threshold")}
+    proposal |= {"choices": choices, "keep": point["keep"], "share": point["share"]}
     proposal["budget"] = {
         "asked": args.budget,
         "kind": b.kind,
         "value": b.value,
-        "played": own,
+        "played": point,
         "device": local_device(),
     }
     proposal["budget"] |= budget.neighbours(points, chosen, b.kind)

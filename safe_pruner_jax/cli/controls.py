@@ -43,21 +43,21 @@ def run_controls(args: Controls, load: Load, conditions: Mapping[str, Any]) -> N
     only_libero(args, "controls")
     if not args.cuts or not set(args.cuts) <= {1, 2, 3}:
         raise ValueError(f"cuts: expected some of 1, 2 and 3, got {args.cuts}")
-    told = {**conditions, "replan": args.replan, "driver": args.driver, "cuts": args.cuts}
-    found = Watched(args, load)
-    with Rows(args.out / "maps.jsonl", {**told, "late_steps": args.late_steps}) as file:
-        for name in found.names():
+    settings = {**conditions, "replan": args.replan, "driver": args.driver, "cuts": args.cuts}
+    watched = Watched(args, load)
+    with Rows(args.out / "maps.jsonl", {**settings, "late_steps": args.late_steps}) as file:
+        for name in watched.names():
             if name not in file.finished:
-                file.add(name, controls.maps(found.trace(name), args.cuts, args.late_steps))
-        maps = [row for row in file.rows() if row["part"] in found.names()]
-    others = {name: controls.priors(maps, name) for name in found.names()}
-    own = {key: getattr(args, key) for key in ("keep", "fuse", "queries", "late_steps", "every")}
-    with Rows(args.out / "controls.jsonl", {**told, **own, "episodes": found.names()}) as file:
-        for name in found.names():
+                file.add(name, controls.maps(watched.trace(name), args.cuts, args.late_steps))
+        maps = [row for row in file.rows() if row["part"] in watched.names()]
+    others = {name: controls.priors(maps, name) for name in watched.names()}
+    choices = {key: getattr(args, key) for key in ("keep", "fuse", "queries", "late_steps", "every")}
+    with Rows(args.out / "controls.jsonl", {**settings, **choices, "episodes": watched.names()}) as file:
+        for name in watched.names():
             if name not in file.finished:
                 logger.info("%s: controls", name)
-                act, trace = controls.Acting(found.policy(), args.keep), found.trace(name)
-                rows = controls.measure(trace, others[name], act, cuts=args.cuts, executed=args.replan, **own)
+                act, trace = controls.Acting(watched.policy(), args.keep), watched.trace(name)
+                rows = controls.measure(trace, others[name], act, cuts=args.cuts, executed=args.replan, **choices)
                 file.add(name, rows)
         rows = file.rows()
     _leave(args, rows, maps)

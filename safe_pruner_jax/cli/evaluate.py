@@ -103,11 +103,11 @@ def _configuration(args: Evaluate, method: Method) -> tuple[Configuration, sourc
     elif args.server:
         raise ValueError("server: expected policies on the cluster with --on ray, got a server; leave one of them out")
     if args.server:
-        asked = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
-        config, source = sources.remote(args.server, asked, seed=args.seed)
-        if (known := config.choices.get("executed", args.replan)) != args.replan:
+        expected = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
+        config, source = sources.remote(args.server, expected, seed=args.seed)
+        if (executed := config.choices.get("executed", args.replan)) != args.replan:
             raise ValueError(
-                f"replan: expected {known} actions per call, which {args.server} counts on, got {args.replan}; "
+                f"replan: expected {executed} actions per call, which {args.server} counts on, got {args.replan}; "
                 f"start it with --pruner.executed {args.replan}"
             )
     else:

@@ -30,13 +30,13 @@ class Inspect:
 def run_inspect(args: Inspect) -> int:
     """Prints the episode and the verdicts."""
     episode = read_episode(args.file)
-    told = episode.header
-    print(f"{args.file}: {len(episode.steps)} steps of robot {told.get('robot')}")
-    print(f"{told.get('config')} from {told.get('checkpoint') or 'the package'}, pruner {told.get('pruner')}")
-    print(f"safe_pruner_jax {told.get('version')}, jax {told.get('jax')}, {told.get('device')}")
+    header = episode.header
+    print(f"{args.file}: {len(episode.steps)} steps of robot {header.get('robot')}")
+    print(f"{header.get('config')} from {header.get('checkpoint') or 'the package'}, pruner {header.get('pruner')}")
+    print(f"safe_pruner_jax {header.get('version')}, jax {header.get('jax')}, {header.get('device')}")
     if episode.torn:
         print(f"the last {episode.torn} bytes are an unfinished step, which is left out")
-    if not args.show and not told.get("from_start"):
+    if not args.show and not header.get("from_start"):
         raise EpisodeError(f"{args.file} does not begin at the start of its episode; replay the one that does")
     verdicts = (
         ["" for _ in episode.steps]

@@ -17,29 +17,18 @@ openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
 """
 
 import dataclasses
+import functools
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tyro
 
 from safe_pruner_jax import pruners
-from safe_pruner_jax.cli import analyze as analysis
-from safe_pruner_jax.cli import attention, controls
 from safe_pruner_jax.cli.arguments import parse, split_pruner
-from safe_pruner_jax.cli.bench import Bench, run_bench
-from safe_pruner_jax.cli.convert import Convert, run_convert
-from safe_pruner_jax.cli.diagnose import Diagnose, run_diagnose
-from safe_pruner_jax.cli.evaluate import Evaluate, run_evaluate
-from safe_pruner_jax.cli.export import Export, run_export
 from safe_pruner_jax.cli.help import summary
-from safe_pruner_jax.cli.inspect import Inspect, run_inspect
-from safe_pruner_jax.cli.report import Report, run_report
-from safe_pruner_jax.cli.serve import Serve, run_serve
-from safe_pruner_jax.cli.sweep import Sweep, run_sweep
-from safe_pruner_jax.cli.train import Train, run_train
-from safe_pruner_jax.cli.view import View, run_view
 from safe_pruner_jax.cluster.connect import ClusterError
 from safe_pruner_jax.evaluation import evaluate
 from safe_pruner_jax.evaluation.records import RecordsError
@@ -59,27 +48,45 @@ class Command(NamedTuple):
     pruner: bool = True
 
 
-COMMANDS = {
-    "serve": Command(Serve, run_serve),
-    "evaluate": Command(Evaluate, run_evaluate),
-    "sweep": Command(Sweep, run_sweep, pruner=False),
-    "report": Command(Report, run_report, pruner=False),
-    "inspect": Command(Inspect, run_inspect, pruner=False),
-    "view": Command(View, run_view),
-    "diagnose": Command(Diagnose, run_diagnose, pruner=False),
-    "train": Command(Train, run_train, pruner=False),
-    "export": Command(Export, run_export),
-    "convert": Command(Convert, run_convert, pruner=False),
-    "bench": Command(Bench, run_bench, pruner=False),
+ANALYSES = {
+    **dict.fromkeys(("recall", "forecast", "kappa", "overlap", "actions", "cost", "calibrate"), "analyze"),
+    "attention": "attention",
+    "controls": "controls",
 }
+"""Analysis → the module of this room that has it in its `COMMANDS`."""
+
+NAMES = ["serve", "evaluate", "sweep", "report", "inspect", "view", "diagnose", "train", "export", "convert", "bench"]
+"""Of commands: `serve` is `Serve` and `run_serve` of `cli/serve.py`, and so on."""
+
+WITH_PRUNER = ("serve", "evaluate", "view", "export")
 
 
-ANALYSES = analysis.COMMANDS | attention.COMMANDS | controls.COMMANDS
+class Commands(Mapping[str, Command]):
+    """Every command by its name. It is imported when it is asked for: a server needs no matplotlib."""
+
+    def __getitem__(self, name: str) -> Command:
+        if name not in iter(self):
+            raise KeyError(name)
+        room, _, analysis = f"{__package__}.{name}".partition(" ")
+        if analysis:
+            return _analyze(analysis)
+        module = importlib.import_module(room)
+        return Command(getattr(module, name.title()), getattr(module, f"run_{name}"), name in WITH_PRUNER)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*NAMES, *(f"analyze {name}" for name in ANALYSES))
+
+    def __len__(self) -> int:
+        return len(NAMES) + len(ANALYSES)
 
 
+COMMANDS: Mapping[str, Command] = Commands()
+
+
+@functools.cache
 def _analyze(name: str) -> Command:
     """`openpi analyze NAME`: the analysis' own arguments and those of the model."""
-    options, run = ANALYSES[name]
+    options, run = importlib.import_module(f"{__package__}.{ANALYSES[name]}").COMMANDS[name]
     arguments = dataclasses.make_dataclass(name.title(), [], bases=(options, Model), frozen=True, kw_only=True)
     arguments.__doc__ = options.__doc__
 
@@ -92,7 +99,6 @@ def _analyze(name: str) -> Command:
     return Command(arguments, run_analysis, pruner=False)
 
 
-COMMANDS |= {f"analyze {name}": _analyze(name) for name in ANALYSES}
 ERRORS = (ValueError, OSError, MemoryError, ServerError, LiberoUnavailable, RecordsError)
 ERRORS += (evaluate.EvaluationError, ClusterError)
 """What is a person's to mend: told in one line."""

@@ -77,9 +77,9 @@ def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     require(args.limit is None or args.limit >= 1, "limit", "at least 1 episode", args.limit)
     infer = _driver(policy) if args.driver == "policy" else None
     options = {"replan": args.replan, "infer": infer, "robot": robot_of(args)}
-    found = (recording for source in args.data for recording in episodes(source, **options))
+    sources = (episodes(source, **options) for source in args.data)
     seen = set()
-    for recording in itertools.islice(found, args.limit):
+    for recording in itertools.islice(itertools.chain.from_iterable(sources), args.limit):
         if recording.name in seen:
             raise ValueError(f"data: expected every episode once, got {recording.name} twice; rename one file")
         seen.add(recording.name)

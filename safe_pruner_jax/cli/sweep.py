@@ -103,10 +103,10 @@ def cells(sweep: Sweep) -> list[Cell]:
     if unknown := set(sweep.methods) - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
-    made = [
+    result = [
         Cell(f"{m.replace('/', '-')}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs
     ]
-    return [Cell("full", ("--pruner=full",)), *made]
+    return [Cell("full", ("--pruner=full",)), *result]
 
 
 def records_file(sweep: Sweep, cell: Cell) -> Path:
@@ -141,9 +141,9 @@ def missing(sweep: Sweep, cell: Cell) -> int:
         args, method = parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
         now = args.describe("LIBERO", args.fit("LIBERO", method, args.replan)).as_json()
         same = lambda c: {key: c[key] for key in (*MODEL, *METHOD)}
-        if found := differences(same(records[-1].configuration), same(now)):
+        if differing := differences(same(records[-1].configuration), same(now)):
             raise RecordsError(
-                f"{path}: expected records of this policy, got others ({found[0]}); choose another --out"
+                f"{path}: expected records of this policy, got others ({differing[0]}); choose another --out"
             )
     done = {record.key for record in records}
     return sum((job.suite, job.task, job.trial) not in done for job in jobs)
@@ -159,9 +159,10 @@ def run(sweep: Sweep, play: Callable[[Sweep, Cell], int] = play) -> int:
     sweep.out.mkdir(parents=True, exist_ok=True)
     todo = [] if sweep.report_only else cells(sweep)
     for number, cell in enumerate(todo, 1):
-        left = missing(sweep, cell)
-        print(f"[{number}/{len(todo)}] {cell.name}: {f'{left} episodes to play' if left else 'finished'}", flush=True)
-        if left and (code := play(sweep, cell)):
+        episodes = missing(sweep, cell)
+        what = f"{episodes} episodes to play" if episodes else "finished"
+        print(f"[{number}/{len(todo)}] {cell.name}: {what}", flush=True)
+        if episodes and (code := play(sweep, cell)):
             print(
                 f"openpi sweep: {cell.name} ended with exit code {code}; the same command continues there",
                 file=sys.stderr,

@@ -4,11 +4,12 @@ openpi train --data demos/*.hdf5 --out runs/mini --settings.steps 20000
 openpi train --stage all --see.scenes data/scenes --out runs/sees
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -99,20 +100,7 @@ def run_train(args: Train) -> None:
     params = drawn(model, served.tokenizer, args.settings.seed)
     if args.init is not None:
         params = start_from(args.init, model, tokenizer, params)
-    columns = (
-        TextColumn("step {task.completed}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, disable=not first()) as progress:
-        bar = progress.add_task("train", total=args.settings.steps, loss="compiling")
-
-        def show(row: dict) -> None:
-            if "loss" in row:
-                text = f"loss {row['loss']:.4f}, {row['samples_per_s']:.1f} samples/s"
-                progress.update(bar, completed=row["step"], loss=text)
-
+    with _progress(args.settings.steps) as show:
         params, step = imitate(model, samples, params, args.settings, args.out, on_log=show)
     if not first():
         return
@@ -122,6 +110,21 @@ def run_train(args: Train) -> None:
     shutil.copy(tokenizer, checkpoint / "tokenizer.model")
     curves(args.out)
     logger.info("%d of %d steps; checkpoint in %s", step, args.settings.steps, checkpoint)
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[dict], None]]:
+    """A function that shows a row of the log, on the first host."""
+    texts = (TextColumn("step {task.completed}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*texts, disable=not first()) as progress:
+        bar = progress.add_task("train", total=steps, loss="compiling")
+
+        def show(row: dict) -> None:
+            if "loss" in row:
+                text = f"loss {row['loss']:.4f}, {row['samples_per_s']:.1f} samples/s"
+                progress.update(bar, completed=row["step"], loss=text)
+
+        yield show
 
 
 def read(path: Path, config: PolicyConfig, scratch: Path | None = None) -> Iterator[Demo | Track]:

@@ -79,38 +79,42 @@ def service(
     with connected(address):
         if serve.status().applications:
             raise ServerError(f"expected no service on this cluster, got one: {', '.join(serve.status().applications)}")
-        tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
-        front = HTTPOptions(host=host, port=port, **tls)
-        serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=front)
+        _start_proxies(host, port, tls_files, everywhere)
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote(NAME)
-        accelerators = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}
-        replicated: Any = Service
-        deployment = replicated.options(
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=replicas[0],
-                max_replicas=replicas[1],
-                target_ongoing_requests=robots,
-                upscale_delay_s=scale_s[0],
-                downscale_delay_s=scale_s[1],
-            ),
-            max_ongoing_requests=access.connections,
-            graceful_shutdown_timeout_s=terms.drain_s + LEAVE_S,
-            graceful_shutdown_wait_loop_s=0.5,
-            health_check_timeout_s=300.0,
-            ray_actor_options={"num_cpus": cores, **accelerators},
-        )
+        bounds = {"min_replicas": replicas[0], "max_replicas": replicas[1], "target_ongoing_requests": robots}
+        autoscaling = AutoscalingConfig(**bounds, upscale_delay_s=scale_s[0], downscale_delay_s=scale_s[1])
         options |= {"access": inner, "terms": terms}
-        bound = deployment.bind(make, board, options)
+        application = _deployment(autoscaling, access, terms, cores).bind(make, board, options)
         try:
             try:
-                serve.run(bound, name=NAME, route_prefix="/")
+                serve.run(application, name=NAME, route_prefix="/")
             except RuntimeError as error:
                 raise ServerError(f"the replicas do not start: {_reason(error)}") from error
-            logger.info("ready for clients on %s://%s:%d", "wss" if tls else "ws", host, port)
+            logger.info("ready for clients on %s://%s:%d", "wss" if tls_files else "ws", host, port)
             yield
         finally:
             serve.delete(NAME)
             serve.shutdown()
+
+
+def _start_proxies(host: str, port: int, tls_files: tuple[str, str] | None, everywhere: bool) -> None:
+    tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
+    front = HTTPOptions(host=host, port=port, **tls)
+    serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=front)
+
+
+def _deployment(autoscaling: AutoscalingConfig, access: Access, terms: Terms, cores: int) -> Any:
+    """The replicas as Serve keeps them."""
+    accelerators = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}
+    replicated: Any = Service
+    return replicated.options(
+        autoscaling_config=autoscaling,
+        max_ongoing_requests=access.connections,
+        graceful_shutdown_timeout_s=terms.drain_s + LEAVE_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_timeout_s=300.0,
+        ray_actor_options={"num_cpus": cores, **accelerators},
+    )
 
 
 def _reason(error: RuntimeError) -> str:

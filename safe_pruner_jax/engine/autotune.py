@@ -64,25 +64,26 @@ def tuned(
       or gives other actions is left out and logged in one line.
     """
     arguments = _example(config, keys, robots)
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for name in kernels.NAMES:
         if name in config.kernels or not _applies(name, weights, config):
             continue
         candidate = config.replace(kernels=(*config.kernels, name))
         try:
-            found[name] = _compare(weights, config, candidate, arguments, clock)
+            finding = _compare(weights, config, candidate, arguments, clock)
         except Exception as error:  # whatever the compiler of a device calls it
-            found[name] = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
-        if found[name].verdict == "used":
+            finding = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
+        if finding.verdict == "used":
             config = candidate
+        findings[name] = finding
         logger.log(
-            logging.WARNING if found[name].verdict in ("failed", "differs") else logging.INFO,
+            logging.WARNING if finding.verdict in ("failed", "differs") else logging.INFO,
             "kernel %s: %s%s",
             name,
-            found[name].verdict,
-            f" ({found[name].why})" if found[name].why else f", {found[name].gain or 0:.2f} times as fast as XLA",
+            finding.verdict,
+            f" ({finding.why})" if finding.why else f", {finding.gain or 0:.2f} times as fast as XLA",
         )
-    return config, found
+    return config, findings
 
 
 def on_gpu(weights: pi0.Weights, config: Pi0Config) -> tuple[Pi0Config, dict[str, Finding]]:

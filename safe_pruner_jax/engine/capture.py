@@ -70,23 +70,22 @@ def read(c: Capture, logits: Array, rows: Rows, n: int, keys: Array) -> Array:
     if c.rows == "entropy":
         p = jax.nn.softmax(logits, axis=-1).mean(1)
         entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
-        return (rows.mask * entropy).sum(1) / jnp.maximum(rows.mask.sum(1), 1)
+        return _mean(entropy, rows.mask)
     if c.rows == "text_entropy":
-        p = jax.vmap(partial(visual_attention, over=c.over))(logits[:, :, k:], keys) * keys[:, None, :]
+        p = jax.vmap(partial(visual_attention, over=c.over))(logits[:, :, k:], keys)
+        p = p * keys[:, None, :].astype(p.dtype)
         entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
-        return (text * entropy).sum(1) / jnp.maximum(text.sum(1), 1)
+        return _mean(entropy, text)
     if c.rows == "heads_to_text":
-        p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:]
-        p = (p * text[:, None, None, :]).sum(-1) / jnp.maximum(text.sum(1), 1)[:, None, None]
+        p = _mean(jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:], text)
         p = jnp.where(rows.alive[:, None, :], p, 0.0)
         return rows.in_slots(p.swapaxes(1, 2), n).swapaxes(1, 2)
     if c.rows == "to_text":
-        p = jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:].mean(1)
-        p = (p * text[:, None, :]).sum(-1) / jnp.maximum(text.sum(1), 1)[:, None]
+        p = _mean(jax.nn.softmax(logits[:, :, :k], axis=-1)[..., -T:].mean(1), text)
         return rows.in_slots(jnp.where(rows.alive, p, 0.0), n)
     source, weight = logits[:, :, k:], text
     if c.rows == "last":
-        weight = jnp.arange(T) == text.sum(1, keepdims=True) - 1
+        weight = jnp.arange(T)[None] == text.sum(1, keepdims=True) - 1
     elif c.rows == "all":
         source, weight = logits, rows.mask
     if c.rows == "each":
@@ -96,6 +95,12 @@ def read(c: Capture, logits: Array, rows: Rows, n: int, keys: Array) -> Array:
         s = jax.vmap(partial(saliency, over=c.over))(source, weight, keys)
     s = s if keys.shape[1] == n else rows.in_slots(s, n)
     return s.swapaxes(1, 2) if c.rows == "each" else s
+
+
+def _mean(x: Array, mask: Array) -> Array:
+    """Mean over the last axis of x [B, ..., T] where mask [B, T]; 0 where nothing is."""
+    weight = mask.reshape(len(mask), *[1] * (x.ndim - 2), -1).astype(x.dtype)
+    return (x * weight).sum(-1) / jnp.maximum(weight.sum(-1), 1)
 
 
 def everybody(rows: pi0.Rows, n: int) -> Rows:

@@ -97,22 +97,18 @@ class Engine:
 
     def _make_blank(self, cameras: int) -> ControlState:
         """What `init` gives every robot, without axis B and without a key."""
-        config, pruner = self.config, self.pruner
-        plan = pruner.plan
+        config, plan = self.config, self.plan
         n, shape = cameras * config.tokens_per_camera, jax.ShapeDtypeStruct
-        keep = max((c.keep for c in plan.cuts), default=1)
-        if keep > n:
-            raise ValueError(
-                f"keep: expected at most {n} visual tokens ({cameras} cameras × {config.tokens_per_camera}), "
-                f"got {keep}; lower keep or give a share in (0, 1]"
-            )
-        late = jnp.zeros((len(plan.late_layers), n), jnp.float32)
+        if (keep := max((c.keep for c in plan.cuts), default=1)) > n:
+            most = f"{n} visual tokens ({cameras} cameras × {config.tokens_per_camera})"
+            raise ValueError(f"keep: expected at most {most}, got {keep}; lower keep or give a share in (0, 1]")
         T, heads = config.max_token_len, config.prefix.num_heads  # the longest prompt; no state may depend on it
-        of = lambda c: captured_shape(c, n, T, heads)
-        past = tuple(jnp.zeros(of(c), jnp.float32) for c in plan.remember)
-        actions = jnp.zeros((config.action_horizon, config.action_dim), jnp.float32)
-        kept = jnp.zeros((n, config.prefix.num_kv_heads, config.prefix.head_dim), config.dtype)
-        kv = tuple((kept, kept) for _ in range(plan.cut.layer, config.depth)) if plan.dropped == "reuse" else ()
+        captured = lambda c: shape(captured_shape(c, n, T, heads), jnp.float32)
+        memory = {  # of the step before, of which there is none
+            "late": shape((len(plan.late_layers), n), jnp.float32),
+            "past": tuple(map(captured, plan.remember)),
+            "actions": shape((config.action_horizon, config.action_dim), jnp.float32),
+        }
         rows = shape((n, config.prefix.width), config.dtype)
         evidence = Evidence(
             since_full=shape((), jnp.int32),
@@ -120,26 +116,23 @@ class Engine:
             alive=shape((n,), bool),
             running=shape((n,), bool),
             camera=shape((n,), jnp.int32),
-            saliency=tuple(shape(of(c), jnp.float32) for c in plan.capture),
-            late=late,
+            saliency=tuple(map(captured, plan.capture)),
             key=jax.eval_shape(lambda: jax.random.key(0)),
             text=shape((T, config.prefix.width), config.dtype),
             text_alive=shape((T,), bool),
             hidden=rows,
             patches=shape((n, 3 * config.vision.patch**2), jnp.uint8),
-            past=past,
-            actions=actions,
+            **memory,
         )
+        kv = jnp.zeros((n, config.prefix.num_kv_heads, config.prefix.head_dim), config.dtype)
         return ControlState(
-            pruner=pruner.init(evidence),
+            pruner=self.pruner.init(evidence),
             since_full=jnp.full((), NO_HISTORY, jnp.int32),
             alive=jnp.zeros(n, bool),
             running=jnp.zeros(n, bool),
-            late=late,
             key=(),
-            past=past,
-            actions=actions,
-            kv=kv,
+            kv=((kv, kv),) * (config.depth - plan.cut.layer) if plan.dropped == "reuse" else (),
+            **jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), memory),
         )
 
     def step(

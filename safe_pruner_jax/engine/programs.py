@@ -73,8 +73,8 @@ def shallow(
     plan, n = pruner.plan, visual_slots(config, inputs)
     embedded = embed(weights, config, inputs)
     before = range(plan.cut.layer if plan.cut else 0)
-    wanted = _layers(plan.capture + plan.remember, before)
-    x, segments, logits = pi0.prefix_layers(weights, config, embedded, before, wanted)
+    looked_at = _layers(plan.capture + plan.remember, before)
+    x, segments, logits = pi0.prefix_layers(weights, config, embedded, before, looked_at)
     rows = everybody(embedded.replace(x=x), n)
     see = lambda c: read(c, logits[c.layer], rows, n, rows.alive)
 
@@ -114,7 +114,7 @@ def _evidence(
     n = hidden.shape[1]
     alive = embedded.mask[:, :n]
     kept_history = (control.since_full != NO_HISTORY) & (control.alive == alive).all(1)
-    known = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
+    past_only = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
     camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
     return Evidence(
         since_full=jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32),
@@ -123,14 +123,14 @@ def _evidence(
         running=alive,
         camera=jnp.broadcast_to(camera, alive.shape),
         saliency=(),
-        late=known(control.late),
+        late=past_only(control.late),
         key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(key),
         text=embedded.x[:, n:],
         text_alive=inputs.token_mask,
         hidden=hidden,
         patches=patches(inputs.images, config.vision.patch),
-        past=jax.tree.map(known, control.past),
-        actions=known(control.actions),
+        past=jax.tree.map(past_only, control.past),
+        actions=past_only(control.actions),
     )
 
 
@@ -181,7 +181,7 @@ def finish(
     plan, control = pruner.plan, carry.control
     n = control.alive.shape[1]
     deep = _deep(config, pruner, pruned, weights, carry)
-    asked = not pruned or plan.late_from == "every"
+    wants_late = not pruned or plan.late_from == "every"
     actions, late = pi0.sample(
         weights,
         config,
@@ -190,7 +190,7 @@ def finish(
         carry.noise,
         visual_alive=control.alive,
         columns=deep.columns,
-        late_layers=plan.late_layers if asked else (),
+        late_layers=plan.late_layers if wants_late else (),
         late_steps=plan.late_steps,
         late_over=plan.late_over,
         guide=carry.guide,
@@ -242,8 +242,8 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights,
         if reused:
             kv = {l: control.kv[l - plan.cut.layer] for l in layers}
             reuse = pi0.Reuse(kv, jnp.where(rows.alive, rows.slots, n), carry.rows.mask)
-        wanted = _layers(captures + plan.remember, layers)
-        x, more, logits = pi0.prefix_layers(weights, config, rows, layers, wanted, reuse)
+        looked_at = _layers(captures + plan.remember, layers)
+        x, more, logits = pi0.prefix_layers(weights, config, rows, layers, looked_at, reuse)
         rows, segments = rows.replace(x=x), segments + more
         keys = control.alive if reused else rows.alive
         see = lambda c, logits=logits, rows=rows, keys=keys: read(c, logits[c.layer], rows, n, keys)

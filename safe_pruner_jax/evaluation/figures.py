@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.evaluation.report import Row
+from safe_pruner_jax.evaluation.report import Estimate, Row
 
 COLOURS = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["tab20"].colors[1::2]]
 """Of methods: the usual ten, then the lighter ones."""
@@ -52,22 +54,9 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
     for ax, suite in zip(axes, suites, strict=True):
         for place, method in enumerate(methods):
             points = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
-            points = sorted(
-                ((at, e) for at, e in points if at is not None and e is not None), key=lambda point: point[0]
-            )
-            if not points:
-                continue
-            values = [100 * e.value for _, e in points]
-            spans = [[100 * (e.value - e.low) for _, e in points], [100 * (e.high - e.value) for _, e in points]]
-            look = {
-                "color": COLOURS[place % len(COLOURS)],
-                "marker": "osD^vPX*"[place % 8],
-                "markersize": 5,
-                "capsize": 3,
-            }
             # shares kept are the same for many methods: side by side, so that every interval is seen
             aside = 0.988 ** (place - (len(methods) - 1) / 2) if shares else 1.0
-            ax.errorbar([at * aside for at, _ in points], values, spans, label=names[method], linewidth=1.3, **look)
+            _draw(ax, points, aside, label=names[method], **_look(place))
         ax.set_title(suite, fontsize=11)
         ax.set_xlabel(label)
         ax.set_ylim(-3, 103)
@@ -80,11 +69,26 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
             ax.minorticks_off()
             ax.invert_xaxis()
     axes[0].set_ylabel("success, %")
-    known = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if known:
-        axes[-1].legend(known.values(), known, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if lines:
+        axes[-1].legend(lines.values(), lines, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     return figure
+
+
+def _look(place: int) -> dict[str, Any]:
+    """Colour and marker of the method at a place of the legend."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": "osD^vPX*"[place % 8], "markersize": 5, "capsize": 3}
+
+
+def _draw(ax: Axes, points: Sequence[tuple[float | None, Estimate | None]], aside: float, **look: Any) -> None:
+    """One method's line with its intervals; points without one of the two are left out."""
+    points = sorted(((at, e) for at, e in points if at is not None and e is not None), key=lambda point: point[0])
+    if not points:
+        return
+    values = [100 * e.value for _, e in points]
+    spans = [[100 * (e.value - e.low) for _, e in points], [100 * (e.high - e.value) for _, e in points]]
+    ax.errorbar([at * aside for at, _ in points], values, spans, linewidth=1.3, **look)
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -93,13 +97,13 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
     variants: dict[str, list[set[str]]] = {}
     for pruner, *choices in words.values():
         variants.setdefault(pruner, []).append(set(choices))
-    shared = {pruner: set.intersection(*found) if len(found) > 1 else set() for pruner, found in variants.items()}
-    return {method: " ".join(w for w in told if w not in shared[told[0]]) for method, told in words.items()}
+    shared = {pruner: set.intersection(*sets) if len(sets) > 1 else set() for pruner, sets in variants.items()}
+    return {method: " ".join(w for w in parts if w not in shared[parts[0]]) for method, parts in words.items()}
 
 
 def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """Every figure of a report by file name; those of further conditions are numbered."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     conditions = []
     for row in rows:
         if row.conditions not in conditions:
@@ -112,5 +116,5 @@ def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:
             "success_by_paper_flops": success_by_flops(chosen, exact=False),
         }
         # nothing to draw where a server did not tell what its calls cost
-        found |= {f"{name}{end}": f for name, f in drawn.items() if any(ax.containers for ax in f.axes)}
-    return found
+        figures |= {f"{name}{end}": f for name, f in drawn.items() if any(ax.containers for ax in f.axes)}
+    return figures

@@ -145,8 +145,8 @@ def describe_calls(episode: Episode) -> dict[str, Any]:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     values = list(values)
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined and len(defined) == len(values) else None
 
 
 class RecordFile:

@@ -151,14 +151,14 @@ def method_label(configuration: Mapping[str, Any]) -> str:
     """
     name, choices = configuration["pruner"], configuration["choices"]
     usual = _defaults(name)
-    told = {k: v for k, v in choices.items() if k != "keep" and not (k in usual and usual[k] == v)}
-    return " ".join([name, *(f"{k}={v}" for k, v in told.items()), *(["rtc"] if configuration.get("rtc") else [])])
+    chosen = {k: v for k, v in choices.items() if k != "keep" and not (k in usual and usual[k] == v)}
+    return " ".join([name, *(f"{k}={v}" for k, v in chosen.items()), *(["rtc"] if configuration.get("rtc") else [])])
 
 
 def _defaults(name: str) -> dict[str, Any]:
     """A factory's defaults as JSON has them; none of a pruner of another package."""
-    known = inspect.signature(PRUNERS[name]).parameters if name in PRUNERS else {}
-    return {key: json.loads(json.dumps(p.default)) for key, p in known.items()}
+    parameters = inspect.signature(PRUNERS[name]).parameters if name in PRUNERS else {}
+    return {key: json.loads(json.dumps(p.default)) for key, p in parameters.items()}
 
 
 def summarise(records: Iterable[Record], baseline: str = "full") -> list[Row]:
@@ -260,8 +260,8 @@ def _keep(group: Sequence[Record]) -> float | None:
 
 def _mean(records: Iterable[Record], value: Callable[[Record], float | None]) -> float | None:
     """Mean over the episodes that have it (one that ended before its first call has none)."""
-    found = [v for v in map(value, records) if v is not None]
-    return fmean(found) if found else None
+    values = [v for v in map(value, records) if v is not None]
+    return fmean(values) if values else None
 
 
 def _typical(records: Iterable[Record]) -> float | None:
@@ -269,8 +269,8 @@ def _typical(records: Iterable[Record]) -> float | None:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    found = [v for v in values if v is not None]
-    return median(found) if found else None
+    defined = [v for v in values if v is not None]
+    return median(defined) if defined else None
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -303,9 +303,11 @@ over that of a typical step inside chunks."""
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader would otherwise take for a result: a method that was told to prune and hardly did."""
     idle = [r for r in rows if (r.keep or 1) < 1 and (r.keyframes or 0) > 0.5]
-    told = "{0.method}, keep {0.keep:g}, {0.suite}: {0.keyframes:.0%} of the calls were keyframes, which prune nothing"
+    remark = (
+        "{0.method}, keep {0.keep:g}, {0.suite}: {0.keyframes:.0%} of the calls were keyframes, which prune nothing"
+    )
     remedy = "; `openpi analyze calibrate` finds a γ for this policy"
-    return [f"{told.format(row)}{remedy if row.method.split()[0] == 'safe' else ''}." for row in idle]
+    return [f"{remark.format(row)}{remedy if row.method.split()[0] == 'safe' else ''}." for row in idle]
 
 
 def _cells(row: Row) -> list[str]:
@@ -347,11 +349,11 @@ def _sentence(c: Mapping[str, Any]) -> str:
 
 
 def _unique(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
+    unique: list[Mapping[str, Any]] = []
     for item in items:
-        if item not in found:
-            found.append(item)
-    return found
+        if item not in unique:
+            unique.append(item)
+    return unique
 
 
 def table_csv(rows: Sequence[Row]) -> str:

@@ -96,10 +96,10 @@ def rollout(
         return first.pop() if first else env.observe()
 
     def ask(request: dict[str, Any]) -> Mapping[str, Any]:
-        asked = time.perf_counter()
+        call_start = time.perf_counter()
         reply = policy(request)
         timing = {key: reply[key] for key in ("policy_timing", "server_timing") if key in reply}
-        calls.append(Call(observed[-1], time.perf_counter() - asked, reply.get("pruning"), timing))
+        calls.append(Call(observed[-1], time.perf_counter() - call_start, reply.get("pruning"), timing))
         shape = np.shape(reply["actions"])
         if len(shape) != 2 or shape[0] < least or shape[1] != 7:
             raise ValueError(f"expected actions [≥ {least}, 7], got {list(shape)}")
@@ -121,5 +121,5 @@ def rollout(
         outcome, error = "error", f"{type(caught).__name__}: {caught}"
     seconds = time.perf_counter() - start
     jump = jumps([action[:ARM] for action in executed], robot.borders)
-    task = env.task
-    return Episode(task.suite, task.index, init_state, outcome, len(executed), seconds, tuple(calls), error, jump)
+    played = {"steps": len(executed), "seconds": seconds, "calls": tuple(calls), "error": error, "jump": jump}
+    return Episode(env.task.suite, env.task.index, init_state, outcome, **played)

@@ -60,9 +60,9 @@ def check_shards(files: Mapping[Path, Sequence[Record]]) -> None:
     for (run, parts), members in runs.items():
         there = [path for _, path in sorted(members.items()) if files[path]]
         for first, other in itertools.pairwise(there):
-            if found := differences(files[first][0].configuration, files[other][0].configuration):
+            if differing := differences(files[first][0].configuration, files[other][0].configuration):
                 raise RecordsError(
-                    f"{other}: another configuration than {first} ({'; '.join(found)}); shards of one run are "
+                    f"{other}: another configuration than {first} ({'; '.join(differing)}); shards of one run are "
                     "played with the same arguments on the same software"
                 )
         if absent := sorted(set(range(1, int(parts) + 1)) - set(members)):

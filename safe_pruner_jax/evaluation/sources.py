@@ -34,16 +34,16 @@ class Cost:
 
     def of(self, episode: Episode) -> tuple[float | None, float | None]:
         """Paper's and exact FLOPs, mean over the calls; None where replies do not tell their layout."""
-        told = Counter()
+        counts = Counter()
         for call in episode.calls:
             p = call.pruning or {}
             if "views" not in p or "text" not in p:
                 return None, None
-            told[tuple(p["views"]), p["text"], bool(p["keyframe"])] += 1
-        if not told:
+            counts[tuple(p["views"]), p["text"], bool(p["keyframe"])] += 1
+        if not counts:
             return None, None
         paper = exact = 0.0
-        for (views, text, keyframe), count in told.items():
+        for (views, text, keyframe), count in counts.items():
             layout = PrefixLayout(views, self.config.tokens_per_camera, text)
             of = {"pruned": not keyframe}
             tokens = tokens_per_layer(self.plan, layout, self.config.depth, **of)
@@ -51,7 +51,7 @@ class Cost:
             paper += count * paper_flops(tokens, self.config.prefix.width, self.config.prefix.mlp_dim, keys)
             steps = self.num_steps
             exact += count * exact_flops(self.config, self.plan, layout, pruned=not keyframe, num_steps=steps).total
-        return paper / told.total(), exact / told.total()
+        return paper / counts.total(), exact / counts.total()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def local(policy: Policy, config: Configuration, *, batch: int = 8, seed: int = 
 
 
 def remote(
-    address: str, asked: tuple[str, Mapping[str, Any]] | None = None, *, seed: int = 0
+    address: str, expected: tuple[str, Mapping[str, Any]] | None = None, *, seed: int = 0
 ) -> tuple[Configuration, Source]:
     """A policy server as the source of replies, and what it says about itself.
 
@@ -88,7 +88,7 @@ def remote(
 
     Args:
       address: ws://host:port.
-      asked: pruner, and those of its choices, that it must have; None takes what it has.
+      expected: pruner, and those of its choices, that it must have; None takes what it has.
       seed: the episodes' seeds are derived from it, as in this process; only this package's servers are told.
 
     Raises:
@@ -96,24 +96,26 @@ def remote(
       ValueError: it runs another method, or another version of this package.
     """
     client = connect(address)
-    told = client.get_server_metadata().get(SERVED, {})
-    if told and set(told.get("configuration", ())) != {field.name for field in fields(Configuration)}:
+    served = client.get_server_metadata().get(SERVED, {})
+    if served and set(served.get("configuration", ())) != {field.name for field in fields(Configuration)}:
         raise ValueError(f"server: {address} is another version of this package; install the same on both sides")
     with contextlib.suppress(AttributeError):  # it offers no way to hang up
         client._ws.close()
-    method = (told["configuration"]["pruner"], told["configuration"]["choices"]) if told else ("an unknown pruner", {})
-    name, choices = asked or method
+    runs = served["configuration"] if served else {"pruner": "an unknown pruner", "choices": {}}
+    method = runs["pruner"], runs["choices"]
+    name, choices = expected or method
     has = json.loads(json.dumps({key: method[1].get(key) for key in choices}))
     if name != method[0] or has != json.loads(json.dumps(dict(choices))):
         raise ValueError(f"pruner: {address} runs {method[0]} {method[1] or ''}, leave --pruner to the server")
-    if told:
-        config, device = Configuration(**told["configuration"]), told["device"]
+    if served:
+        config, device = Configuration(**served["configuration"]), served["device"]
         config = replace(config, noise=noise_of(seed))
         plan = make(config.pruner, **config.choices).plan
         return config, Source(
             None, address, Cost(get_config(config.policy).model, plan, config.num_steps), seed, device
         )
-    unknown = Configuration("server", {}, {}, "unknown", "unknown", "unknown", 0, ())
+    names = dict.fromkeys(("policy", "checkpoint", "precision"), "unknown")
+    unknown = Configuration("server", {}, {}, **names, num_steps=0, prompt_lengths=())
     return unknown, Source(None, address, seed=None, device=address)
 
 

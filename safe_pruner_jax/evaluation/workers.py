@@ -61,7 +61,7 @@ def libero_env(suite: str, task: int) -> LiberoEnv:
 
 def broken(job: Job, error: str) -> Episode:
     """The record of an episode that could not be played to its end."""
-    return Episode(job.suite, job.task, job.trial, "error", 0, 0.0, (), error)
+    return Episode(job.suite, job.task, job.trial, "error", steps=0, seconds=0.0, calls=(), error=error)
 
 
 class Worker:

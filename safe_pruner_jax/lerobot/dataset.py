@@ -198,7 +198,7 @@ class Dataset:
             named = lambda key, place=place: self.folder / self.info["video_path"].format(video_key=key, **place)
             videos = {key: (named(key), 0.0) for key in moving}
             read = functools.partial(self._rows, file, length)
-            yield Episode(index, length, read, tasks, self.info["features"], videos, self.fps)
+            yield Episode(index, length, read, tasks, self.info["features"], videos, fps=self.fps)
 
     def _third(self, tasks: Mapping[int, str], moving: Sequence[str]) -> Iterator[Episode]:
         files = sorted((self.folder / "meta/episodes").glob("*/*.parquet"))
@@ -215,7 +215,7 @@ class Dataset:
                 video = self.folder / self.info["video_path"].format(video_key=key, **of(f"videos/{key}"))
                 videos[key] = video, float(row[f"videos/{key}/from_timestamp"])
             read = functools.partial(self._rows, file, length, row["dataset_from_index"])
-            yield Episode(row["episode_index"], length, read, tasks, self.info["features"], videos, self.fps)
+            yield Episode(row["episode_index"], length, read, tasks, self.info["features"], videos, fps=self.fps)
 
     def _rows(self, file: Path, length: int, start: int | None = None) -> Any:
         """An episode's rows; with `start`, the index of its first row in the dataset, out of a file of several."""

@@ -72,7 +72,7 @@ class Demo:
         shapes |= {key: (rows.shape[:1], (steps,)) for key, rows in self.extra.items()}
         for key, frames in self.images.items():
             shapes[key] = (frames.shape, (-(-steps // self.every), *frames.shape[1:2] * 2, 3))
-        wrong = [f"{key} {list(found)}" for key, (found, expected) in shapes.items() if found != expected]
+        wrong = [f"{key} {list(shape)}" for key, (shape, expected) in shapes.items() if shape != expected]
         if steps == 0 or wrong or set(self.images) != set(CAMERAS):
             raise ValueError(f"not a demonstration of {steps} steps: cameras {sorted(self.images)}, {', '.join(wrong)}")
 

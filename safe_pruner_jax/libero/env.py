@@ -111,19 +111,23 @@ class LiberoEnv:
                 hard_reset=False,  # a hard one rebuilds the model: 2-5 s
                 horizon=self.max_steps + wait + 1,
             )
+        self._cameras = self._open_cameras(image_size, coarse)
+        robosuite_env = self.simulator.env
+        watch = lib.sensor(modality="image")(lambda _cache: self._watch())
+        observable = lib.Observable("watch", watch, sampling_rate=robosuite_env.control_freq, active=False)
+        robosuite_env.add_observable(observable)
+
+    def _open_cameras(self, image_size: int, coarse: bool) -> Cameras:
+        """What renders; without OpenGL the simulator is closed. Raises LiberoUnavailable."""
         try:
             model = self.simulator.sim.model._model
             if coarse:
                 decimate(model)
                 model.vis.quality.offsamples = 0
-            self._cameras = Cameras(lib.mujoco, model, image_size)
-        except (ImportError, AttributeError, OSError, RuntimeError, lib.mujoco.FatalError) as error:
+            return Cameras(self._lib.mujoco, model, image_size)
+        except (ImportError, AttributeError, OSError, RuntimeError, self._lib.mujoco.FatalError) as error:
             self.simulator.close()
             raise LiberoUnavailable(f"no software OpenGL ({one_line(error)}): {OPENGL}") from error
-        robosuite_env = self.simulator.env
-        watch = lib.sensor(modality="image")(lambda _cache: self._watch())
-        observable = lib.Observable("watch", watch, sampling_rate=robosuite_env.control_freq, active=False)
-        robosuite_env.add_observable(observable)
 
     @property
     def running(self) -> bool:

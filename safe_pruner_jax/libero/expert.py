@@ -24,6 +24,7 @@ import numpy as np
 from safe_pruner_jax.libero.demonstrations import CAMERAS, EXTRA, Demo
 from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.scene import Scene
+from safe_pruner_jax.libero.suites import Task
 
 SUPPORTED: dict[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),
@@ -78,8 +79,8 @@ class Expert:
         if goals is not None:
             self.scene.goals = list(goals)
         for predicate, *names in self.scene.goals:
-            known = predicate in ("on", "in") and self.scene.movable(names[0]) and self.scene.solid(names[1])
-            if not known:
+            playable = predicate in ("on", "in") and self.scene.movable(names[0]) and self.scene.solid(names[1])
+            if not playable:
                 raise Unsupported(f"{env.task.suite} task {env.task.index} ({env.task.language}): {predicate} {names}")
         self._gripper, self.stage = OPEN, "start"
         self._script = self._play()
@@ -271,29 +272,32 @@ def demonstrate(
     success, done = False, False
     while not done:
         if len(rows) % every == 0:
-            seen = env.observe()
+            observation = env.observe()
             for key, frames in images.items():
-                frames.append(seen[key])
+                frames.append(observation[key])
         action = expert.act()
         rows.append((env.proprioception(), action, expert.scene.proprioception()))
         disturbed = action + noise * np.append(generator.standard_normal(6), 0.0)
         disturbed[:3] += push()
         success, done = env.step(np.clip(disturbed, -1, 1))
-    if not success:
-        return None, env.steps
-    demo = Demo(
+    return _recording(env.task, images, rows, seed, every) if success else None, env.steps
+
+
+def _recording(task: Task, images: Mapping[str, list], rows: list[tuple], seed: int, every: int) -> Demo:
+    """The demonstration of frames by camera and rows of (state, action, privileged state)."""
+    state, actions, extra = zip(*rows, strict=True)
+    return Demo(
         images={key: np.stack(frames) for key, frames in images.items()},
-        state=np.stack([state for state, _, _ in rows]).astype(np.float32),
-        actions=np.stack([action for _, action, _ in rows]).astype(np.float32),
-        prompt=env.task.language,
-        suite=env.task.suite,
-        task=env.task.index,
-        name=env.task.name,
+        state=np.stack(state).astype(np.float32),
+        actions=np.stack(actions).astype(np.float32),
+        prompt=task.language,
+        suite=task.suite,
+        task=task.index,
+        name=task.name,
         seed=seed,
         every=every,
-        extra={key: np.stack([more[key] for _, _, more in rows]) for key in EXTRA},
+        extra={key: np.stack([more[key] for more in extra]) for key in EXTRA},
     )
-    return demo, env.steps
 
 
 class Pushes:
@@ -335,10 +339,10 @@ def led_by(
 
     def play(env: LiberoEnv, generator: np.random.Generator) -> None:
         length = int(generator.integers(steps[0], steps[1] + 1))
-        told = {"reset": True, "seed": int(generator.integers(2**31))}
+        start = {"reset": True, "seed": int(generator.integers(2**31))}
         while env.running and env.steps < length:
-            actions = np.asarray(policy(env.observe() | told)["actions"])
-            told = {}
+            actions = np.asarray(policy(env.observe() | start)["actions"])
+            start = {}
             for action in actions[: min(replan, length - env.steps)]:
                 if env.step(np.clip(action, -1, 1)).done:
                     break

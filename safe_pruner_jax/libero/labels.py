@@ -21,8 +21,8 @@ CLASSES = ("background", "arm", "gripper")
 def kinds(suite: str) -> tuple[str, ...]:
     """Categories of the movable objects in all scenes of a suite, sorted: ("alphabet_soup", "basket", …)."""
     parse = simulator().parse_problem
-    found = (parse(str(load_task(suite, i).bddl))["objects"] for i in range(num_tasks(suite)))
-    return tuple(sorted({category for objects in found for category in objects}))
+    objects_of = (parse(str(load_task(suite, i).bddl))["objects"] for i in range(num_tasks(suite)))
+    return tuple(sorted({category for objects in objects_of for category in objects}))
 
 
 def kind(name: str) -> str:

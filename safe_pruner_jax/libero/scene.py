@@ -89,8 +89,8 @@ class Scene:
         reach = float(np.linalg.norm(outwards))
         axis = np.cross(down, [*outwards / reach, 0.0])
         lean = _rotation(axis * np.clip(_LEAN * (reach - _COMFORTABLE_REACH), 0.0, _MOST_LEAN))
-        wanted = lean @ np.stack([across, np.cross(down, across), down], axis=1)
-        error = wanted @ self._axes.T
+        goal = lean @ np.stack([across, np.cross(down, across), down], axis=1)
+        error = goal @ self._axes.T
         vector = np.array([error[2, 1] - error[1, 2], error[0, 2] - error[2, 0], error[1, 0] - error[0, 1]]) / 2
         sine, cosine = np.linalg.norm(vector), (np.trace(error) - 1) / 2
         return vector if sine < 1e-9 else vector / sine * np.arctan2(sine, cosine)
@@ -154,10 +154,10 @@ class Scene:
 
     def lifted(self, name: str) -> bool:
         """Whether the object touches nothing but the hand."""
-        own = {self._model.geom(g).id for g in self._env.get_object(name).contact_geoms}
+        geoms = {self._model.geom(g).id for g in self._env.get_object(name).contact_geoms}
         gripper = {self._model.geom(g).id for g in self._env.robots[0].gripper.contact_geoms}
         pairs = ({int(c.geom1), int(c.geom2)} for c in self._data.contact[: self._data.ncon])
-        return not any(len(pair & own) == 1 and not pair & gripper for pair in pairs)
+        return not any(len(pair & geoms) == 1 and not pair & gripper for pair in pairs)
 
     def touching(self, name: str, target: str) -> bool:
         """Whether an object touches a target, or what the target is part of."""

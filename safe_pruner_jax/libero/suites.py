@@ -63,10 +63,10 @@ def parent(suite: str) -> str:
     name = _class(suite)
     if name in _ORPHANS:
         return "libero_90"
-    known = [standard for standard in SUITES if name == standard or name.startswith(f"{standard}_")]
-    if not known:
+    standards = [standard for standard in SUITES if name == standard or name.startswith(f"{standard}_")]
+    if not standards:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, and variants, libero_object_swap")
-    return max(known, key=len)
+    return max(standards, key=len)
 
 
 def package(suite: str) -> str:
@@ -82,8 +82,8 @@ def perturbation(suite: str) -> str:
     """
     if package(suite) == PLUS:
         return "LIBERO-plus"
-    known = [standard for standard in SUITES if suite == standard or suite.startswith(f"{standard}_")]
-    end = suite.removeprefix(max(known, key=len)).removeprefix("_") if known else "other"
+    standards = [standard for standard in SUITES if suite == standard or suite.startswith(f"{standard}_")]
+    end = suite.removeprefix(max(standards, key=len)).removeprefix("_") if standards else "other"
     if end.startswith("temp_"):
         return "position"
     return "added object" if end.startswith("with_") else _PERTURBATIONS.get(end, "other")
@@ -115,8 +115,8 @@ def load_task(suite: str, index: int) -> Task:
     """
     benchmark = _benchmark(suite)
     if not 0 <= index < benchmark.n_tasks:
-        known = "; ".join(f"{i} {benchmark.get_task(i).language}" for i in range(benchmark.n_tasks))
-        raise ValueError(f"{suite} has the tasks 0 to {benchmark.n_tasks - 1}, got {index}: {known}")
+        tasks = "; ".join(f"{i} {benchmark.get_task(i).language}" for i in range(benchmark.n_tasks))
+        raise ValueError(f"{suite} has the tasks 0 to {benchmark.n_tasks - 1}, got {index}: {tasks}")
     task = benchmark.get_task(index)
     if re.search(r"_noise_[1-9]", task.bddl_file):
         raise LiberoUnavailable(
@@ -148,8 +148,8 @@ def shipped(source: str = "libero") -> list[str]:
 def _benchmark(suite: str) -> Any:
     standard = parent(suite)
     source, name = package(suite), _class(suite)
-    if name not in (known := shipped(source)):
-        variants = ", ".join(other for other in known if other.startswith(standard) and other != standard)
+    if name not in (names := shipped(source)):
+        variants = ", ".join(other for other in names if other.startswith(standard) and other != standard)
         raise ValueError(f"unknown suite {suite!r}; of {standard} the installed package has {variants or 'none'}")
     suites = simulator(source).benchmark.get_benchmark_dict()
     return _quiet(suites[name]) if name in suites else _unlisted(name, standard, source)
@@ -189,10 +189,10 @@ def _unlisted(name: str, standard: str, source: str) -> Any:
 
 def _instruction(bddl: Path) -> str:
     """The instruction inside a scene file."""
-    found = re.search(r"\(:language\s+([^()]*)\)", bddl.read_text(encoding="utf-8"))
-    if found is None:
+    match = re.search(r"\(:language\s+([^()]*)\)", bddl.read_text(encoding="utf-8"))
+    if match is None:
         raise ValueError(f"{bddl}: expected an instruction, (:language …), got none; is the package complete?")
-    return " ".join(found[1].split())
+    return " ".join(match[1].split())
 
 
 def _folders(source: str) -> tuple[Path, Path]:

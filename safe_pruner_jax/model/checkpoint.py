@@ -93,8 +93,8 @@ def open_params(
     extra = [] if allow_extra else sorted(stored.keys() - expected.keys())
     kinds = {k: (store.shape, store.dtype.name) for k, store in leaves.items()}
     check_tree(directory, kinds, extra, expected, config)
-    found = {k: Stored(directory, k, store, dtype) for k, store in leaves.items()}
-    return traverse_util.unflatten_dict(found, sep="/")
+    unread = {k: Stored(directory, k, store, dtype) for k, store in leaves.items()}
+    return traverse_util.unflatten_dict(unread, sep="/")
 
 
 def stored_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -120,10 +120,10 @@ def load_params(
       CheckpointError: as `open_params`, and for a leaf that is not finite.
       ValueError: `dtype` is not a floating dtype.
     """
-    found = traverse_util.flatten_dict(open_params(path, config, dtype=dtype, allow_extra=allow_extra), sep="/")
+    flat = traverse_util.flatten_dict(open_params(path, config, dtype=dtype, allow_extra=allow_extra), sep="/")
     # A leaf being read is there twice, stored and cast: the largest goes first, while little else is there.
-    order = sorted(found, key=lambda k: found[k].nbytes, reverse=True)
-    return traverse_util.unflatten_dict({k: found[k].read() for k in order}, sep="/")
+    order = sorted(flat, key=lambda k: flat[k].nbytes, reverse=True)
+    return traverse_util.unflatten_dict({k: flat[k].read() for k in order}, sep="/")
 
 
 def _params_directory(path: str | os.PathLike) -> pathlib.Path:

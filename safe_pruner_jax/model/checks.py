@@ -20,15 +20,15 @@ def check_dtype(dtype: Any) -> np.dtype | None:
     """A floating dtype by its name, None for None; ValueError for another."""
     if dtype is None:
         return None
-    found = jnp.dtype(dtype)
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f'dtype must be a floating dtype such as "bfloat16" or None, got {found}')
-    return found
+    kind = jnp.dtype(dtype)
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise ValueError(f'dtype must be a floating dtype such as "bfloat16" or None, got {kind}')
+    return kind
 
 
 def check_tree(
     directory: pathlib.Path,
-    found: Mapping[str, tuple[tuple[int, ...], str]],
+    leaves: Mapping[str, tuple[tuple[int, ...], str]],
     extra: Iterable[str],
     expected: Mapping[str, tuple[int, ...]],
     config: Pi0Config,
@@ -38,7 +38,7 @@ def check_tree(
 
     Args:
       directory: where it was found.
-      found: name → shape and name of the dtype.
+      leaves: name → shape and name of the dtype.
       extra: names that nobody expects.
       expected: name → shape.
       config: sizes; says which of π0 and π0.5 is meant.
@@ -46,17 +46,17 @@ def check_tree(
     """
     extra, wrong = sorted(extra), []
     for name, shape in expected.items():
-        if name not in found:
+        if name not in leaves:
             wrong.append(f"{name}: expected {shape}, got no such {kind}")
-        elif found[name][0] != shape:
-            wrong.append(f"{name}: expected {shape}, got {found[name][0]}")
-        elif "float" not in found[name][1]:
-            wrong.append(f"{name}: expected floating values, got {found[name][1]}")
+        elif leaves[name][0] != shape:
+            wrong.append(f"{name}: expected {shape}, got {leaves[name][0]}")
+        elif "float" not in leaves[name][1]:
+            wrong.append(f"{name}: expected floating values, got {leaves[name][1]}")
     lines = wrong + [f"{name}: expected no such {kind}, got one" for name in extra]
     if not lines:
         return
     shown = lines[:SHOWN] + ([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
-    advice = _advice({*found, *extra}, len(wrong), bool(extra), config)
+    advice = _advice({*leaves, *extra}, len(wrong), bool(extra), config)
     raise CheckpointError("\n  ".join([f"{directory} does not fit the configuration:", *shown]) + f"\n{advice}")
 
 

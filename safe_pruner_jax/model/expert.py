@@ -90,7 +90,7 @@ def expert_layers(
     fused = kernels.LAYER in use and expert_kernels.supports(c, weights.expert[0], mods, count)
     for i, segment in enumerate(prefix.segments):
         if fused and i not in logits_of:
-            h = _fused_layer(config, weights.expert[i], h, rotation, segment, mods, i)
+            h = _fused_layer(config, weights.expert[i], h, rotation, segment, mods=mods, index=i)
             continue
         h = h[:, :count]
         mod, how = mods.of(i) if isinstance(mods, gemma.Stacked) else None if mods is None else mods[i], {}
@@ -123,7 +123,7 @@ def _fused_layer(
     seen = suffix_mask(config)[0]
     own[: len(seen), : len(seen)] = seen
     turned = tuple(map(rows, rotation))
-    return expert_kernels.layer(config.expert, w, rows(h), turned, jnp.asarray(own), segment, mods, index)
+    return expert_kernels.layer(config.expert, w, rows(h), turned, jnp.asarray(own), segment, mods=mods, index=index)
 
 
 @struct.dataclass
@@ -173,10 +173,12 @@ def velocity(
 ) -> tuple[Array, dict[int, Array], tuple[room.Room, ...]]:
     """v(x_t, t) [B, A, action_dim] at one time of a schedule, attention logits of some layers, and the rooms."""
     tokens = suffix_tokens(weights, config, state, x_t, at.mix)
-    h, logits, rooms = expert_layers(weights, config, tokens, prefix, at.mods, logits_of, use, inside)
+    h, logits, rooms = expert_layers(weights, config, tokens, prefix, at.mods, logits_of, use=use, inside=inside)
     h, _ = gemma.rms_norm(h, weights.final_gain, at.final)
     h = h[:, -config.action_horizon :]
-    v = h @ weights.action_out.w
+    w = weights.action_out.w
+    wider = max(h.dtype, w.dtype, key=lambda dtype: dtype.itemsize)  # float32, unless all is in bfloat16
+    v = h.astype(wider) @ w.astype(wider)
     return v + beside(weights.action_out.b, v), logits, rooms
 
 

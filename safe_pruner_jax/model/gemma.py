@@ -128,7 +128,7 @@ def rms_norm(x: Array, gain: Array | None = None, mod: Array | Stacked | None = 
     if mod is None:
         return (f * beside(gain, f)).astype(x.dtype), 1.0  # pyright: ignore[reportOperatorIssue]  without mod there is a gain
     scale, shift, gate = jnp.split(beside(mod, f), 3, axis=-1)
-    return (f * (1 + scale) + shift).astype(x.dtype), gate
+    return (f * (1 + scale).astype(f.dtype) + shift.astype(f.dtype)).astype(x.dtype), gate
 
 
 def project_qkv(c: GemmaConfig, w: LayerWeights, x: Array, cos_sin: tuple[Array, Array]) -> tuple[Array, Array, Array]:

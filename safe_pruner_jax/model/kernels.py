@@ -156,18 +156,12 @@ def attention(
     X, Y = x.shape[2], own[0].shape[2]
     whole = lambda n: pl.BlockSpec((None, None, n, H), lambda b, h, i: (b, h, 0, 0))
     rows = pl.BlockSpec((None, None, ROWS, H), lambda b, h, i: (b, h, i, 0))
+    mask = pl.BlockSpec((None, S), lambda b, h, i: (b, 0))
+    own_mask = pl.BlockSpec((ROWS, Y), lambda b, h, i: (i, 0))
     out = pl.pallas_call(
         partial(_attention, keys=S),
         grid=(B, K, X // ROWS),
-        in_specs=[
-            rows,
-            whole(S),
-            whole(S),
-            pl.BlockSpec((None, S), lambda b, h, i: (b, 0)),
-            whole(Y),
-            whole(Y),
-            pl.BlockSpec((ROWS, Y), lambda b, h, i: (i, 0)),
-        ],
+        in_specs=[rows, whole(S), whole(S), mask, whole(Y), whole(Y), own_mask],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct((B, K, X, H), q.dtype),
         compiler_params=TRITON,

@@ -155,7 +155,7 @@ def prefix_layers(
     c, x, mask = config.prefix, rows.x, rows.mask
     rotation = gemma.rope(rows.positions, c.head_dim)
     keys = mask if reuse is None else reuse.mask
-    own = mask[:, :, None] & keys[:, None, :]
+    visible = mask[:, :, None] & keys[:, None, :]
     segments, kept = [], {}
     for i in layers:
         place = None if reuse is None else partial(_among, reuse, reuse.kv[i])
@@ -163,7 +163,7 @@ def prefix_layers(
             k, v = gemma.keys_and_values(c, weights.prefix[i], x, rotation)
             k, v = place(k, v) if place else (k, v)
         else:
-            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, own, place=place)
+            x, (k, v), logits = gemma.layer(c, weights.prefix[i], x, rotation, visible, place=place)
             if i in logits_of:
                 kept[i] = logits
         segments.append(gemma.Segment(k, v, keys[:, None, :]))
@@ -237,7 +237,8 @@ def sample(
             at = at.replace(mods=jax.lax.optimization_barrier(at.mods))
 
         def flow(x: Array) -> tuple[Array, tuple]:
-            v, *more = velocity(weights, config, prefix, state, x, at, late_layers, use, inside.replace(rooms=rooms))
+            how = {"logits_of": late_layers, "use": use, "inside": inside.replace(rooms=rooms)}
+            v, *more = velocity(weights, config, prefix, state, x, at, **how)
             return v, tuple(more)
 
         v, (logits, rooms) = flow(x) if guide is None else guided(flow, x, at.times, guide)

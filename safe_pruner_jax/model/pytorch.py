@@ -147,9 +147,9 @@ def open_pytorch(
             shape = shapes[rule.path][len(index) :]
             expected[stored.get(name, name)] = rule.folded(shape)
             leaves[rule.path].parts.append((stored.get(name, name), index, rule))
-    found = {name: header for name, header in shelf.headers.items() if name in expected}
+    headers = {name: header for name, header in shelf.headers.items() if name in expected}
     extra = [] if allow_extra else set(stored.values()) - expected.keys()
-    check_tree(folder, found, extra, expected, config, kind="tensor")
+    check_tree(folder, headers, extra, expected, config, kind="tensor")
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 

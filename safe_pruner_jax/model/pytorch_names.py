@@ -86,25 +86,25 @@ class Rule(NamedTuple):
 
 def rules(config: Pi0Config) -> list[Rule]:
     """Every tensor of a model, leaf by leaf."""
-    found = [*_siglip(), *_gemma("", f"{_VLM}.language_model"), *_gemma("_1", _EXPERT, adaptive=config.pi05)]
-    found.append(Rule("PaliGemma/llm/embedder/input_embedding", EMBEDDING, "vd", "v d"))
+    all_rules = [*_siglip(), *_gemma("", f"{_VLM}.language_model"), *_gemma("_1", _EXPERT, adaptive=config.pi05)]
+    all_rules.append(Rule("PaliGemma/llm/embedder/input_embedding", EMBEDDING, "vd", "v d"))
     pi05, pi0 = ("time_mlp_in", "time_mlp_out"), ("state_proj", "action_time_mlp_in", "action_time_mlp_out")
     for name in ("action_in_proj", "action_out_proj", *(pi05 if config.pi05 else pi0)):
-        found += _dense(name, name)
-    return found
+        all_rules += _dense(name, name)
+    return all_rules
 
 
 def canonical(names: set[str]) -> dict[str, str]:
     """The name that `rules` gives a tensor → the name in the file; tensors that nothing needs are left out."""
-    found = {}
+    translated = {}
     for stored in sorted(names):
         name = stored.removeprefix(LEROBOT)
         for pattern, new in _OLDER:
             name = re.sub(pattern, new, name)
-        found[name] = stored
-    if _LM_HEAD in found:
-        found.setdefault(EMBEDDING, found[_LM_HEAD])
-    return {name: stored for name, stored in found.items() if not re.search(UNUSED, name)}
+        translated[name] = stored
+    if _LM_HEAD in translated:
+        translated.setdefault(EMBEDDING, translated[_LM_HEAD])
+    return {name: stored for name, stored in translated.items() if not re.search(UNUSED, name)}
 
 
 def saved_name(name: str) -> str:
@@ -128,7 +128,7 @@ def _scaled(path: str, name: str) -> list[Rule]:
 def _siglip() -> list[Rule]:
     img, block = "PaliGemma/img", "PaliGemma/img/Transformer/encoderblock"
     layer, attention = f"{_SIGLIP}.encoder.layers.{{}}", f"{block}/MultiHeadDotProductAttention_0"
-    found = [
+    table = [
         Rule(f"{img}/embedding/kernel", f"{_SIGLIP}.embeddings.patch_embedding.weight", "hwcd", "d c h w"),
         Rule(f"{img}/embedding/bias", f"{_SIGLIP}.embeddings.patch_embedding.bias", "d", "d"),
         Rule(f"{img}/pos_embedding", POSITIONS, "otd", "ot d"),
@@ -142,14 +142,14 @@ def _siglip() -> list[Rule]:
         Rule(f"{attention}/out/bias", f"{layer}.self_attn.out_proj.bias", "d", "d"),
     ]
     for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        found.append(Rule(f"{attention}/{ours}/kernel", f"{layer}.self_attn.{theirs}.weight", "dnh", "nh d"))
-        found.append(Rule(f"{attention}/{ours}/bias", f"{layer}.self_attn.{theirs}.bias", "nh", "nh"))
-    return found
+        table.append(Rule(f"{attention}/{ours}/kernel", f"{layer}.self_attn.{theirs}.weight", "dnh", "nh d"))
+        table.append(Rule(f"{attention}/{ours}/bias", f"{layer}.self_attn.{theirs}.bias", "nh", "nh"))
+    return table
 
 
 def _gemma(suffix: str, name: str, *, adaptive: bool = False) -> list[Rule]:
     ours, layer = "PaliGemma/llm/layers", f"{name}.layers.{{}}"
-    found = [
+    table = [
         Rule(f"{ours}/attn/q_einsum{suffix}/w", f"{layer}.self_attn.q_proj.weight", "ndh", "nh d"),
         Rule(f"{ours}/attn/kv_einsum{suffix}/w", f"{layer}.self_attn.k_proj.weight", "kdh", "kh d", 0),
         Rule(f"{ours}/attn/kv_einsum{suffix}/w", f"{layer}.self_attn.v_proj.weight", "kdh", "kh d", 1),
@@ -163,5 +163,5 @@ def _gemma(suffix: str, name: str, *, adaptive: bool = False) -> list[Rule]:
         (f"{ours}/pre_ffw_norm{suffix}", f"{layer}.post_attention_layernorm"),
         (f"PaliGemma/llm/final_norm{suffix}", f"{name}.norm"),
     ):
-        found += _dense(f"{path}/Dense_0", f"{norm}.dense") if adaptive else _scaled(path, norm)[:1]
-    return found
+        table += _dense(f"{path}/Dense_0", f"{norm}.dense") if adaptive else _scaled(path, norm)[:1]
+    return table

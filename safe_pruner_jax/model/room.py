@@ -35,8 +35,8 @@ class Room:
 
     def put(self, k: Array, v: Array) -> tuple[Array, Array, "Room"]:
         """All keys and all values [B, Y, K, H] with the chunk's own [B, R, K, H] in their places, and the new room."""
-        own = jnp.stack([k, v])
-        kv = jax.lax.dynamic_update_slice(self.kv, own, (0, 0, self.start, 0, 0))
+        chunk = jnp.stack([k, v])
+        kv = jax.lax.dynamic_update_slice(self.kv, chunk, (0, 0, self.start, 0, 0))
         return kv[0], kv[1], self.replace(kv=kv)
 
 

@@ -102,14 +102,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
     ['b.c: 2 → 3']
     """
-    found = []
+    differing = []
     for key in dict.fromkeys((*old, *new)):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{path}{key}.")
+            differing += differences(a, b, f"{path}{key}.")
         elif a != b:
-            found.append(f"{path}{key}: {a} → {b}")
-    return found
+            differing.append(f"{path}{key}: {a} → {b}")
+    return differing
 
 
 SERVED = "safe_pruner"

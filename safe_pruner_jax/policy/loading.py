@@ -19,6 +19,7 @@ from safe_pruner_jax.engine import autotune, xla
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.checkpoint import open_params
+from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.lerobot import is_lerobot, read_lerobot
@@ -152,37 +153,36 @@ def load_policy(
       FileNotFoundError: missing norm statistics or tokenizer.
     """
     config = get_config(config) if isinstance(config, str) else config
-    pruner = full() if pruner is None else pruner
+    pruner = pruner or full()
     pruner.plan.for_depth(config.model.depth)  # before gigabytes are fetched
     packaged = checkpoint is None and config.name == EMBEDDED
-    address = checkpoint if checkpoint is not None else config.default_checkpoint_uri
+    address = config.default_checkpoint_uri if checkpoint is None else checkpoint
     if address is None and not packaged:
         raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
     folder = embedded_folder() if packaged else fetch(address)
     config, stats = described(folder, config)
-    chosen = {"dtype": dtype, "temperature": temperature, "savings": xla.savings()}
-    model = config.model.replace(**{name: value for name, value in chosen.items() if value is not None})
-    if packaged:
-        params = embedded_params()
-    else:
-        params = open_params(folder, model, dtype=param_dtype or model.dtype)  # read leaf by leaf
-    if tokenizer is None:
-        own = folder / "tokenizer.model"
-        tokenizer = own if config.name == EMBEDDED or own.exists() else fetch(PALIGEMMA_TOKENIZER)
-    io = RobotIO(config, stats, Tokenizer(tokenizer, model.max_token_len), default_prompt)
+    choices = {"dtype": dtype, "temperature": temperature, "savings": xla.savings()}
+    model = config.model.replace(**{name: value for name, value in choices.items() if value is not None})
+    params = embedded_params() if packaged else open_params(folder, model, dtype=param_dtype or model.dtype)
+    vocabulary = _vocabulary(folder, config.name == EMBEDDED) if tokenizer is None else tokenizer
+    io = RobotIO(config, stats, Tokenizer(vocabulary, model.max_token_len), default_prompt)
+    weights = _on_device(params, model, num_steps, quantise)
+    automatic = kernels == "auto"
+    model = autotune.on_gpu(weights, model)[0] if automatic else model.replace(kernels=tuple(kernels))
+    how = {"prompt_lengths": prompt_lengths, "seed": seed, "describe": describe}
+    return Policy(Engine(weights, model, pruner), io, metadata=dict(config.metadata), **how)
+
+
+def _vocabulary(folder: Path, embedded: bool) -> Path:
+    """The SentencePiece model of a checkpoint: what lies beside it, as the embedded one's must, else PaliGemma's."""
+    beside = folder / "tokenizer.model"
+    return beside if embedded or beside.exists() else fetch(PALIGEMMA_TOKENIZER)
+
+
+def _on_device(params: Params, model: Pi0Config, num_steps: int, quantise: quantisation.EightBit | None) -> pi0.Weights:
+    """Weights as programs take them, on the device, in 8 bit where that was wished and is possible."""
     prepared = pi0.prepare(params, model, num_steps=num_steps, upright=quantise is None and xla.upright(model.dtype))
     weights = jax.tree.map(jnp.asarray, prepared)
     if quantise is not None and (usable := quantisation.usable(quantise, model.dtype)):
         weights = quantisation.reduce(weights, usable)
-    if kernels == "auto":
-        model, _ = autotune.on_gpu(weights, model)
-    else:
-        model = model.replace(kernels=tuple(kernels))
-    return Policy(
-        Engine(weights, model, pruner),
-        io,
-        prompt_lengths=prompt_lengths,
-        seed=seed,
-        describe=describe,
-        metadata=dict(config.metadata),
-    )
+    return weights

@@ -58,9 +58,9 @@ def soft_mask(horizon: int, overlap: Overlap) -> np.ndarray:
     >>> [round(float(w), 3) for w in soft_mask(6, Overlap(executed=2, delay=1))]
     [1.0, 0.488, 0.189, 0.041, 0.0, 0.0]
     """
-    left, frozen = overlap.left(horizon), overlap.frozen(horizon)
+    rest, frozen = overlap.left(horizon), overlap.frozen(horizon)
     steps = np.arange(horizon)
-    share = np.clip((left - steps) / (left - frozen + 1), 0.0, 1.0)
+    share = np.clip((rest - steps) / (rest - frozen + 1), 0.0, 1.0)
     weight = share * np.expm1(share) / (np.e - 1)
     return np.where(steps < frozen, 1.0, weight).astype(np.float32)
 
@@ -68,8 +68,8 @@ def soft_mask(horizon: int, overlap: Overlap) -> np.ndarray:
 def remaining(chunk: np.ndarray, overlap: Overlap) -> np.ndarray:
     """The old chunk [A, D] as seen from the new one's first step; zeros where it has ended."""
     out = np.zeros_like(chunk)
-    left = overlap.left(len(chunk))
-    out[:left] = chunk[len(chunk) - left :]
+    rest = overlap.left(len(chunk))
+    out[:rest] = chunk[len(chunk) - rest :]
     return out
 
 
@@ -89,8 +89,8 @@ def rebase(chunk: np.ndarray, sent: np.ndarray, finish: Callable[[np.ndarray], n
     """
     zero = finish(np.zeros_like(chunk))
     scale = finish(np.ones_like(chunk)) - zero
-    known = np.abs(scale) > SMALLEST_SCALE
+    movable = np.abs(scale) > SMALLEST_SCALE
     width = sent.shape[1]
     out = chunk.copy()
-    out[:, :width] = np.where(known, (sent - zero) / np.where(known, scale, 1.0), chunk[:, :width])
+    out[:, :width] = np.where(movable, (sent - zero) / np.where(movable, scale, 1.0), chunk[:, :width])
     return out

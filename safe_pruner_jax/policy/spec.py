@@ -123,17 +123,17 @@ class Model:
         if method.name != "safe":
             return method
         _, checkpoint = self.named(environment)
-        found = calibrated(fetch(checkpoint) if checkpoint else None)
-        own = {name: value for name, value in found.items() if name not in method.given}
-        if own:
-            logger.info("safe: calibrated to this policy: %s", ", ".join(f"{k} {v}" for k, v in own.items()))
+        measured = calibrated(fetch(checkpoint) if checkpoint else None)
+        calibration = {name: value for name, value in measured.items() if name not in method.given}
+        if calibration:
+            logger.info("safe: calibrated to this policy: %s", ", ".join(f"{k} {v}" for k, v in calibration.items()))
         elif "threshold" not in method.given and method.choices["every"] is None:
             logger.warning(
                 "safe: γ = %g is the paper's, for another model; too high for this policy, it makes every step a "
                 "keyframe. `openpi analyze calibrate` finds its own (docs/analysis.md)",
                 method.choices["threshold"],
             )
-        return dataclasses.replace(method, choices=method.choices | own)
+        return dataclasses.replace(method, choices=method.choices | calibration)
 
     def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
         """The policy, with its weights."""
@@ -156,5 +156,5 @@ class Model:
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
         folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
         options = self.options()
-        known = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
-        return describe(name, folder, method.make(), method.choices, note=note, anywhere=anywhere, **known)
+        named = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
+        return describe(name, folder, method.make(), method.choices, note=note, anywhere=anywhere, **named)

@@ -76,21 +76,21 @@ def factory(name: str) -> Callable[..., Pruner]:
       ValueError: no such pruner, with the names there are; or what another package announces is not a factory.
       ImportError: another package's factory cannot be imported.
     """
-    if found := PRUNERS.get(name) or ABLATIONS.get(name) or BASELINES.get(name):
-        return found
+    if build := PRUNERS.get(name) or ABLATIONS.get(name) or BASELINES.get(name):
+        return build
     announced = {e.name: e for e in metadata.entry_points(group=GROUP)}
     if name not in announced:
-        known = names()
-        close = difflib.get_close_matches(name, known, n=1)
+        listed = names()
+        close = difflib.get_close_matches(name, listed, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"pruner: expected one of {', '.join(known)}, got {name!r}{hint}")
-    made = announced[name].load()
-    if not callable(made):
+        raise ValueError(f"pruner: expected one of {', '.join(listed)}, got {name!r}{hint}")
+    build = announced[name].load()
+    if not callable(build):
         raise ValueError(
-            f"pruner: expected a factory behind the entry point {name!r}, got {type(made).__name__}; "
+            f"pruner: expected a factory behind the entry point {name!r}, got {type(build).__name__}; "
             f"name a function in {announced[name].value!r}"
         )
-    return warmed(made)
+    return warmed(build)
 
 
 def make(name: str, **choices: Any) -> Pruner:

@@ -21,10 +21,10 @@ def require(ok: bool, name: str, expected: str, got: Any, hint: str = "") -> Non
         raise ValueError(f"{name}: expected {expected}, got {got!r}" + (f"; {hint}" if hint else ""))
 
 
-def one_of(known: Sequence[str], name: str, got: Any) -> None:
+def one_of(words: Sequence[str], name: str, got: Any) -> None:
     """A choice is one of the known words; raises ValueError."""
-    quoted = [f'"{word}"' for word in known]
-    require(got in known, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}", got)
+    quoted = [f'"{word}"' for word in words]
+    require(got in words, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}", got)
 
 
 def variant(got: Any) -> None:

@@ -118,13 +118,13 @@ class Plan:
     compares: tuple[tuple[str | float, str | float], ...] = ()
 
     def __post_init__(self):
-        for name, known in (
+        for name, words in (
             ("late_steps", ("half", "all", "last")),
             ("late_over", ("visual", "all")),
             ("late_from", ("full", "every")),
             ("dropped", ("discard", "reuse")),
         ):
-            one_of(known, name, getattr(self, name))
+            one_of(words, name, getattr(self, name))
         cut = self.cut.layer if self.cut else 0
         for c in self.capture:
             if c.layer is not None and not -cut <= c.layer < cut:
@@ -153,7 +153,7 @@ class Plan:
         layer computes no attention, so it ends before.
         """
         share = 1 if self.depth is None else max(depth, PI05_DEPTH) / self.depth
-        scale, remembered = (lambda l: int(l * share + 0.5)), 1 if self.depth is None else depth / self.depth
+        scale = lambda l: int(l * share + 0.5)
         cut, capture, later = self.cut, self.capture, []
         if cut:
             seen = max((c.layer for c in capture if c.layer is not None), default=-1)
@@ -173,13 +173,6 @@ class Plan:
             seen = [c if c.layer is None or c.layer < 0 else replace(c, layer=at(c)) for c in l.capture]
             last = replace(l, layer=layer, capture=_resolve(tuple(seen), last.layer, layer))
             later.append(last)
-        remember = []
-        for c in self.remember:
-            layers = range(depth - 1)
-            if c.layer is not None:
-                layer = int(c.layer * remembered + 0.5) if c.layer >= 0 else depth + c.layer
-                layers = (min(max(layer, 0), depth - 2),)
-            remember += [replace(c, layer=l) for l in layers]
         late = tuple(range(depth // 2, depth)) if self.late_layers == "upper" else self.late_layers
         if not all(-depth <= l < depth for l in late):
             raise ValueError(f"late_layers: expected layer indices of a model of depth {depth}, got {self.late_layers}")
@@ -189,9 +182,21 @@ class Plan:
             capture=capture,
             late_layers=tuple(l % depth for l in late),
             later=tuple(later),
-            remember=tuple(remember),
+            remember=self._remembered(depth),
             depth=None,
         )
+
+    def _remembered(self, depth: int) -> tuple[Capture, ...]:
+        """`remember` in a model of `depth` layers."""
+        share = 1 if self.depth is None else depth / self.depth
+        captures = []
+        for c in self.remember:
+            layers = range(depth - 1)
+            if c.layer is not None:
+                layer = int(c.layer * share + 0.5) if c.layer >= 0 else depth + c.layer
+                layers = (min(max(layer, 0), depth - 2),)
+            captures += [replace(c, layer=l) for l in layers]
+        return tuple(captures)
 
 
 def _resolve(captures: tuple[Capture, ...], start: int, stop: int) -> tuple[Capture, ...]:

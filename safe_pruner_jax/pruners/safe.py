@@ -120,17 +120,7 @@ def safe(
     _check_choices(features=features, match=match, pool=pool, every=every, max_age=max_age, per_camera=per_camera)
     first = released and 0 in layers  # of L_d, layer 0 is the tested saliency itself
     deep = tuple(l for l in layers if l != 0) if first else layers
-    capture = (Capture(cut - 1, queries, keys),) + ((Capture(0, "last", keys),) if released else ())
-    rows = "text" if queries == "action" else queries
-    plan = Plan(
-        Cut(cut, keep),
-        capture,
-        late_layers=deep if late == "expert" else (),
-        late_steps=late_steps,
-        late_over=keys,
-        remember=tuple(Capture(l if l >= 0 else l - 1, rows, keys) for l in deep) if late == "prefix" else (),
-        compares=(("visual", "visual"),) * (1 if pool == 1 else 2),
-    )
+    plan = _plan(Cut(cut, keep), queries, keys, deep, released=released, late=late, late_steps=late_steps, pool=pool)
 
     def init(e: Evidence) -> SafeState:
         n, d = e.visual.shape
@@ -144,8 +134,8 @@ def safe(
         z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
         pi = forecast.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
         remembered = jnp.concatenate([state.shallow[None]] * first + [state.late if plan.remember else e.late])
-        late, known = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
-        k = forecast.kappa(tested, known)
+        late, expected = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
+        k = forecast.kappa(tested, expected)
         score = shallow + weight * late.mean(0) if released else forecast.fuse(shallow, late, weight)
         keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, e.visual, state.reference, state.shallow)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
@@ -162,6 +152,23 @@ def safe(
         return SafeState(reference, remembered, late, (z, tested)), Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
+
+
+def _plan(
+    cut: Cut, queries: str, over: str, deep: Layers, *, released: bool, late: str, late_steps: str, pool: float
+) -> Plan:
+    """What is looked at and what a step leaves behind; `deep` are the layers whose late saliency is remembered."""
+    rows = "text" if queries == "action" else queries
+    tested = (Capture(0, "last", over),) if released else ()
+    return Plan(
+        cut,
+        (Capture(cut.layer - 1, queries, over), *tested),
+        late_layers=deep if late == "expert" else (),
+        late_steps=late_steps,
+        late_over=over,
+        remember=tuple(Capture(l if l >= 0 else l - 1, rows, over) for l in deep) if late == "prefix" else (),
+        compares=(("visual", "visual"),) * (1 if pool == 1 else 2),
+    )
 
 
 def _after_a_full_pass(state: SafeState, e: Evidence) -> SafeState:

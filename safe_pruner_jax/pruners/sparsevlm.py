@@ -81,7 +81,8 @@ def sparsevlm(
         n = e.alive.shape[0]
         (attention,) = e.saliency
         chosen = raters(e.visual, e.text, e.alive, e.text_alive)
-        score = (chosen[:, None] * attention).sum(0) / jnp.maximum(chosen.sum(), 1)
+        rates = chosen.astype(jnp.float32)
+        score = (rates[:, None] * attention).sum(0) / jnp.maximum(rates.sum(), 1)
         entering = lambda m: budget(kept[stage - 1], m) if stage else m
         staying = lambda m: budget(kept[stage], m)
         count = table(staying, n)[e.alive.sum()]
@@ -109,8 +110,9 @@ def raters(visual: Array, text: Array, alive: Array, text_alive: Array) -> Array
     """[T] bool, the prompt tokens that rate: mean relevance above the average of all alive ones; all if none is."""
     logits = jnp.matmul(visual.astype(jnp.float32), text.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
     relevance = jax.nn.softmax(jnp.where(text_alive, logits, jnp.finfo(jnp.float32).min), axis=-1)
-    relevance = (alive[:, None] * relevance).sum(0) / jnp.maximum(alive.sum(), 1)
-    average = relevance.sum(where=text_alive) / jnp.maximum(text_alive.sum(), 1)
+    count = lambda mask: jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    relevance = (alive[:, None].astype(jnp.float32) * relevance).sum(0) / count(alive)
+    average = relevance.sum(where=text_alive) / count(text_alive)
     above = text_alive & (relevance > average)
     return jnp.where(above.any(), above, text_alive)
 
@@ -163,7 +165,8 @@ def recycle(
     slots = jnp.where(centre, slot, n)
     hidden = hidden.at[slots].set(mean.astype(hidden.dtype), mode="drop")
     centres = jnp.zeros(n, bool).at[slots].set(True, mode="drop")
-    return score + 2.0 * (running & (rank < kept)) + centres, hidden
+    first = running & (rank < kept)
+    return score + 2.0 * first.astype(jnp.float32) + centres.astype(jnp.float32), hidden
 
 
 def cluster(x: Array, valid: Array, count: Array) -> tuple[Array, Array]:
@@ -184,7 +187,7 @@ def cluster(x: Array, valid: Array, count: Array) -> tuple[Array, Array]:
     pair = valid[:, None] & valid[None, :]
     near = jnp.sort(jnp.where(pair, distance, jnp.inf), axis=-1)
     near = jnp.where((jnp.arange(m)[None] < count) & jnp.isfinite(near), near, 0.0)
-    density = jnp.exp(-(near**2).sum(-1) / jnp.maximum(count, 1))
+    density = jnp.exp(-(near**2).sum(-1) / jnp.maximum(count, 1).astype(jnp.float32))
     first = jnp.arange(m)
     denser = (density[None, :] > density[:, None]) | (
         (density[None, :] == density[:, None]) & (first[None, :] < first[:, None])

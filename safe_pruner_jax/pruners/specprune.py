@@ -178,10 +178,10 @@ def _assembled(
         return SpecState(frames, none, jnp.zeros((), bool), jnp.zeros(n, jnp.float32), entropy)
 
     def step(state: SpecState, e: Evidence) -> tuple[SpecState, Selection]:
-        known = e.since_full != NO_HISTORY
-        filled = jnp.where(known, state.filled, 0)
-        speed, fine = controller(e.actions[:executed], known & state.fine, slow, still, translation, rotation)
-        fine = known & fine & parts.controller
+        history = e.since_full != NO_HISTORY
+        filled = jnp.where(history, state.filled, 0)
+        speed, fine = controller(e.actions[:executed], history & state.fine, slow, still, translation, rotation)
+        fine = history & fine & parts.controller
         # T = floor(7 - v) + 4 frames back (Section 4.1.2), as far as there are any
         back = jnp.round((jnp.floor(7.0 - speed) + 4.0) / executed).astype(jnp.int32)
         back = jnp.clip(back, 1, jnp.maximum(filled, 1))
@@ -190,8 +190,8 @@ def _assembled(
         scale = k / n / FINE if alpha is None else alpha / 256
         kept = union(e, similarity, fine, scale, tau, e.past[:past] if parts.reuse else None)
         first, second = e.saliency
-        score = kept + (first + second) / 2  # attention is below 1
-        keyframe = ~known | ~finite(e.visual, *e.saliency, *e.past, e.actions)
+        score = kept.astype(jnp.float32) + (first + second) / 2  # attention is below 1
+        keyframe = ~history | ~finite(e.visual, *e.saliency, *e.past, e.actions)
         most = table(lambda m: budget(plan.cut.keep, m), n)[e.alive.sum()]
         whole_budget = keyframe | (plan.cut.keep == 1)
         count = jnp.where(whole_budget, most, jnp.clip(kept.sum(), 1, most))
@@ -199,9 +199,9 @@ def _assembled(
 
         entropy = jnp.stack(e.past[past:])
         measured = jnp.where((e.since_full == 1) & finite(entropy), entropy, 0.0)
-        entropy = jnp.where(known, jnp.where(state.entropy.sum() > 0, state.entropy, measured), 0.0)
+        entropy = jnp.where(history, jnp.where(state.entropy.sum() > 0, state.entropy, measured), 0.0)
         frames = jnp.concatenate([e.patches[None], state.frames[:-1]])
-        frames = jnp.where(known, frames, jnp.where(jnp.arange(remembered)[:, None, None] == 0, e.patches, 0))
+        frames = jnp.where(history, frames, jnp.where(jnp.arange(remembered)[:, None, None] == 0, e.patches, 0))
         importance = jnp.zeros_like(state.importance)
         for l in range(2 * released):
             importance = decide(importance, e, e.saliency[l][None], entropy[l] if parts.confidence else None)
@@ -216,8 +216,8 @@ def _assembled(
             heads = attention.reshape(-1, n)
             importance = decide(importance, e, heads, state.entropy[c.layer] if parts.confidence else None)
         k = budget(plan.later[i].keep, n)
-        left = 1.0 if plan.later[i].keep == 1 else 1.0 - drop
-        count = jnp.clip(jnp.round(left * e.running.sum()).astype(jnp.int32), 1, k)
+        share = 1.0 if plan.later[i].keep == 1 else 1.0 - drop
+        count = jnp.clip(jnp.round(share * e.running.sum(dtype=jnp.float32)).astype(jnp.int32), 1, k)
         index, alive = best(importance, e.running, k, count)
         nan = jnp.array(jnp.nan)
         return state.replace(importance=importance), Selection(index, alive, jnp.array(False), importance, nan)
@@ -230,10 +230,10 @@ def _plan(parts: Parts, released: bool, keep: float, layers: tuple[int, ...], dr
     now = Capture(None, "heads_to_text" if parts.heads else "text" if released else "to_text", over="all")
     later, before = [], 2
     for i, layer in enumerate(layers if parts.dynamic else ()):
-        left = keep * (1 - drop) ** (i + 1)
-        left = left if keep <= 1 else max(2, round(left))
+        share = keep * (1 - drop) ** (i + 1)
+        share = share if keep <= 1 else max(2, round(share))
         seen = (now,) if not released else (Capture(12, "text", over="all"),) if before <= 12 < layer else ()
-        later.append(Later(layer, left, seen))
+        later.append(Later(layer, share, seen))
         before = layer
     rows = "text" if released else "to_text"
     back = (Capture(14, "to_text"), Capture(31, "to_text")) if parts.reuse else ()
@@ -260,7 +260,8 @@ def union(e: Evidence, similarity: Array, fine: Array, scale: float, tau: float,
     local = LOCAL if past is not None else (WITHOUT_REUSE, WITHOUT_REUSE + LOCAL[1] - LOCAL[0])
     coarse, careful = jnp.asarray([GLOBAL, DYNAMIC[0], local[0]]), jnp.asarray([GLOBAL, DYNAMIC[1], local[1]])
     size = jnp.where(fine, careful, coarse)
-    counts = jnp.round(scale * size[:, None] * camera_count(e.alive, e.camera)[None, :])
+    alive = camera_count(e.alive, e.camera).astype(jnp.float32)
+    counts = jnp.round(scale * size[:, None].astype(jnp.float32) * alive[None, :]).astype(jnp.int32)
     among = lambda score, candidate, count: candidate & (rank_in_camera(score, candidate, e.camera) < count)
     kept = among(-similarity, e.alive & (similarity < tau), counts[1])
     kept |= among(e.saliency[0], e.alive, counts[2]) | among(e.saliency[1], e.alive, counts[2])

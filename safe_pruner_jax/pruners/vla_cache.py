@@ -91,16 +91,17 @@ def vla_cache(
         return CacheState(jnp.zeros(e.patches.shape, jnp.uint8), jnp.zeros(n), jnp.zeros(len(layers), jnp.int32))
 
     def step(state: CacheState, e: Evidence) -> tuple[CacheState, Selection]:
-        known, n, count = e.since_full != NO_HISTORY, e.alive.shape[0], e.alive.sum()
+        history, n, count = e.since_full != NO_HISTORY, e.alive.shape[0], e.alive.sum()
         attention, entropy = e.past[0], jnp.stack(e.past[1:])
-        similarity = jnp.where(known, patch_similarity(e.patches, state.patches), 0.0)
-        limit, slot = camera_count(e.alive, e.camera), jnp.arange(n)
+        similarity = jnp.where(history, patch_similarity(e.patches, state.patches), 0.0)
+        limit, slot = camera_count(e.alive, e.camera).astype(jnp.float32), jnp.arange(n)
         ties = attention if variant == "as_described" else slot
         still = e.alive & (similarity >= threshold)
         calm = -_place(jnp.lexsort((ties, -similarity))).astype(jnp.float32)  # the last key counts most
-        still &= rank_in_camera(calm, still, e.camera) < jnp.round(static * limit)
-        needed = rank_in_camera(attention, e.alive, e.camera) < jnp.round(relevant * limit)
-        reusable = known & still & ~needed
+        most = lambda share: jnp.round(share * limit).astype(jnp.int32)
+        still &= rank_in_camera(calm, still, e.camera) < most(static)
+        needed = rank_in_camera(attention, e.alive, e.camera) < most(relevant)
+        reusable = history & still & ~needed
 
         rank = _place(jnp.lexsort((-calm if variant == "as_described" else slot, ~reusable)))
         priority = jnp.where(reusable, rank / n, 1.0 + attention)
@@ -109,9 +110,10 @@ def vla_cache(
         depth = entropy.shape[0] + 1  # the last layer has no attention
         at = [min(c.layer, depth - 2) for c in plan.for_depth(depth).cuts]
         at += [depth - 2] * (len(layers) - len(at))
-        wanted = (reuse_shares(entropy, growth)[jnp.asarray(at)] * reusable.sum()).astype(jnp.int32)
-        reused = jnp.clip(wanted, saved, saved[-1])
-        keyframe = ~known | (reusable.sum() < saved[-1]) | ~finite(e.visual, attention, entropy)
+        number = reusable.sum(dtype=jnp.float32)
+        reuse = (reuse_shares(entropy, growth)[jnp.asarray(at)] * number).astype(jnp.int32)
+        reused = jnp.clip(reuse, saved, saved[-1])
+        keyframe = ~history | (reusable.sum() < saved[-1]) | ~finite(e.visual, attention, entropy)
         priority = jnp.where(jnp.isfinite(priority), priority, 0.0)
         state = CacheState(e.patches, priority, reused)
         return state, _compute(state, e, 0, keyframe)

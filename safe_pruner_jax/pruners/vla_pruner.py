@@ -125,13 +125,13 @@ def build(parts: Parts, *, keep: float, cut: int, window: int, decay: float, var
     def step(state: Window, e: Evidence) -> tuple[Window, Selection]:
         # what the previous step left behind; without it, or when it is sick, the window starts anew
         history, well = e.since_full != NO_HISTORY, finite(e.late)
-        known = history & well
+        remembered = history & well
         latest = e.late.mean(0)
         if parts.ema is not None:
             latest = jnp.where(state.filled > 0, (1 - parts.ema) * state.action[0] + parts.ema * latest, latest)
         action = jnp.concatenate([latest[None], state.action[:-1]])
-        action = jnp.where(known, action, 0.0)
-        filled = jnp.where(known, jnp.minimum(state.filled + 1, window), 0)
+        action = jnp.where(remembered, action, 0.0)
+        filled = jnp.where(remembered, jnp.minimum(state.filled + 1, window), 0)
 
         (semantic,) = e.saliency
         smoothed = action[0] if parts.ema is not None else weight @ action

@@ -28,7 +28,7 @@ CHOICE = "warm_start"
 class WarmState:
     """The method's own state, and the steps of the episode so far [] int32, counted up to w."""
 
-    own: State
+    inner: State
     steps: Array
 
 
@@ -52,14 +52,14 @@ def warm(pruner: Pruner, w: int) -> Pruner:
         return WarmState(pruner.init(e), jnp.zeros((), jnp.int32))
 
     def step(state: WarmState, e: Evidence) -> tuple[WarmState, Selection]:
-        own, selection = pruner.step(state.own, e)
+        inner, selection = pruner.step(state.inner, e)
         steps = jnp.where(e.since_full == NO_HISTORY, 0, state.steps)
-        state = WarmState(own, jnp.minimum(steps + 1, w).astype(jnp.int32))
+        state = WarmState(inner, jnp.minimum(steps + 1, w).astype(jnp.int32))
         return state, selection.replace(keyframe=selection.keyframe | (steps < w))
 
     def later(state: WarmState, e: Evidence, i: int) -> tuple[WarmState, Selection]:
-        own, selection = decide(state.own, e, i)
-        return state.replace(own=own), selection
+        inner, selection = decide(state.inner, e, i)
+        return state.replace(inner=inner), selection
 
     return replace(pruner, init=init, step=step, later=later if decide else None)
 
@@ -87,8 +87,8 @@ def warmed(factory: Callable[..., Pruner], follows: str | None = None) -> Callab
     made.__signature__ = signature.replace(parameters=[*signature.parameters.values(), choice])
     made.__annotations__ = {CHOICE: int | None} | factory.__annotations__
     head, section, rest = doc.partition("\nArgs:\n")
-    own, gap, rest = rest.partition("\n\n")
+    body, gap, rest = rest.partition("\n\n")
     unless = f"those of `{follows}`" if follows else "none"
     text = f"  {CHOICE}: w ≥ 1 steps at the start of an episode that run everything. None: {unless}."
-    made.__doc__ = f"{head}{section or chr(10) * 2 + 'Args:' + chr(10)}{own}\n{text}{gap}{rest}"
+    made.__doc__ = f"{head}{section or chr(10) * 2 + 'Args:' + chr(10)}{body}\n{text}{gap}{rest}"
     return made

@@ -119,9 +119,9 @@ def load_norm_stats(checkpoint_dir: str | os.PathLike, asset_id: str) -> dict[st
     path = _stats_path(checkpoint_dir, asset_id)
     if not path.is_file():
         root = Path(checkpoint_dir) / "assets"
-        found = sorted(str(p.parent.relative_to(root)) for p in root.rglob("norm_stats.json"))
+        ids = sorted(str(p.parent.relative_to(root)) for p in root.rglob("norm_stats.json"))
         raise FileNotFoundError(
-            f"no norm stats at {path}; this checkpoint has the asset ids {found or 'none'}: "
+            f"no norm stats at {path}; this checkpoint has the asset ids {ids or 'none'}: "
             "choose the config it was trained with, or copy the assets folder beside params"
         )
     try:
@@ -195,8 +195,8 @@ def unnormalise(x: np.ndarray, stats: NormStats, *, quantiles: bool) -> np.ndarr
     d = stats.dim
     if quantiles:
         q01, q99 = _quantiles(stats)
-        known = (x[..., :d] + 1.0) / 2.0 * (q99 - q01 + EPSILON) + q01
-        return np.concatenate([known, x[..., d:]], axis=-1)
+        inside = (x[..., :d] + 1.0) / 2.0 * (q99 - q01 + EPSILON) + q01
+        return np.concatenate([inside, x[..., d:]], axis=-1)
     pad = (0, x.shape[-1] - d)
     return x * (np.pad(stats.std, pad, constant_values=1.0) + EPSILON) + np.pad(stats.mean, pad)
 

@@ -58,17 +58,17 @@ class Observers:
     def publish(self, step: Step) -> None:
         """A robot's new step; returns at once."""
         robot = self._robots.pop(step.robot, None) or _Robot(step)
-        known = _Robot(step, 1 if step.fresh else robot.number + 1, time.time(), robot.history)
+        entry = _Robot(step, 1 if step.fresh else robot.number + 1, time.time(), robot.history)
         if step.fresh:
-            known.history.clear()
-        known.history.append(_numbers(step.reply))
-        self._robots[step.robot] = known
+            entry.history.clear()
+        entry.history.append(_numbers(step.reply))
+        self._robots[step.robot] = entry
         if len(self._robots) > ROBOTS:
             self._robots.popitem(last=False)
         for queue in self._queues:
             if queue.full():
                 queue.get_nowait()
-            queue.put_nowait(known)
+            queue.put_nowait(entry)
 
     @property
     def full(self) -> bool:

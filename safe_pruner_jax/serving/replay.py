@@ -55,16 +55,16 @@ def load(file: Path, episode: Recorded, folder: str | None = None, tokenizer: st
     Raises:
       EpisodeError: recorded by another version of this package.
     """
-    told = episode.header
+    header = episode.header
     try:
-        options = {"temperature": 1.0} | told["options"]  # all there was before it could be chosen
-        options |= {key: tuple(told["options"][key]) for key in ("prompt_lengths", "kernels")}
-        choices = {k: tuple(v) if isinstance(v, list) else v for k, v in told["choices"].items()}
-        pruner = pruners.make(told["pruner"], **choices)
-        name, checkpoint = told["config"], told["checkpoint"]
+        options = {"temperature": 1.0} | header["options"]  # all there was before it could be chosen
+        options |= {key: tuple(header["options"][key]) for key in ("prompt_lengths", "kernels")}
+        choices = {k: tuple(v) if isinstance(v, list) else v for k, v in header["choices"].items()}
+        pruner = pruners.make(header["pruner"], **choices)
+        name, checkpoint = header["config"], header["checkpoint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise EpisodeError(
-            f"{file}: recorded by version {told.get('version')}, this is {safe_pruner_jax.__version__} "
+            f"{file}: recorded by version {header.get('version')}, this is {safe_pruner_jax.__version__} "
             f"({error!r}); install that version to replay it"
         ) from error
     if tokenizer is not None:

@@ -170,12 +170,12 @@ class Scheduler:
         until = first.since + self._terms.max_delay_s
         while not self._closing and self._device.robots > 1:
             together = sum(ticket.prepared.group == first.prepared.group for ticket in self._waiting.values())
-            left = until - time.monotonic()
-            if left <= 0 or together >= min(self._device.limit, self._device.robots):
+            seconds = until - time.monotonic()
+            if seconds <= 0 or together >= min(self._device.limit, self._device.robots):
                 return
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), left)
+                await asyncio.wait_for(self._changed.wait(), seconds)
             except TimeoutError:
                 return
 

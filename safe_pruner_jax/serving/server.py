@@ -106,12 +106,16 @@ class Server:
         self._open: collections.Counter[str] = collections.Counter()  # websocket connections by address
         self._scheduler = Scheduler(self._device, self._terms)
         self._observers = Observers() if watch else None
-        self._desk = Desk(
+        self._desk = self._make_desk((WireError, NonFinite, *client_errors), recorder, send_s)
+
+    def _make_desk(self, client_errors: tuple, recorder: Callable[[Step], None] | None, send_s: float) -> Desk:
+        """What every conversation shares."""
+        return Desk(
             backend=self._backend,
             scheduler=self._scheduler,
             metrics=self.metrics,
             limits=self._limits,
-            client_errors=(WireError, NonFinite, *client_errors),
+            client_errors=client_errors,
             recorder=recorder,
             observers=self._observers,
             host_threads=self._host_threads,

@@ -82,8 +82,8 @@ class Reference:
 
     def cases(self) -> dict[str, slice]:
         """Case name → rows of the stored inputs."""
-        found = {name: re.fullmatch(r"inputs\[(\d+):(\d+)\]", text) for name, text in self.meta["batch_cases"].items()}
-        return {name: slice(int(m[1]), int(m[2])) for name, m in found.items()}
+        bounds = lambda text: map(int, re.fullmatch(r"inputs\[(\d+):(\d+)\]", text).groups())
+        return {name: slice(*bounds(text)) for name, text in self.meta["batch_cases"].items()}
 
 
 def load_reference(path: str | Path) -> Reference:
@@ -202,7 +202,7 @@ def check_model(path: str | Path) -> list[Row]:
     return rows
 
 
-def _model_rows(ref: Reference, variant: str, case: str, got: dict) -> Iterator[Row]:
+def _model_rows(ref: Reference, variant: str, case: str, computed: dict) -> Iterator[Row]:
     label = f"{variant}/{case}"
     for key, want in ref.arrays.items():
         name = key.removeprefix(f"{label}/")
@@ -210,19 +210,19 @@ def _model_rows(ref: Reference, variant: str, case: str, got: dict) -> Iterator[
         if name == key or name == "actions_eager":
             continue
         if name in ("traj_t",) or want.dtype.kind in "bi":
-            yield _row(label, name, got[name], want, 0)
+            yield _row(label, name, computed[name], want, 0)
         elif variant == "out":
-            yield _row(label, name, got[name], want, NATIVE_TOLERANCE)
+            yield _row(label, name, computed[name], want, NATIVE_TOLERANCE)
         elif f"out_f32act/{case}/{name}" in ref.arrays:
-            own = ref.meta[f"{case}_{variant.removeprefix('out_')}_{name}_vs_f32act"]["rms"]
+            error = ref.meta[f"{case}_{variant.removeprefix('out_')}_{name}_vs_f32act"]["rms"]
             against = ref.arrays[f"out_f32act/{case}/{name}"]
-            yield _row(label, f"{name} vs float32", got[name], against, BF16_FACTOR * own, "rms")
+            yield _row(label, f"{name} vs float32", computed[name], against, BF16_FACTOR * error, "rms")
         else:
-            yield _row(label, name, got[name], want, BF16_RELATIVE * float(np.std(want)), "rms")
+            yield _row(label, name, computed[name], want, BF16_RELATIVE * float(np.std(want)), "rms")
     for name in ("v_t1", "v_t05", "actions"):
         key = f"out_posemb64/{case}/{name}"
         if variant == "out" and key in ref.arrays:
-            yield _row(f"out_posemb64/{case}", name, got[name], ref.arrays[key], EXACT_TOLERANCE)
+            yield _row(f"out_posemb64/{case}", name, computed[name], ref.arrays[key], EXACT_TOLERANCE)
 
 
 def _row(case: str, quantity: str, got: Any, want: Any, limit: float, measure: str = "max") -> Row:
@@ -264,16 +264,8 @@ def check_episode(model: str | Path, episode: str | Path) -> list[Row]:
         tokens_per_camera=config.tokens_per_camera,
         max_token_len=config.max_token_len,
     )
-    pruner = PRUNERS["safe"](
-        keep=float(want["keep_ratio"]),
-        cut=int(want["cut"]),
-        fuse=float(want["fuse"]),
-        threshold=float(want["gamma"]),
-        queries=str(want["queries"]),
-        late_layers=tuple(int(l) for l in want["late_layers"]),
-    )
     weights = jax.jit(lambda p: pi0.prepare(p, config, num_steps=ref.meta["num_steps"]))(ref.params)
-    engine = Engine(weights, config, recording(pruner))
+    engine = Engine(weights, config, recording(_pruner_of(want)))
     control = engine.init((0,), len(cameras))
     mask = (np.arange(layout.text) < len(prompt))[None]
     tokens = np.zeros(mask.shape, np.int32)
@@ -285,14 +277,26 @@ def check_episode(model: str | Path, episode: str | Path) -> list[Row]:
         reference = jax.device_get(control.pruner[0])
         actions, control, info = engine.step(control, jax.device_put(inputs), jax.device_put(noise[step][None]))
         stored = {k.split("/")[1]: v for k, v in want.items() if k.startswith(f"step{step}/")}
-        got = _episode_quantities(engine, reference, control, info, actions)
-        got["n_alive"] = np.asarray(layout.visual + len(prompt))
+        computed = _episode_quantities(engine, reference, control, info, actions)
+        computed["n_alive"] = np.asarray(layout.visual + len(prompt))
         for name, value in stored.items():
-            if name == "margin" or (name == "kappa" and np.isnan(value) and np.isnan(got[name])):
+            if name == "margin" or (name == "kappa" and np.isnan(value) and np.isnan(computed[name])):
                 continue  # margin: how clear the oracle's choice was
             limit = 0 if value.dtype.kind in "bi" else EPISODE_TOLERANCE.get(name, 1e-6)
-            rows.append(_row(f"step{step}", name, got[name], value, limit))
+            rows.append(_row(f"step{step}", name, computed[name], value, limit))
     return rows
+
+
+def _pruner_of(episode: Mapping[str, np.ndarray]) -> Pruner:
+    """SAFE with the choices that an oracle episode was played with."""
+    return PRUNERS["safe"](
+        keep=float(episode["keep_ratio"]),
+        cut=int(episode["cut"]),
+        fuse=float(episode["fuse"]),
+        threshold=float(episode["gamma"]),
+        queries=str(episode["queries"]),
+        late_layers=tuple(int(l) for l in episode["late_layers"]),
+    )
 
 
 def _episode_quantities(

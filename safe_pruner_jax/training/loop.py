@@ -198,22 +198,12 @@ def fit(
       ValueError: the batch does not divide over the devices.
       FloatingPointError: the loss is not finite; the last checkpoint is intact.
     """
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    if s.batch % mesh.size:
-        raise ValueError(f"batch: expected a multiple of the {mesh.size} devices, got {s.batch}")
-    state = init_state(params, s)
-    placed, everywhere = shardings(mesh, state, s.fsdp), NamedSharding(mesh, PartitionSpec())
-    spread = NamedSharding(mesh, PartitionSpec("data"))
+    state, mesh = init_state(params, s), _mesh(s)
+    placed, spread = shardings(mesh, state, s.fsdp), NamedSharding(mesh, PartitionSpec("data"))
     checkpoints = hosts.Checkpoints(out / "state")
     state = hosts.spread(checkpoints.latest(state), placed)
-    update = xla.jit(
-        partial(train_step, objective, s),
-        in_shardings=(placed, spread),
-        out_shardings=(placed, everywhere),
-        donate_argnums=0,
-    )
-    measure = xla.jit(objective.measures, out_shardings=everywhere)
-    checks = [hosts.spread(batch, spread) for batch in source.checks()]
+    update, measure = _programs(objective, s, placed, spread)
+    checks, key = [hosts.spread(batch, spread) for batch in source.checks()], jax.random.key(s.seed)
     step = start = int(state.step)
     began = last = time.perf_counter()
     late = lambda: s.max_seconds and hosts.agree(time.perf_counter() - began > s.max_seconds)
@@ -227,14 +217,11 @@ def fit(
             step += 1
             if step % s.log_every == 0 or step == s.steps:
                 means = _means(recent)
-                if not np.isfinite(means["total"]):
-                    text = f"the loss is {means['total']} at step {step}; lower the learning rate and resume"
-                    raise FloatingPointError(text)
-                now = time.perf_counter()
-                log({"step": step, **means, "samples_per_s": len(recent) * s.batch / (now - last)})
-                recent, last = [], now
+                _check_finite(means["total"], step)
+                seconds, last = time.perf_counter() - last, time.perf_counter()
+                log({"step": step, **means, "samples_per_s": len(recent) * s.batch / seconds})
+                recent = []
             if step % s.validate_every == 0 or step == s.steps:
-                key = jax.random.key(s.seed)
                 log({"step": step, "validation": _means([measure(state.ema, batch, key) for batch in checks])})
             if step % s.save_every == 0:
                 checkpoints.save(step, state)
@@ -259,6 +246,27 @@ def _log(out: Path, on_log: Callable[[dict], None]) -> Iterator[Callable[[dict],
             on_log(row)
 
         yield log
+
+
+def _mesh(s: Settings) -> Mesh:
+    """All devices of all hosts, over which batches are spread."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    if s.batch % mesh.size:
+        raise ValueError(f"batch: expected a multiple of the {mesh.size} devices, got {s.batch}")
+    return mesh
+
+
+def _programs(objective: Objective, s: Settings, placed: Any, spread: NamedSharding) -> tuple[Callable, Callable]:
+    """The step of training, and what is measured on held-out batches."""
+    everywhere = NamedSharding(spread.mesh, PartitionSpec())
+    shards = {"in_shardings": (placed, spread), "out_shardings": (placed, everywhere)}
+    update = xla.jit(partial(train_step, objective, s), **shards, donate_argnums=0)
+    return update, xla.jit(objective.measures, out_shardings=everywhere)
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; lower the learning rate and resume")
 
 
 def _means(rows: list[dict[str, Array]]) -> dict[str, float]:
