@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from serving import WARM, Server, asked
 from safe_pruner_jax.analysis.view import live
 from safe_pruner_jax.serving import pack, unpack
 
+LOOK_ON = "look-on"
+"""First argument of the process that is the observer of a port."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -39,7 +43,6 @@ class Arguments:
       pause_s: between two requests.
       note: about the machine, for the result file.
       out: result file, JSON.
-      look_on: be the observer of this port.
     """
 
     pruner: str = "safe"
@@ -48,7 +51,6 @@ class Arguments:
     pause_s: float = 0.05
     note: str = ""
     out: Path | None = None
-    look_on: tyro.conf.Suppress[int | None] = None
 
 
 def look_on(port: int) -> None:
@@ -71,7 +73,7 @@ def block(socket: websockets.sync.client.ClientConnection, args: Arguments, begi
 
 def measure(args: Arguments, port: int) -> list[dict[str, float]]:
     """Medians of each turn, milliseconds."""
-    turns, command = [], [sys.executable, __file__, "--look-on", str(port)]
+    turns, command = [], [sys.executable, __file__, LOOK_ON, str(port)]
     with websockets.sync.client.connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as robot:
         robot.recv(600)
         step = WARM
@@ -81,11 +83,11 @@ def measure(args: Arguments, port: int) -> list[dict[str, float]]:
             for watched in (True, False) if turn % 2 else (False, True):
                 observer = None
                 if watched:
-                    observer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-                    while not medians.get("seen"):  # it is there as soon as it has seen a step
+                    observer = subprocess.Popen(command, stdout=subprocess.PIPE)
+                    while not select.select([observer.stdout], [], [], 0)[0]:  # until it has seen a step
                         block(robot, dataclasses.replace(args, requests=1), step)
-                        os.set_blocking(observer.stdout.fileno(), False)
-                        medians["seen"] = len(observer.stdout.read() or "")
+                    if observer.poll() is not None:
+                        raise SystemExit("observer: it ended before it had seen a step")
                 medians["with" if watched else "without"] = statistics.median(block(robot, args, step))
                 step += args.requests
                 if observer is not None:
@@ -98,10 +100,10 @@ def measure(args: Arguments, port: int) -> list[dict[str, float]]:
 
 def main() -> None:
     """The command."""
-    args = tyro.cli(Arguments, description=__doc__)
-    if args.look_on is not None:
-        look_on(args.look_on)
+    if sys.argv[1:2] == [LOOK_ON]:
+        look_on(int(sys.argv[2]))
         return
+    args = tyro.cli(Arguments, description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(args.pruner, Path(folder), 1, ("--serving.watch",))
         try:

@@ -49,13 +49,13 @@ def watch(path: Path) -> None:
             robot = WebsocketClientPolicy("127.0.0.1", server.port)
             for request in requests[:steps]:
                 robot.infer(request | {"robot_id": name})
-        with Browser(Path(folder), size=(1120, 640)) as page:
+        with Browser(Path(folder), size=(1120, 830)) as page:
             page.open(f"http://127.0.0.1:{server.port}/watch")
             page.until("document.querySelectorAll('canvas.camera[data-drawn]').length == 4")
             page.picture(path)
 
 
-def view(path: Path, settle_s: float = 15.0) -> None:
+def view(path: Path, settle_s: float = 20.0) -> None:
     """The viewer at the last step of the recording, as `openpi view example --web 9090` opens it."""
     policy, requests = embedded()
     frames = rerun_view.played(policy, requests, calibrated()["threshold"])
@@ -65,8 +65,8 @@ def view(path: Path, settle_s: float = 15.0) -> None:
         rerun_view.show(stream, frame)
     stream.flush()
     flags = ("--enable-unsafe-swiftshader", "--use-angle=swiftshader", "--ignore-gpu-blocklist")
-    with tempfile.TemporaryDirectory() as folder, Browser(Path(folder), size=(1400, 800), flags=flags) as page:
-        page.open(f"http://127.0.0.1:{WEB}")
+    with tempfile.TemporaryDirectory() as folder, Browser(Path(folder), size=(1400, 1000), flags=flags) as page:
+        page.open(rerun_view.page(WEB))
         last, since = 0, time.monotonic()
         while time.monotonic() - since < settle_s:  # what is drawn does not tell when it is complete
             page.picture(path)

@@ -1,12 +1,18 @@
 """A budget in, settings out: the choice, the settings between, and what is said of the neighbours."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 
 from safe_pruner_jax.analysis import budget
 from safe_pruner_jax.analysis.budget import Budget
+from safe_pruner_jax.analysis.rows import Rows
 from safe_pruner_jax.cli import budget as command
+from safe_pruner_jax.cli.main import COMMANDS
+from safe_pruner_jax.policy.loading import calibrated
+from safe_pruner_jax.policy.spec import Embedded
+from safe_pruner_jax.pruners import make
 
 pytestmark = pytest.mark.newest
 
@@ -43,6 +49,24 @@ def test_what_is_proposed_is_near_the_budget_and_within_it(b, monkeypatch):
     text = budget.table(points, chosen, b)
     assert "**chosen**" in text and "Next cheaper" in text and "Next dearer" in text and "--pruner.keep" in text
     assert len(budget.figure(points, chosen, b).axes) == 1
+
+
+def test_on_the_embedded_policy_a_proposal_is_within_a_tenth_of_its_budget(tmp_path):
+    """Settings are played on the recording inside the package; the second budget reuses what the first has played."""
+    args = COMMANDS["analyze calibrate"].arguments(budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded())
+    known = calibrated()
+    proposal, thresholds = {"choices": {"queries": "text", "fuse": known["fuse"]}}, {0.1: known["threshold"]}
+    load = functools.cache(lambda: args.load("LIBERO", make("full")))
+    count = []
+    for b in (Budget("flops", 0.8), Budget("error", 0.06)):
+        with Rows(tmp_path / "budget.jsonl", {}) as file:
+            points, chosen = command.settle(command.Plays(args, load, file), proposal, thresholds, args, b)
+            count.append(len(file.finished))
+        own = points[chosen]
+        assert (1 - budget.NEAR) * b.value <= own[b.kind] <= b.value
+        (again,) = [p for p in points if p["keep"] == own["keep"]]
+        assert again["keyframes"] < 0.5 and 0.2 < own["keep"] < 0.7, "it is neither end of what was played"
+    assert count[0] <= 2 + command.TRIES and count[1] <= 2 + 2 * command.TRIES
 
 
 def test_a_budget_below_everything_says_what_there_is():

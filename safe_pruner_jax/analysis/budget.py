@@ -190,7 +190,7 @@ def table(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> str:
 
 
 def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Figure:
-    """Error against cost, one line per γ, the frontier, the chosen point, and the budget."""
+    """Error against cost, one line per γ, the frontier, the chosen point and its neighbours, and the budget."""
     cost = "flops" if budget.kind == "error" else budget.kind
     drawn, axes = panels(1, width=6.4, height=4.2)
     ax = axes[0, 0]
@@ -204,6 +204,12 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
     best = [points[i] for i in frontier(points, budget.kind)]
     ax.plot([p[cost] for p in best], [p["error"] for p in best], color="#999999", lw=4, alpha=0.35, label="frontier")
     ax.plot(points[chosen][cost], points[chosen]["error"], "*", ms=14, color="#222222", label="chosen")
+    own = points[chosen]
+    for other in neighbours(points, chosen, budget.kind).values():
+        if other is not None:
+            ax.plot(other[cost], other["error"], "o", ms=10, mfc="none", color="#222222")
+            note = f"{other[cost] / own[cost] - 1:+.0%} cost\n{other['error'] - own['error']:+.3f} σ"
+            ax.annotate(note, (other[cost], other["error"]), (8, 8), textcoords="offset points", fontsize=8)
     limit = ax.axhline if budget.kind == "error" else ax.axvline
     limit(budget.value, color="#222222", lw=1, ls="--", label=f"budget {budget}")
     ax.set(xlabel=f"cost of a call, {_UNIT[cost]}", ylabel="error of the executed actions, σ", ylim=(0, None))

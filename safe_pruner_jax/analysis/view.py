@@ -11,6 +11,7 @@ below each camera are its layers `kept`, `shallow`, `forecast` and `late`. rerun
 
 import io
 import math
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from safe_pruner_jax.serving.wire import unpack
 from safe_pruner_jax.tokens import budget
 
 EXTRA = "expected the package rerun-sdk, got none; pip install 'safe-pruner-jax[rerun]'"
+_GRPC = 9876  # port that the page has its data from
 _DIM, _HEAT = 175, 150  # opacity of dropped patches and of heat maps, of 255
 
 
@@ -199,7 +201,7 @@ def open_recording(name: str, first: Frame, *, save: Path | None = None, web: in
         save.parent.mkdir(parents=True, exist_ok=True)
         stream.save(str(save), default_blueprint=layout)
     elif web is not None:
-        address = stream.serve_grpc(default_blueprint=layout)
+        address = stream.serve_grpc(grpc_port=_GRPC, default_blueprint=layout)
         rr.serve_web_viewer(web_port=web, open_browser=False, connect_to=address)
     else:
         stream.spawn(default_blueprint=layout)
@@ -207,6 +209,12 @@ def open_recording(name: str, first: Frame, *, save: Path | None = None, web: in
     for series, color in (("kappa", (9, 105, 218)), ("threshold", (110, 119, 129)), ("keyframe", (191, 135, 0))):
         stream.log(f"{root}pruning/{series}", rr.SeriesLines(names=series, colors=color), static=True)
     return stream
+
+
+def page(web: int, host: str = "localhost") -> str:
+    """Address of the page with the recording that `open_recording` serves; without its query the viewer is empty."""
+    source = urllib.parse.quote(f"rerun+http://{host}:{_GRPC}/proxy", safe="")
+    return f"http://{host}:{web}/?url={source}"
 
 
 def _root(rr: Any, frame: Frame) -> str:
@@ -227,7 +235,8 @@ def _blueprint(first: Frame) -> Any:
     series |= {"action": "action", "state": "state"}
     plots = [rrb.TimeSeriesView(origin=root + origin, name=name) for origin, name in series.items()]
     bars = rrb.BarChartView(origin=f"{root}layers", name="tokens per layer")
-    grid = rrb.Vertical(rrb.Horizontal(*views), rrb.Horizontal(*plots[:3], bars), rrb.Horizontal(*plots[3:]))
+    rows = [rrb.Horizontal(*views), rrb.Horizontal(*plots[:3], bars), rrb.Horizontal(*plots[3:])]
+    grid = rrb.Vertical(*rows, row_shares=[2, 1, 1])
     return rrb.Blueprint(grid, collapse_panels=True)
 
 

@@ -61,7 +61,7 @@ def run_view(args: View, method: Method) -> None:
         stream.flush()
         print(f"{args.source}: {count} steps" + (f" in {args.save}; rerun {args.save} opens it" if args.save else ""))
         if args.web is not None and args.save is None:
-            print(f"http://localhost:{args.web} shows them until this is interrupted")
+            print(f"{view.page(args.web)} shows them until this is interrupted")
             signal.pause()
 
 
