@@ -89,10 +89,10 @@ def measure(args: Arguments, port: int) -> list[dict[str, float]]:
                     if observer.poll() is not None:
                         raise SystemExit("observer: it ended before it had seen a step")
                 medians["with" if watched else "without"] = statistics.median(block(robot, args, step))
-                step += args.requests
                 if observer is not None:
                     observer.kill()
                     observer.wait()
+            step += args.requests  # both blocks of a turn ask the same
             turns.append({name: round(medians[name], 3) for name in ("with", "without")})
             print(turn, turns[-1], file=sys.stderr, flush=True)
     return turns
