@@ -52,12 +52,8 @@ def test_what_is_proposed_is_near_the_budget_and_within_it(b, monkeypatch):
 
 
 def test_on_the_embedded_policy_a_proposal_is_within_a_tenth_of_its_budget(tmp_path):
-    """Settings are played on the recording inside the package; the second budget reuses what the first has played.
-
-    Three denoise steps in place of ten, which compile faster.
-    """
-    options = {"budget_keeps": (0.2, 0.7), "out": tmp_path, "policy": Embedded(), "num_steps": 3}
-    args = COMMANDS["analyze calibrate"].arguments(**options)
+    """Settings are played on the recording inside the package; the second budget reuses what the first has played."""
+    args = COMMANDS["analyze calibrate"].arguments(budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded())
     known = calibrated()
     proposal, thresholds = {"choices": {"queries": "text", "fuse": known["fuse"]}}, {0.1: known["threshold"]}
     load = functools.cache(lambda: args.load("LIBERO", make("full")))
