@@ -454,11 +454,16 @@ def test_demonstrations_become_rows_of_actions(tmp_path, monkeypatch):
 
 
 def test_exports_that_cannot_be_are_refused(tmp_path):
-    base = {"out": tmp_path / "o", "policy": Embedded()}
+    base, damaged = {"out": tmp_path / "o", "policy": Embedded()}, tmp_path / "flat"
+    damaged.mkdir()
+    (damaged / "step_0.npy").write_bytes(b"nothing")
     for data, more, text in (
         (("libero:x",), {"attention": ()}, "libero:SUITE/TASK/TRIAL"),
         (("a.hdf5", str(tmp_path)), {}, "got both"),
         (("a.hdf5",), {"attention": (0,)}, "expected --watch"),
+        (("a.hdf5",), {"fps": 0}, "fps: expected at least 1, got 0"),
+        (("a.hdf5",), {"limit": -1}, "limit: expected at least 1, got -1"),
+        ((str(damaged),), {}, r"step_0\.npy: expected a record of openpi's server, got another file"),
     ):
         with pytest.raises(ValueError, match=text):
             run_export(Export(data=data, **base, **more), Method("full", {}))
