@@ -217,6 +217,22 @@ def connect(server):
         client._ws.close()
 
 
+@pytest.fixture(scope="session")
+def machines():
+    """A Ray cluster of three nodes; this process is its driver."""
+    import ray_cluster
+
+    with ray_cluster.running() as machines:
+        yield machines
+
+
+@pytest.fixture
+def cluster(machines):
+    """The same with all its nodes."""
+    machines.mend()
+    return machines
+
+
 @pytest.fixture
 def path(tmp_path):
     """Where an evaluation's records go."""

@@ -1,10 +1,13 @@
 """Evaluation on a Ray cluster of three nodes on loopback, of which one is killed; toy policy and toy simulator."""
 
 import dataclasses
-import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import toy_cluster as toy
+from ray_cluster import WAIT_S, until
 from toy_records import CONFIGURATION
 
 from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
@@ -17,26 +20,6 @@ SUITE = "libero_object"
 JOBS = episodes(SUITE, (0, 1), 6)
 SAME = [field.name for field in dataclasses.fields(Record) if field.name not in ("seconds", "batch", "infer_ms")]
 """Fields of a record that do not tell the time, or who shared a step."""
-HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A head without cores and two nodes of two; what a test has killed is there again for the next."""
-    from ray.cluster_utils import Cluster
-
-    from safe_pruner_jax.cluster.connect import connected
-
-    tests = os.path.dirname(__file__)
-    os.environ["PYTHONPATH"] = os.pathsep.join((os.path.dirname(tests), tests))
-    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH, **small})
-    try:
-        made.nodes = [made.add_node(num_cpus=2, **small) for _ in range(2)]
-        with connected(made.address):
-            yield made
-    finally:
-        made.shutdown()
 
 
 def crew(load=toy.load, look=toy.look, make_env=toy.Env, **options):
@@ -74,7 +57,9 @@ def test_a_node_that_is_not_like_the_others_is_one_line(cluster, tmp_path, optio
 
 
 def test_a_simulator_that_dies_is_an_error_of_its_episode_alone(cluster, tmp_path):
-    found = run(tmp_path / "records.jsonl", crew(make_env=toy.Killed), jobs=episodes(SUITE, (0,), 3), workers=2)
+    found = run(
+        tmp_path / "records.jsonl", crew(make_env=toy.Killed, news_s=1), jobs=episodes(SUITE, (0,), 3), workers=2
+    )
     assert [found[SUITE, 0, trial]["outcome"] == "error" for trial in range(3)] == [False, True, False]
     assert "WorkerLost" in found[SUITE, 0, 1]["error"]
 
@@ -87,23 +72,58 @@ def test_a_killed_node_changes_no_outcome(cluster, tmp_path):
     def kill(record):
         seen.append(record)
         if len(seen) == 2:  # the node that holds the policy, in the middle of every episode of the run
-            (node,) = [n for n in cluster.nodes if n.node_id == players._policies[0].node]
-            cluster.nodes.remove(node)
-            cluster.remove_node(node, allow_graceful=False)
+            cluster.kill(players._policies[0].node)
 
     assert run(tmp_path / "ray.jsonl", players, on_record=kill) == local
     assert len(seen) == len(local)
 
 
 def test_a_cluster_that_shrinks_to_nothing_is_one_line_and_keeps_what_was_played(cluster, tmp_path):
-    players, seen = crew(room_s=6), []
+    players, seen = crew(), []
 
     def kill(record):
         seen.append(record)
-        for node in list(cluster.nodes):
-            cluster.nodes.remove(node)
-            cluster.remove_node(node, allow_graceful=False)
+        players._room_s = 3
+        cluster.kill()
 
     with pytest.raises(EvaluationError, match=r"no node of the cluster has had room .*episodes are kept"):
         run(tmp_path / "records.jsonl", players, on_record=kill, workers=1)
     assert len(outcomes(tmp_path / "records.jsonl")) == len(seen) == 1
+
+
+def test_a_driver_that_is_killed_is_started_again_and_goes_on(cluster, tmp_path):
+    local = run(tmp_path / "local.jsonl", None, make_env=toy.Env)
+    path, program = tmp_path / "ray.jsonl", Path(__file__).with_name("toy_driver.py")
+    driver = subprocess.Popen([sys.executable, str(program), cluster.address, str(path)], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: path.exists() and path.read_text().count("\n") > 2)
+    finally:
+        driver.kill()
+    assert driver.wait(WAIT_S) == -9
+    played = outcomes(path)
+    assert 0 < len(played) < len(local)
+    seen = []
+    assert run(path, crew(), on_record=seen.append) == local
+    assert len(seen) == len(local) - len(played)
+
+
+@pytest.mark.parametrize(
+    ("change", "address", "text"),
+    [
+        ("ray.__version__ = '1.0.0'", None, "install the same Ray and Python on every node"),
+        ("pass", "127.0.0.1:1", "expected a running Ray cluster at 127.0.0.1:1, got none"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line(cluster, change, address, text):
+    program = f"""
+import ray
+from safe_pruner_jax.cluster.connect import ClusterError, connected
+{change}
+try:
+    with connected({address or cluster.address!r}):
+        print("joined")
+except ClusterError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_S).stdout
+    assert text in said and said.count("\n") == 1

@@ -1,12 +1,12 @@
 """What a robot sees of a server, through openpi's own client: the same over one server and over Ray Serve."""
 
 import os
-import socket
 
 import numpy as np
 import pytest
 from fake_server import DEADLINE_S, FakeBackend, Mistake, get
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from ray_cluster import free_port
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.serving import Access, running
@@ -26,13 +26,9 @@ def port(request):
         return
     from safe_pruner_jax.cluster.serve import service
 
-    tests = os.path.dirname(__file__)
-    os.environ["PYTHONPATH"] = os.pathsep.join((os.path.dirname(tests), tests))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
-    with service(FakeBackend, replicas=(1, 1), port=free, **options):
-        yield free
+    request.getfixturevalue("machines").mend()
+    with service(FakeBackend, replicas=(1, 1), port=(port := free_port()), everywhere=False, **options):
+        yield port
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ def load_fleet(args: Serve, method: Method) -> Fleet:
 def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
     if args.record:
         raise ValueError("record: expected one server with --record, got --on ray; record where the policy runs alone")
+    replicas = read_replicas(args.replicas)
     require_ray()
     from safe_pruner_jax.cluster.serve import run_until_signal, service
 
@@ -112,7 +113,7 @@ def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
     files = (args.serving.tls_cert, args.serving.tls_key)
     with service(
         partial(load_fleet, plain, method),
-        replicas=read_replicas(args.replicas),
+        replicas=replicas,
         robots=args.robots_per_replica,
         host=args.host,
         port=args.port,

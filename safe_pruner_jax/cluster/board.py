@@ -1,11 +1,12 @@
 """What the replicas of a service tell one another: their metrics, where a robot was last, and who has to leave.
 
-The board is an actor. No reply waits for it but the first one of a named robot, and
-that one at most `PATIENCE_S`; it may die, and is started again by Ray.
+The board is an actor beside Serve's controller. No reply waits for it but the first one of a named robot, and that one
+at most `PATIENCE_S`; it may die, is started again by Ray, and is then told by the replicas which robots they have.
 """
 
 import asyncio
 import re
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ EVERY_S = 1.0
 """Seconds between two words of a replica to the board."""
 
 SILENT_S = 30.0
-"""A replica that has said nothing for so long is not counted any more."""
+"""A replica that has said nothing for so long is not counted any more, whatever Serve says of it."""
 
 
 class Board:
@@ -37,18 +38,25 @@ class Board:
 
     def __init__(self, application: str):
         self._application = application
+        self._life = uuid.uuid4().hex
         self._texts: dict[str, tuple[float, str]] = {}
         self._robots: OrderedDict[str, str] = OrderedDict()
         self._forget: dict[str, list[str]] = {}
         self._leaving: set[str] = set()
+        self._there: set[str] = set()
         self._looked = -EVERY_S
 
-    async def tell(self, replica: str, text: str) -> tuple[bool, list[str]]:
-        """A replica's metrics; whether it has to leave, and robots that are elsewhere now."""
+    async def tell(self, replica: str, text: str) -> tuple[bool, list[str], str]:
+        """A replica's metrics; whether it has to leave, robots that are elsewhere now, and which life this is."""
         now = asyncio.get_running_loop().time()
         self._texts[replica] = now, text
         await self._look(now)
-        return replica in self._leaving, self._forget.pop(replica, [])
+        return replica in self._leaving, self._forget.pop(replica, []), self._life
+
+    async def recall(self, replica: str, robots: Iterable[str]) -> None:
+        """A replica's robots, for a board that has died; what has happened since counts more."""
+        for robot in robots:
+            self._robots.setdefault(robot, replica)
 
     async def arrive(self, robot: str, replica: str) -> str | None:
         """A robot has its first reply from a replica; the one that it was at before, if it was another."""
@@ -74,9 +82,16 @@ class Board:
         self._looked = now
         controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         details = await controller.get_serve_instance_details.remote()
-        deployments = details["applications"].get(self._application, {}).get("deployments", {}).values()
-        replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
-        self._leaving = {replica["replica_id"] for replica in replicas if replica["state"] == "STOPPING"}
+        application = details["applications"].get(self._application, {})
+        replicas = [r for deployment in application.get("deployments", {}).values() for r in deployment["replicas"]]
+        there = {replica["replica_id"] for replica in replicas}
+        gone = self._there - there  # Serve says nothing more of the replicas of a service that it ends
+        self._leaving |= gone | {replica["replica_id"] for replica in replicas if replica["state"] == "STOPPING"}
+        if application.get("status") == "DELETING":
+            self._leaving |= there
+        for replica in gone:
+            self._texts.pop(replica, None)
+        self._there = there
 
 
 class _Merged:

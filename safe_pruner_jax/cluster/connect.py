@@ -3,9 +3,13 @@
 import contextlib
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+REACH_S = 5.0
+"""Seconds in which a cluster's port must be reached; Ray itself would go on trying for minutes."""
 
 
 class ClusterError(RuntimeError):
@@ -39,6 +43,7 @@ def connected(address: str | None, **options: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _reach(address or "")
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
     environment = {} if address else {"runtime_env": {"env_vars": variables}}
     try:
@@ -48,13 +53,26 @@ def connected(address: str | None, **options: Any) -> Iterator[None]:
         text = " ".join(str(error).split())
         if "ersion mismatch" in text:
             raise ClusterError(f"address: {address}: {text}; install the same Ray and Python on every node") from error
-        raise ClusterError(
-            f"address: expected a running Ray cluster at {address}, got none ({text[:200]}); start one with ray start"
-        ) from error
+        raise _none(address, text) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises ClusterError if nobody listens at host:port or ray://host:port."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), REACH_S).close()
+        except (OSError, OverflowError) as error:
+            raise _none(address, str(error)) from error
+
+
+def _none(address: str | None, why: str) -> ClusterError:
+    return ClusterError(
+        f"address: expected a running Ray cluster at {address}, got none ({why[:200]}); start one with ray start"
+    )
 
 
 def read_replicas(text: str) -> tuple[int, int]:
@@ -68,6 +86,12 @@ def read_replicas(text: str) -> tuple[int, int]:
     if not 1 <= least <= most:
         raise ValueError(f"replicas: expected N, or LEAST..MOST with 1 ≤ LEAST ≤ MOST, got {text!r}")
     return least, most
+
+
+def head() -> str | None:
+    """Id of the head node, in hexadecimal."""
+    nodes = require_ray().nodes()
+    return next((n["NodeID"] for n in nodes if n["Alive"] and "node:__internal_head__" in n["Resources"]), None)
 
 
 def alive(node: str) -> bool:

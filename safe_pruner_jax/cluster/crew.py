@@ -31,8 +31,12 @@ logger = logging.getLogger(__name__)
 ROOM_S = 300.0
 """Seconds that a cluster may have no room for a policy or a simulator before the run stops."""
 
-NEWS_S = 3.0
-"""Seconds after which the death of a node must have been heard of, when a process of it has died."""
+NEWS_S = 20.0
+"""Seconds after which the death of a node must have been heard of, when a process of it has died: Ray asks five times
+within 15 s before it says so. Only then a simulator that has died is an error of its episode."""
+
+YIELD_S = 3.0
+"""Seconds that a policy waits for room before a simulator makes some."""
 
 
 @dataclass(eq=False)
@@ -66,7 +70,7 @@ class Nodes:
       cores: CPU cores of each.
       make_env: makes the environments.
       look: tells what a node's simulator is.
-      room_s: see `ROOM_S`.
+      room_s, news_s: see `ROOM_S`, `NEWS_S`.
 
     Attributes: `cores`, those of the policies.
 
@@ -85,6 +89,7 @@ class Nodes:
         make_env: MakeEnv = libero_env,
         look: Callable[[], Mapping[str, str]] = provenance,
         room_s: float = ROOM_S,
+        news_s: float = NEWS_S,
     ):
         if policies is not None and policies < 1:
             raise ValueError(f"policies: expected at least 1, got {policies}")
@@ -92,7 +97,7 @@ class Nodes:
         nodes = sum(n["Alive"] and n["Resources"].get("CPU", 0) >= cores for n in ray.nodes())
         number = policies or max(1, most if "num_gpus" in need or "resources" in need else min(most, nodes))
         self.cores = number * cores
-        self._identity, self._simulator, self._room_s = identity, simulator, room_s
+        self._identity, self._simulator, self._room_s, self._news_s = identity, simulator, room_s, news_s
         spread = {"scheduling_strategy": "SPREAD"}
         self._make_policy = lambda: ray.remote(actors.Policy).options(**need, **spread).remote(load)
         _, need_one = room("simulator")
@@ -104,7 +109,7 @@ class Nodes:
         self._make_simulator = lambda: remote.remote(make_env, look)
         self._simulators: list[_Simulator] = []
         self._policies: list[_Policy] = []
-        self._crashes = self._made_room = 0
+        self._crashes = self._made_room = self._wanted = 0
         self._room_since = self._began = time.monotonic()
         self._names: dict[str, str] = {}
         self._played: Counter[str] = Counter()
@@ -114,9 +119,8 @@ class Nodes:
     # --- what the loop asks for --------------------------------------------------------------------------------
 
     def hire(self) -> None:
-        """Asks for one more simulator; it is placed when there is room."""
-        actor = self._make_simulator()
-        self._simulators.append(_Simulator(actor, actor.look.remote()))
+        """Asks for one more simulator; it is placed when there is a policy, and room."""
+        self._wanted += 1
 
     def start(self, simulator: _Simulator, job: Job) -> None:
         """Plays, with the policy that has the fewest simulators, on the same node where there is a choice."""
@@ -150,6 +154,7 @@ class Nodes:
 
     def listen(self) -> Iterator[Message]:
         """See `evaluation.crew.Crew`."""
+        self._hire()
         dying = [s for s in self._simulators if s.died]
         asked = {a.waits_for: a for a in (*self._simulators, *self._policies) if a.waits_for is not None}
         waiting = {reference: actor for reference, actor in asked.items() if actor not in dying}
@@ -167,6 +172,14 @@ class Nodes:
         for simulator in self._idle():
             if any(policy.ready for policy in self._policies):
                 yield simulator, "ready", None
+
+    def _hire(self) -> None:
+        """Starts simulators behind the first policy, whose room they would take: Ray promises no order."""
+        if any(policy.node for policy in self._policies):
+            for _ in range(self._wanted):
+                actor = self._make_simulator()
+                self._simulators.append(_Simulator(actor, actor.look.remote()))
+            self._wanted = 0
 
     def _idle(self) -> list[_Simulator]:
         return [s for s in self._simulators if s.node and s.waits_for is None and not s.died]
@@ -232,7 +245,7 @@ class Nodes:
         sure = isinstance(error, ActorDiedError)
         if simulator.node is None or not alive(simulator.node) or not sure:
             yield simulator, "gone", f"the node was lost ({type(error).__name__})"
-        elif time.monotonic() - when > NEWS_S:
+        elif time.monotonic() - when > self._news_s:
             text = " ".join(str(error).split())
             yield simulator, "lost", f"WorkerLost: the simulator process ended on {self._name(simulator.node)}: {text}"
 
@@ -275,18 +288,18 @@ class Nodes:
         if all(placed.values()):
             self._room_since, self._made_room = now, 0
         elif now - self._room_since > self._room_s:
-            short = " and ".join(kind for kind, there in placed.items() if not there)
+            short = "simulator" if placed["policy"] else "policy"
             raise EvaluationError(
                 f"for {self._room_s:.0f} s no node of the cluster has had room for a {short}; finished episodes are "
                 "kept, add nodes and run the same command again"
             )
 
     def _make_room(self) -> Iterator[Message]:
-        """Without any policy simulators are of no use: one after the other makes room, and is hired again behind it."""
+        """Without any policy simulators are of no use: one after the other makes room, and comes again behind it."""
         now = time.monotonic()
-        if any(policy.node for policy in self._policies) or now - self._room_since < NEWS_S * (1 + self._made_room):
+        if any(policy.node for policy in self._policies) or now - self._room_since < YIELD_S * (1 + self._made_room):
             return
-        if len(idle := self._idle()) > 1:
+        if idle := self._idle():
             self._made_room += 1
             yield idle[0], "gone", "its node has no room for a policy"
 

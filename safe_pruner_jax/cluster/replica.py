@@ -6,20 +6,25 @@ A connection is one request to Serve, so it stays with its replica, and replicas
 import asyncio
 import contextlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import ray
 from ray import serve
+from websockets.http11 import Response
 
 from safe_pruner_jax.cluster.asgi import Handshake, Receive, Scope, Send, Socket, answer, request_of, response
-from safe_pruner_jax.cluster.board import EVERY_S, PATIENCE_S, merge
+from safe_pruner_jax.cluster.board import EVERY_S, PATIENCE_S, ROBOTS, merge
 from safe_pruner_jax.policy.reply import Result
 from safe_pruner_jax.serving import Server
 from safe_pruner_jax.serving.backend import Backend, SessionMaker, as_backend
 from safe_pruner_jax.serving.metrics import TYPE
 
 logger = logging.getLogger(__name__)
+
+EACH = "/metrics/replicas"
+"""Path of the metrics with their replica as a label; `/metrics` are summed."""
 
 MOVED = "moved_from"
 """Key of a reply: the replica at which this robot was before. Its memory has stayed there; this step is a keyframe."""
@@ -53,12 +58,14 @@ class Replica(Server):
 
     async def attend(self, scope: Scope, receive: Receive, send: Send, metrics: Callable[[bool], Any]) -> None:
         """One HTTP request, or one conversation; `metrics` gives those of all replicas, each or summed."""
-        refused = await self._http(Handshake(scope), request_of(scope))  # pyright: ignore[reportArgumentType]
+        each = scope["path"] == EACH
+        asked = request_of({**scope, "path": "/metrics"} if each else scope)
+        refused = await self._http(Handshake(scope), asked)  # pyright: ignore[reportArgumentType]
         if scope["type"] == "http":
             if refused is None:
                 refused = response(426, b"expected a websocket\n", "text/plain; charset=utf-8")
-            elif refused.status_code == 200 and scope["path"] in ("/metrics", "/metrics/replicas"):
-                refused = response(200, await metrics(scope["path"] != "/metrics"), TYPE)
+            elif refused.status_code == 200 and asked.path == "/metrics":
+                refused = await _summed(metrics, each)
             await answer(scope, send, refused)
         elif refused is not None:
             await answer(scope, send, refused)
@@ -72,8 +79,19 @@ class Replica(Server):
                 await socket.finish()
 
 
+async def _summed(metrics: Callable[[bool], Any], each: bool) -> Response:
+    """The metrics of all replicas, if the board is there."""
+    try:
+        return response(200, await metrics(each), TYPE)
+    except ray.exceptions.RayError as error:
+        text = f"expected the board that sums metrics, got {type(error).__name__}; it is started again, ask again\n"
+        return response(503, text.encode(), "text/plain; charset=utf-8")
+
+
 class Known:
     """A backend that tells the board of robots that are new here, and them where they were before.
+
+    Attributes: `robots`, the names of those that have come here, the last `board.ROBOTS` of them.
 
     Args:
       backend: whose steps these are.
@@ -83,23 +101,36 @@ class Known:
 
     def __init__(self, backend: Backend, name: str, board: Any):
         self._backend, self._name, self._board = backend, name, board
+        self.robots: OrderedDict[str, None] = OrderedDict()
+        self._asked: dict[str, Any] = {}  # robot → reference to the board's answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def step(self, prepared: Sequence[tuple[Hashable, Any]]) -> Sequence[Result]:
-        """The backend's; a robot's first reply here says where it was."""
+        """The backend's; a robot's first reply here says where it was, or a later one if the board is slow."""
         results = self._backend.step(prepared)
         for (robot, _), result in zip(prepared, results, strict=True):
-            if result.fresh and result.reply is not None and isinstance(robot, tuple) and robot[0] == "robot":
-                try:
-                    before = ray.get(self._board.arrive.remote(robot[1], self._name), timeout=PATIENCE_S)
-                except ray.exceptions.RayError as error:  # the board is away: the reply is what counts
-                    logger.warning("nobody knows where robot %s was before: %s", robot[1], type(error).__name__)
-                    continue
-                if before is not None:
-                    result.reply[MOVED] = before
+            if result.reply is None or not isinstance(robot, tuple) or robot[0] != "robot":
+                continue
+            if result.fresh:
+                self.robots[robot[1]] = None
+                if len(self.robots) > ROBOTS:
+                    self.robots.popitem(last=False)
+                self._asked[robot[1]] = self._board.arrive.remote(robot[1], self._name)
+            if robot[1] in self._asked and (before := self._before(robot[1], PATIENCE_S * result.fresh)) is not None:
+                result.reply[MOVED] = before
         return results
+
+    def _before(self, robot: str, patience_s: float) -> str | None:
+        """Where a robot was, if the board has said so by now; None: nowhere else, or not known yet."""
+        if not ray.wait([self._asked[robot]], timeout=patience_s)[0]:
+            return None
+        try:
+            return ray.get(self._asked.pop(robot))
+        except ray.exceptions.RayError as error:  # it died before it could answer
+            logger.warning("nobody knows where robot %s was before: %s", robot, type(error).__name__)
+            return None
 
 
 class _App:
@@ -129,9 +160,9 @@ class Service:
 
     async def __init__(self, make: Callable[[], Backend | SessionMaker], board: Any, options: dict[str, Any]):
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._board = board
-        backend = as_backend(await asyncio.to_thread(make))
-        self._server = Replica(Known(backend, self._name, board), **options)
+        self._board, self._life = board, ""
+        self._known = Known(as_backend(await asyncio.to_thread(make)), self._name, board)
+        self._server = Replica(self._known, **options)
         self._run = asyncio.ensure_future(self._server.run())
         ready = asyncio.ensure_future(asyncio.to_thread(self._server.ready.wait))
         await asyncio.wait((self._run, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -149,8 +180,12 @@ class Service:
         return merge(await self._board.metrics.remote(), each=each)
 
     async def _say(self) -> None:
-        leaving, elsewhere = await self._board.tell.remote(self._name, self._server.snapshot())
+        leaving, elsewhere, life = await self._board.tell.remote(self._name, self._server.snapshot())
+        if life != self._life:  # it was started again, and knows nothing
+            await self._board.recall.remote(self._name, list(self._known.robots))
+            self._life = life
         for robot in elsewhere:
+            self._known.robots.pop(robot, None)
             self._server.forget(robot)
         if leaving:
             self._server.stop()  # answers what waits, and closes every connection with 1001

@@ -13,15 +13,19 @@ import dataclasses
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 from ray import serve
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safe_pruner_jax.cluster.board import Board
-from safe_pruner_jax.cluster.connect import connected
+from safe_pruner_jax.cluster.connect import connected, head, room
 from safe_pruner_jax.cluster.replica import Service
 from safe_pruner_jax.serving import Access, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker
@@ -31,6 +35,15 @@ logger = logging.getLogger(__name__)
 
 NAME = "openpi"
 """Of the application in Ray Serve."""
+
+LOOK_S = 2.0
+"""Seconds between two counts of the connections."""
+
+ROOM_S = 60.0
+"""Seconds that the cluster may have no room for the least number of replicas before the service gives up."""
+
+PROXY_S = 120.0
+"""Seconds in which a proxy must listen, once the replicas are ready."""
 
 LEAVE_S = 10.0
 """Seconds beyond the drain after which Serve ends a replica whatever it is at."""
@@ -51,6 +64,7 @@ def service(
     cores: int = 1,
     scale_s: tuple[float, float] = (10.0, 300.0),
     everywhere: bool = True,
+    room_s: float = ROOM_S,
     **options: Any,
 ) -> Iterator[None]:
     """A running service; when the block ends, what waits is answered and all replicas leave.
@@ -64,57 +78,130 @@ def service(
       tls_files: certificate chain and its private key, on every node with a proxy.
       terms: what a request may expect.
       address: see `connect.connected`.
-      cores: CPU cores of a replica; it has an accelerator as well where the cluster has any.
+      cores: CPU cores of a replica; it has an accelerator as well where the cluster has any (`connect.room`).
       scale_s: seconds of more, or fewer, connections before replicas are added, or leave.
       everywhere: a proxy on every node that has a replica, instead of the head node alone.
+      room_s: see `ROOM_S`; an autoscaler is asked for nodes meanwhile.
       **options: of `serving.Server`.
 
     Raises:
       ClusterError: see `connect.connected`.
-      ServerError: no key for a host that others reach, or replicas that do not become ready; says why.
+      ServerError: no key for a host that others reach, no room, or replicas that do not become ready; says why.
     """
     access, terms = access or Access(), terms or Terms()
     access.check(host)
     inner = dataclasses.replace(access, tls=None, insecure=True)
     with connected(address):
-        if serve.status().applications:
-            raise ServerError(f"expected no service on this cluster, got one: {', '.join(serve.status().applications)}")
-        _start_proxies(host, port, tls_files, everywhere)
-        board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote(NAME)
+        _check_alone(host, port)
+        need = _await_room(replicas[0], cores, room_s)
         bounds = {"min_replicas": replicas[0], "max_replicas": replicas[1], "target_ongoing_requests": robots}
-        autoscaling = AutoscalingConfig(**bounds, upscale_delay_s=scale_s[0], downscale_delay_s=scale_s[1])
-        options |= {"access": inner, "terms": terms}
-        application = _deployment(autoscaling, access, terms, cores).bind(make, board, options)
-        try:
+        scaling = AutoscalingConfig(
+            **bounds,
+            upscale_delay_s=scale_s[0],
+            downscale_delay_s=scale_s[1],
+            look_back_period_s=max(scale_s[0], LOOK_S),
+            metrics_interval_s=LOOK_S,
+        )
+        tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
+        with _front(HTTPOptions(host=host, port=port, **tls), everywhere), _board() as board:
+            options |= {"access": inner, "terms": terms}
             try:
-                serve.run(application, name=NAME, route_prefix="/")
-            except RuntimeError as error:
-                raise ServerError(f"the replicas do not start: {_reason(error)}") from error
-            logger.info("ready for clients on %s://%s:%d", "wss" if tls_files else "ws", host, port)
-            yield
-        finally:
-            serve.delete(NAME)
-            serve.shutdown()
+                _deploy(scaling, access.connections, terms.drain_s, need, (make, board, options))
+                logger.info("ready for clients on %s://%s:%d", "wss" if tls else "ws", host, port)
+                yield
+            finally:
+                serve.delete(NAME)  # waits until the replicas have left
 
 
-def _start_proxies(host: str, port: int, tls_files: tuple[str, str] | None, everywhere: bool) -> None:
-    tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
-    front = HTTPOptions(host=host, port=port, **tls)
-    serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=front)
+def _check_alone(host: str, port: int) -> None:
+    """Raises ServerError if the cluster has a service, or a Serve that listens elsewhere and would go on doing so."""
+    try:
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:  # none is there
+        return
+    there = ray.get(controller.get_serve_instance_details.remote())
+    end = "end it with `serve shutdown --yes`"
+    if there["applications"]:
+        raise ServerError(f"expected no service on this cluster, got one: {', '.join(there['applications'])}; {end}")
+    listens = there["http_options"]["host"], there["http_options"]["port"]
+    if listens != (host, port):
+        raise ServerError(f"expected Ray Serve to listen on {host}:{port}, got one on {listens[0]}:{listens[1]}; {end}")
 
 
-def _deployment(autoscaling: AutoscalingConfig, access: Access, terms: Terms, cores: int) -> Any:
-    """The replicas as Serve keeps them."""
-    accelerators = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}
-    replicated: Any = Service
-    return replicated.options(
-        autoscaling_config=autoscaling,
-        max_ongoing_requests=access.connections,
-        graceful_shutdown_timeout_s=terms.drain_s + LEAVE_S,
+@contextlib.contextmanager
+def _front(options: HTTPOptions, everywhere: bool) -> Iterator[None]:
+    """Serve with its proxies, until the block ends."""
+    try:
+        try:
+            serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=options)
+        except (RayError, TimeoutError) as error:  # a proxy that was slow to start is started again by Serve
+            logger.warning("a proxy has not started yet: %s", type(error).__name__)
+        yield
+    finally:
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def _board() -> Iterator[Any]:
+    """A board, until the block ends."""
+    board: Any = ray.remote(Board)
+    board = board.options(**_beside_the_controller(), max_restarts=-1, max_task_retries=1).remote(NAME)
+    try:
+        yield board
+    finally:
+        ray.kill(board)
+
+
+def _deploy(scaling: AutoscalingConfig, connections: int, drain_s: float, need: dict, arguments: tuple) -> None:
+    """Starts replicas, and returns when they and a proxy are ready; raises ServerError."""
+    service: Any = Service
+    deployment = service.options(
+        autoscaling_config=scaling,
+        max_ongoing_requests=connections,
+        graceful_shutdown_timeout_s=drain_s + LEAVE_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_timeout_s=300.0,
-        ray_actor_options={"num_cpus": cores, **accelerators},
+        ray_actor_options=need,
     )
+    try:
+        serve.run(deployment.bind(*arguments), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise ServerError(f"the replicas do not start: {_reason(error)}") from error
+    until = time.monotonic() + PROXY_S
+    while "HEALTHY" not in [proxy.value for proxy in serve.status().proxies.values()]:
+        if time.monotonic() > until:
+            raise ServerError(f"expected a proxy of Ray Serve to listen within {PROXY_S:.0f} s, got none; see its logs")
+        time.sleep(0.1)
+
+
+def _beside_the_controller() -> dict[str, Any]:
+    """Where the board runs: on the head node, without which there is no service either."""
+    node = head()
+    affinity = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+    return {"num_cpus": 0, **affinity}
+
+
+def _await_room(least: int, cores: int, room_s: float) -> dict[str, Any]:
+    """What each replica asks for; raises ServerError if the cluster does not get room for so many of them."""
+    until = time.monotonic() + room_s
+    most, need = room("policy", cores, accelerators=True)
+    if most >= least:
+        return need
+    logger.warning("the cluster has room for %d replicas of %d; waiting %.0f s for nodes", most, least, room_s)
+    bundle = {"CPU": need["num_cpus"], "GPU": need.get("num_gpus", 0), **need.get("resources", {})}
+    request_resources(bundles=[{name: value for name, value in bundle.items() if value}] * least)
+    try:
+        while most < least and time.monotonic() < until:
+            time.sleep(min(1.0, room_s))
+            most, need = room("policy", cores, accelerators=True)
+    finally:
+        request_resources(bundles=[])
+    if most < least:
+        raise ServerError(
+            f"replicas: expected room for {least}, the cluster has room for {most} ({cores} cores each, and one "
+            "accelerator where there are any); add nodes or ask for fewer, see ray status"
+        )
+    return need
 
 
 def _reason(error: RuntimeError) -> str:
