@@ -181,7 +181,20 @@ def test_the_scripts_are_scripts(name):
 @pytest.mark.parametrize(
     "command",
     [
-        ["evaluate", "--suite", "libero_object", "--tasks", "0", "--trials", "1", "--pruner=full", "policy:embedded"],
+        pytest.param(
+            [
+                "evaluate",
+                "--suite",
+                "libero_object",
+                "--tasks",
+                "0",
+                "--trials",
+                "1",
+                "--pruner=full",
+                "policy:embedded",
+            ],
+            marks=[pytest.mark.libero, pytest.mark.filterwarnings("default")],  # LIBERO's own
+        ),
         ["serve", "--pruner=full", "policy:embedded"],
     ],
 )
