@@ -4,9 +4,11 @@
     python scripts/make_figures.py kept --out /tmp/figures    one, somewhere else
 
 `two_paths` needs no policy. `kept` plays the recording inside the package to the embedded policy, once per method, and
-draws what each is left with at the same call; it compiles every method and takes minutes on a CPU.
+draws what each is left with at the same call; it compiles every method and takes minutes on a CPU. `launches` reads
+the results of `openpi bench --compile-for`.
 """
 
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,7 @@ from tyro.conf import Positional
 
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
+from safe_pruner_jax.bench import launches
 from safe_pruner_jax.figures.kept import Shown, methods_figure, paths_diagram
 from safe_pruner_jax.policy.loading import calibrated, load_policy
 
@@ -44,7 +47,15 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
     return methods_figure(shown, policy.engine.config.tokens_per_camera)
 
 
-FIGURES = {"two_paths": paths_diagram, "kept": kept}
+def ladder() -> Figure:
+    """Control steps compiled for an H100, change by change, from benchmarks/results."""
+    results = FOLDER.parents[1] / "benchmarks" / "results"
+    changes = ("before", "savings", "kernels")
+    reports = {name: json.loads((results / f"launches_pi05_{name}.json").read_text()) for name in changes}
+    return launches.ladder(reports, "h100")
+
+
+FIGURES = {"two_paths": paths_diagram, "kept": kept, "launches": ladder}
 
 
 def main(names: Positional[tuple[str, ...]] = tuple(FIGURES), out: Path = FOLDER) -> int:

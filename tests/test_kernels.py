@@ -11,7 +11,7 @@ from tiny_engine import close
 
 from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import expert_kernels, gemma, kernels, pi0, quantisation
+from safe_pruner_jax.model import expert_kernels, gemma, kernels, pi0, quantisation, siglip, vision_kernels
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.model.params import init_params
 
@@ -86,9 +86,30 @@ def test_denoise_steps_with_kernels_are_those_without(model):
         close(saliency, want[1], 1e-6)
 
 
-@pytest.mark.parametrize("keys", [41, 384])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "width"), [(16, 5), (64, 72), (192, 16)])
+def test_attention_of_the_tower_is_that_of_the_model(dtype, tokens, width):
+    qkv = draw(0, 2, tokens, 3, 2, width, dtype=dtype)
+    got, want = vision_kernels.attend(qkv), siglip._attend(qkv)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    # the model rounds logits to the activation dtype, the kernel does not
+    close(got.astype(jnp.float32), want.astype(jnp.float32), 5e-6 if dtype == "float32" else 3e-2)
+
+
+def test_visual_tokens_with_the_kernel_are_those_without(model):
+    config, weights = model
+    images = jax.random.randint(jax.random.key(0), (2, 3, 56, 56, 3), 0, 256).astype("uint8")
+    fused = config.replace(kernels=(kernels.VISION,))
+    close(pi0.embed_images(weights, fused, images), pi0.embed_images(weights, config, images), 2e-5)
+    calls = lambda config: str(jax.make_jaxpr(lambda: pi0.embed_images(weights, config, images))()).count("pallas_call")
+    assert calls(fused) > 0 == calls(config)
+    assert not vision_kernels.supports(config.replace(image_size=42))  # nine tokens: no block divides them
+
+
+# fewer than a block; the last block reaches back; split among blocks, of which the last reaches back
+@pytest.mark.parametrize("keys", [41, 100, 544])
 def test_a_chunk_by_whole_layers_is_that_without(keys):
-    """The kernel needs the norms stacked; 384 keys are split among blocks, and late layers take XLA's path."""
+    """The kernel needs the norms stacked, and late layers take XLA's path."""
     layer = GemmaConfig(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
     config = sizes.mini(prefix=layer, expert=layer, vision=SiglipConfig(16, 1, 32, 2), image_size=56, action_horizon=4)
     params = init_params(jax.random.key(0), config)
@@ -121,6 +142,7 @@ def test_a_gpu_compiler_takes_them(name):
     q, kv = jnp.zeros((1, 10, 8, 256), "bfloat16"), jnp.zeros((1, 576, 1, 256), "bfloat16")
     own = kv[:, :10]
     programs = {
+        kernels.VISION: lambda: vision_kernels.attend(jnp.zeros((2, 256, 3, 16, 72), "bfloat16"), interpret=False),
         kernels.ATTENTION: lambda: kernels.attention(
             q, kv, kv, jnp.ones((1, 576), bool), own, own, jnp.ones((1, 10, 10), bool), interpret=False
         ),
@@ -131,7 +153,7 @@ def test_a_gpu_compiler_takes_them(name):
     }
     w, expert = jnp.zeros((1024, 8192), "bfloat16"), GemmaConfig(1024, 18, 4096, 8, 1, 256)
     rows, angles = jnp.zeros((1, 16, 1024), "bfloat16"), jnp.zeros((1, 16, 1, 128))
-    prefix = gemma.Segment(kv, kv, jnp.ones((1, 1, 576), bool))
+    prefix = gemma.Segment(kv[:, :544], kv[:, :544], jnp.ones((1, 1, 544), bool))
     norms = gemma.Stacked(jnp.zeros((18, 2, 3, 1024)))
     sizes_of = {"qkv": (1024, 2560), "out": (2048, 1024), "gate_up": (1024, 8192), "down": (4096, 1024)}
     matrices = {name: jnp.zeros(shape, "bfloat16") for name, shape in sizes_of.items()}
@@ -150,7 +172,11 @@ def ticks(gain):
 def test_the_tuner_keeps_what_is_faster(model, caplog):
     config, weights = model
     chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.5))
-    assert chosen.kernels == (kernels.ATTENTION, kernels.GATED_MLP)  # this model's norms are not stacked
+    assert chosen.kernels == (
+        kernels.ATTENTION,
+        kernels.GATED_MLP,
+        kernels.VISION,
+    )  # this model's norms are not stacked
     assert {f.verdict for f in found.values()} == {"used"} and found["attention"].gain == pytest.approx(1.5)
     chosen, found = autotune.tuned(weights, config, 41, clock=ticks(1.01))
     assert chosen.kernels == () and {f.verdict for f in found.values()} == {"slower"}
@@ -165,9 +191,10 @@ def test_the_tuner_leaves_out_what_breaks_or_lies(model, caplog, monkeypatch):
     monkeypatch.setattr(kernels, "attention", breaks)
     true = kernels.gated_mlp
     monkeypatch.setattr(kernels, "gated_mlp", lambda x, w: 1.01 * true(x, w))
+    monkeypatch.setattr(vision_kernels, "attend", breaks)
     with caplog.at_level(logging.WARNING):
         chosen, found = autotune.tuned(weights, config, 41, clock=ticks(2.0))
-    assert chosen.kernels == ()
+    assert chosen.kernels == () and found["vision"].verdict == "failed"
     assert found["attention"] == autotune.Finding("failed", why="no such target")
     assert found["gated_mlp"].verdict == "differs" and "expected at most 1e-04" in found["gated_mlp"].why
     assert "kernel attention: failed (no such target)" in caplog.text and "long trace" not in caplog.text

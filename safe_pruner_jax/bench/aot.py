@@ -153,7 +153,8 @@ def programs(
     control = _shapes(engine.init(tuple(range(robots)), views))
     inputs, cut = _shapes(host), engine.plan.cut
     whole = lambda w, c, i: shallow(config, engine.pruner, w, c, i, None)
-    carry = jax.eval_shape(whole, weights, control, inputs)
+    with kernels.compiled():  # jax keeps what it has traced, interpreted kernels too
+        carry = jax.eval_shape(whole, weights, control, inputs)
     before = range(cut.layer if cut else 0)
     out = {
         "vision": Program(lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),

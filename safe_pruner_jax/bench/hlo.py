@@ -98,10 +98,11 @@ class Program:
             return Cost(0, 0)
         body = self._home[name]
         sizes = [body[o].bytes if o in body else 0 for o in found.operands]
+        once = sum(body[o].bytes for o in dict.fromkeys(found.operands) if o in body)
         inside = self.computations.get(found.named("calls") or "")
         if found.opcode == "fusion" and inside is not None:
             return Cost(self._moved(found, sizes, inside), self._products(inside))
-        return Cost(sum(sizes) + found.bytes, self._product(found, body))
+        return Cost(once + found.bytes, self._product(found, body))
 
     def _moved(self, fusion: Instruction, sizes: list[int], inside: dict[str, Instruction]) -> int:
         read = 0

@@ -188,7 +188,28 @@ def _steps(programs: dict[str, Any]) -> str:
 def bars(report: dict[str, Any]) -> Figure:
     """One bar per whole step and target, stacked by what its launches are bound by."""
     there = {name: found for name, found in report["targets"].items() if not isinstance(found, str)}
-    rows = [(f"{name}: {step}", r) for name, found in there.items() for step, r in steps(found["programs"]).items()]
+    return _stacked(
+        [(f"{name}: {step}", r) for name, found in there.items() for step, r in steps(found["programs"]).items()]
+    )
+
+
+def ladder(reports: dict[str, dict[str, Any]], to: str) -> Figure:
+    """What each change of the programs was worth on one target: bars of openpi, and of every report's steps.
+
+    Args:
+      reports: of `compile_for`, by the name of the change, from the first to the last.
+      to: the target.
+    """
+    rows, openpi = [], None
+    for change, report in reports.items():
+        there = steps(report["targets"][to]["programs"])
+        openpi = there.pop(OPENPI, openpi)
+        rows += [(f"{change}: {step}", r) for step, r in there.items()]
+    rows.sort(key=lambda row: ": full" not in row[0])  # sorting keeps the order of the changes
+    return _stacked(rows if openpi is None else [(OPENPI, openpi), *rows])
+
+
+def _stacked(rows: list[tuple[str, dict[str, Any]]]) -> Figure:
     least = f"{LEAST_US[0]:g} µs"
     figure, axes = panels(1, width=8.0, height=0.9 + 0.36 * max(1, len(rows)))
     ax = axes[0, 0]

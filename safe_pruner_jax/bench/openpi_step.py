@@ -49,6 +49,8 @@ def main() -> int:
     except ImportError as error:
         print(f"openpi cannot be imported: {error}", file=sys.stderr)
         return 3
+    # jax forgets a plugin without a GPU as soon as it has started anything
+    gpu = device(args.target) if args.target else None
     if args.depth:
         released = gemma.get_config
         gemma.get_config = lambda variant: dataclasses.replace(released(variant), depth=args.depth)
@@ -58,10 +60,11 @@ def main() -> int:
     rng = np.random.default_rng(0)
     with array_typing.disable_typechecking():
         graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))
-    if args.target:
+    if gpu is not None:
         # openpi serves parameters in bfloat16; a float32 model is given float32 ones
         cast = lambda s: jax.ShapeDtypeStruct(s.shape, args.dtype) if is_weight(s) else s
-        return compile_for(args, graph, jax.tree.map(cast, state), observation(openpi_model, config, args, rng))
+        host = observation(openpi_model, config, args, rng)
+        return compile_for(gpu, args, graph, jax.tree.map(cast, state), host)
     block = rng.standard_normal(2**20).astype(np.float32)
 
     def leaf(shape: Any) -> Any:
@@ -109,17 +112,23 @@ def observation(model: Any, config: Any, args: argparse.Namespace, rng: Any) -> 
     }
 
 
-def compile_for(args: argparse.Namespace, graph: Any, state: Any, host: dict[str, Any]) -> int:
-    """Compiles `sample_actions` for `args.target` and prints its memory; nothing is run."""
-    import flax.nnx as nnx
+def device(description: str) -> Any:
+    """The device that a file describes."""
     import jax
     from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    with open(description, encoding="utf-8") as file:
+        return topologies.get_topology_desc(platform="cuda", target_config=file.read(), topology="1x1x1").devices[0]
+
+
+def compile_for(gpu: Any, args: argparse.Namespace, graph: Any, state: Any, host: dict[str, Any]) -> int:
+    """Compiles `sample_actions` for a device and prints its memory; nothing is run."""
+    import flax.nnx as nnx
+    import jax
     from openpi.models import model as openpi_model
     from openpi.shared import array_typing
 
-    jax.config.update("jax_platforms", "cpu")
-    with open(args.target, encoding="utf-8") as file:
-        gpu = topologies.get_topology_desc(platform="cuda", target_config=file.read(), topology="1x1x1").devices[0]
     place = jax.sharding.SingleDeviceSharding(gpu)
     put = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 

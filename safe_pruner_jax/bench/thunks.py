@@ -137,7 +137,11 @@ def _trips(node: _Node, names: dict[int, str], program: Program) -> int:
 def _longest_loop(roots: list[_Node], names: dict[int, str], program: Program) -> int | None:
     """Number of the loop that launches most: the denoise loop; None without loops."""
     loops = [n for n in _walk(roots) if n.kind == "kWhile"]
-    count = lambda n: _trips(n, names, program) * sum(c.kind not in CONTAINERS for c in _walk(n.children))
+
+    def count(node: _Node) -> int:
+        times = _trips(node, names, program) if node.kind == "kWhile" else 1
+        return (node.kind not in CONTAINERS) + times * sum(map(count, node.children))
+
     return max(loops, key=count).number if loops else None
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.model import expert_kernels, kernels, pi0
+from safe_pruner_jax.model import expert_kernels, kernels, pi0, vision_kernels
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.timing import interleave, ratio
@@ -51,7 +51,9 @@ class Finding:
 def tuned(
     weights: pi0.Weights, config: Pi0Config, keys: int, *, robots: int = 1, clock: Clock = time.perf_counter
 ) -> tuple[Pi0Config, dict[str, Finding]]:
-    """The configuration with the kernels that are faster here, tried one after the other on whole denoise loops.
+    """The configuration with the kernels that are faster here, tried one after the other on what they are part of.
+
+    That is the denoise loop, and for the vision tower's kernel the tower.
 
     Args:
       weights, config: the model; kernels it already names are kept.
@@ -63,14 +65,16 @@ def tuned(
       The configuration, and what became of every kernel that is made for such a model. A kernel that does not compile
       or gives other actions is left out and logged in one line.
     """
-    arguments = _example(config, keys, robots)
+    chunk, pictures = _example(config, keys, robots), _images(config, robots)
     findings: dict[str, Finding] = {}
     for name in kernels.NAMES:
         if name in config.kernels or not _applies(name, weights, config):
             continue
         candidate = config.replace(kernels=(*config.kernels, name))
+        program, arguments = (_tokens, pictures) if name == kernels.VISION else (_actions, chunk)
+        run = [jax.jit(partial(program, c)) for c in (config, candidate)]
         try:
-            finding = _compare(weights, config, candidate, arguments, clock)
+            finding = _compare(run, weights, arguments, AGREE[config.dtype], clock)
         except Exception as error:  # whatever the compiler of a device calls it
             finding = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
         if finding.verdict == "used":
@@ -94,7 +98,9 @@ def on_gpu(weights: pi0.Weights, config: Pi0Config) -> tuple[Pi0Config, dict[str
 
 
 def _applies(name: str, weights: pi0.Weights, config: Pi0Config) -> bool:
-    """Whether a kernel would take part at all: the one for whole layers wants stacked norms and certain sizes."""
+    """Whether a kernel would take part at all: those for whole layers and for the tower want certain sizes."""
+    if name == kernels.VISION:
+        return vision_kernels.supports(config)
     rows = config.action_horizon + (not config.pi05)
     mods = weights.schedule.mods
     return name != kernels.LAYER or expert_kernels.supports(config.expert, weights.expert[0], mods, rows)
@@ -109,12 +115,17 @@ def _example(config: Pi0Config, keys: int, robots: int) -> tuple:
     return prefix, jnp.zeros_like(noise[:, 0]), noise
 
 
-def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, arguments: tuple, clock: Clock) -> Finding:
-    run = [jax.jit(partial(_actions, c)) for c in (config, candidate)]
+def _images(config: Pi0Config, robots: int) -> tuple:
+    side = config.image_size
+    return (jax.random.randint(jax.random.key(2), (robots, 2, side, side, 3), 0, 256).astype(jnp.uint8),)
+
+
+def _compare(run: list[Callable], weights: pi0.Weights, arguments: tuple, agree: float, clock: Clock) -> Finding:
+    """What becomes of the second of two programs: their results by at most `agree` of the largest apart, or faster."""
     before, after = (np.asarray(program(weights, *arguments), np.float64) for program in run)
     difference = np.abs(after - before).max() / np.abs(before).max()
-    if not difference <= AGREE[config.dtype]:
-        return Finding("differs", why=f"actions by {difference:.1e}, expected at most {AGREE[config.dtype]:.0e}")
+    if not difference <= agree:
+        return Finding("differs", why=f"results by {difference:.1e}, expected at most {agree:.0e}")
     steps = {key: partial(_run, program, weights, arguments) for key, program in zip("-+", run, strict=True)}
     times = interleave(steps, ROUNDS, warm_up=0, clock=clock)  # both have just run
     gain = ratio(times["+"], times["-"]).median
@@ -123,6 +134,10 @@ def _compare(weights: pi0.Weights, config: Pi0Config, candidate: Pi0Config, argu
 
 def _actions(config: Pi0Config, weights: pi0.Weights, *arguments: Any) -> Array:
     return pi0.sample(weights, config, *arguments)[0]
+
+
+def _tokens(config: Pi0Config, weights: pi0.Weights, images: Array) -> Array:
+    return pi0.embed_images(weights, config, images)
 
 
 def _run(program: Callable, weights: pi0.Weights, arguments: tuple) -> None:

@@ -17,7 +17,7 @@ from flax import struct
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine.capture import everybody, patches, read
 from safe_pruner_jax.engine.state import ControlState, Inputs, visual_slots
-from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model import kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.model.guidance import Guide
@@ -29,12 +29,12 @@ from safe_pruner_jax.tokens import saliency
 class Carry:
     """Everything `shallow` hands to the second half of the step.
 
-    `rows` and `segments` are of the layers before the cut; `past` are the remembered captures of these layers, {place
-    in the plan: array}; `evidence` is there for later cuts only.
+    `rows` and `kv`, one (k, v) per layer, are of the layers before the cut; `past` are the remembered captures of these
+    layers, {place in the plan: array}; `evidence` is there for later cuts only.
     """
 
     rows: pi0.Rows
-    segments: tuple[Segment, ...]
+    kv: tuple[tuple[Array, Array], ...]
     noise: Array
     state: Array
     selection: Selection
@@ -42,6 +42,11 @@ class Carry:
     past: dict[int, Array]
     evidence: Evidence | None
     guide: Guide | None = None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Keys and values with their mask, which is that of the rows: a program need not write it out per layer."""
+        return tuple(Segment(k, v, self.rows.mask[:, None]) for k, v in self.kv)
 
 
 def embed(weights: pi0.Weights, config: Pi0Config, inputs: Inputs) -> pi0.Rows:
@@ -90,7 +95,7 @@ def shallow(
     control = control.replace(pruner=state, since_full=evidence.since_full, alive=rows.alive, key=keys[:, 0])
     return Carry(
         rows=embedded.replace(x=x),
-        segments=segments,
+        kv=tuple((s.k, s.v) for s in segments),
         noise=noise,
         state=inputs.state,
         selection=selection,
@@ -155,7 +160,8 @@ def _action_saliency(
     first = jax.tree.map(lambda a: a[0], weights.schedule)
     tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
     upto = prefix.replace(segments=prefix.segments[: max(actions) + 1])
-    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions)
+    use = tuple(name for name in config.kernels if name != kernels.ATTENTION)  # which wants other keys
+    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions, use)
     rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
 
     def of(layer: int, over: str) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """Prefix order of the cameras; fixed by openpi whatever the order in a request."""
 
-KERNELS = ("attention", "gated_mlp", "layer")
+KERNELS = ("attention", "gated_mlp", "layer", "vision")
 """Names that `Pi0Config.kernels` may hold, see `model.kernels`."""
 
 Saving = Literal["stacked", "room", "rotation", "vision"]
@@ -21,7 +21,8 @@ SAVINGS: tuple[Saving, ...] = ("stacked", "room", "rotation", "vision")
 * stacked: the adaptive norms of all layers in one array with 1 + scale in it (`gemma.Stacked`);
 * room: a layer's own keys and values are written behind the prefix's, with one mask for all steps (`model.room`);
 * rotation: angles of the action rows once per chunk and not per denoise step;
-* vision: the tower's MLP is padded to a width that products like, once, when weights are prepared.
+* vision: the tower's MLP is padded to a width that products like, once, when weights are prepared, and q, k, v are
+  turned in one.
 """
 
 
@@ -62,7 +63,7 @@ class Pi0Config:
       image_size: side of the square input image, pixels.
       dtype: activation dtype, "bfloat16" or "float32".
       cameras: their names, in prefix order.
-      kernels: names of the Pallas kernels the denoise steps use, see `kernels`; chosen by `engine.autotune.tuned`.
+      kernels: names of the Pallas kernels that programs use, see `kernels`; chosen by `engine.autotune.tuned`.
       savings: names of `SAVINGS` that programs use, for fewer launches on a GPU, see `engine.xla.savings`; weights have
         to be prepared with the same.
       temperature: standard deviation of the noise that a chunk is made from, where the caller brings none. At 1,

@@ -119,6 +119,7 @@ def _fused_layer(
 ) -> Array:
     """A layer by `expert_kernels`; the first of them pads the rows to what a kernel takes."""
     rows = lambda a: kernels.padded(a, 1, kernels.ROWS)
+    segment = padded(segment) if segment.k.shape[1] < kernels.KEYS else segment
     own = np.eye(kernels.ROWS, dtype=np.int32)  # a row that is not there sees itself, so that its sum is not empty
     seen = suffix_mask(config)[0]
     own[: len(seen), : len(seen)] = seen

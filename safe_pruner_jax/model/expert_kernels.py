@@ -32,7 +32,7 @@ DEPTH = 64
 """Rows of a matrix that a block reads at a time."""
 
 SPLIT = 192
-"""Keys of a prefix that one block of the attention reads; longer ones are split."""
+"""About so many keys of a prefix one block of the attention reads; longer ones are split."""
 
 
 def supports(c: GemmaConfig, w: LayerWeights, mods: object, rows: int) -> bool:
@@ -65,7 +65,7 @@ def layer(
       x: [B, ROWS, W] in the activation dtype.
       cos_sin: rotation of these rows, [B, ROWS, 1, H/2] each.
       own: [ROWS, ROWS] int32, which of the own rows a row sees; every row at least one.
-      prefix: keys and values of a multiple of `KEYS`, mask [B, 1, S].
+      prefix: at least `KEYS` keys and values, mask [B, 1, S].
       mods: of all layers, values [L, 2, 3, W].
       index: of this layer.
       interpret: run without compiling; None: on a CPU only.
@@ -176,17 +176,29 @@ def _qkv(c: GemmaConfig, w: Array, rows: Array, cos_sin: tuple[Array, Array], mo
 
 
 def _attend_kernel(
-    q_ref: Ref, k_ref: Ref, v_ref: Ref, seen_ref: Ref, own_k_ref: Ref, own_v_ref: Ref, own_ref: Ref, *out: Ref
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    seen_ref: Ref,
+    own_k_ref: Ref,
+    own_v_ref: Ref,
+    own_ref: Ref,
+    *out: Ref,
+    blocks: int,
 ) -> None:
     q, keys = q_ref[...], k_ref.shape[0]
     rows, width = q.shape
+    first = pl.program_id(2) * blocks
 
     def block(i: Array, carry: tuple) -> tuple:
-        at = pl.ds(i * KEYS, KEYS)
-        return online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
+        begin = (first + i) * KEYS
+        # the last block reaches back over the one before it, whose keys have been seen
+        back = jnp.minimum(begin, keys - KEYS)
+        at, new = pl.ds(back, KEYS), back + jnp.arange(KEYS) >= begin
+        return online(q, k_ref[at, :], v_ref[at, :], ((seen_ref[at] != 0) & new)[None, :], carry)
 
     start = (jnp.zeros((rows, width), jnp.float32), jnp.full(rows, LOW, jnp.float32), jnp.zeros(rows, jnp.float32))
-    carry = lax.fori_loop(0, keys // KEYS, block, start)
+    carry = lax.fori_loop(0, blocks, block, start)
     last = pl.program_id(2) == pl.num_programs(2) - 1  # the chunk's own keys are seen once
     sum_, top, total = online(q, own_k_ref[...], own_v_ref[...], (own_ref[...] != 0) & last, carry)
     out[0][...] = (sum_ / total[:, None]).astype(out[0].dtype)
@@ -198,22 +210,23 @@ def _attend(c: GemmaConfig, qkv: Array, own: Array, prefix: Segment, how: dict) 
     """[B, ROWS, N, H]: attention of qkv [B, ROWS, N+2K, H] over the prefix and itself."""
     B, H, N, K = qkv.shape[0], c.head_dim, c.num_heads, c.num_kv_heads
     S, group = prefix.k.shape[1], c.num_heads // c.num_kv_heads
-    parts = max(p for p in range(1, max(1, S // SPLIT) + 1) if not S % (p * KEYS))
+    parts = max(1, (S + SPLIT // 2) // SPLIT)
+    blocks = -(-S // (parts * KEYS))
     of = lambda head: pl.BlockSpec((None, ROWS, None, H), lambda b, n, p: (b, 0, head(n), 0))
-    there = pl.BlockSpec((None, S // parts, None, H), lambda b, n, p: (b, p, n // group, 0))
+    there = pl.BlockSpec((None, S, None, H), lambda b, n, p: (b, 0, n // group, 0))
     out_shape = [jax.ShapeDtypeStruct((B, parts, ROWS, N, H), qkv.dtype if parts == 1 else jnp.float32)]
     out_specs = [pl.BlockSpec((None, None, ROWS, None, H), lambda b, n, p: (b, p, 0, n, 0))]
     if parts > 1:
-        out_shape.append(jax.ShapeDtypeStruct((B, parts, N, ROWS), jnp.float32))
-        out_specs.append(pl.BlockSpec((None, None, None, ROWS), lambda b, n, p: (b, p, n, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((B, parts, ROWS, N), jnp.float32))
+        out_specs.append(pl.BlockSpec((None, None, ROWS, None), lambda b, n, p: (b, p, 0, n)))
     out = pl.pallas_call(
-        _attend_kernel,
+        partial(_attend_kernel, blocks=blocks),
         grid=(B, N, parts),
         in_specs=[
             of(lambda n: n),
             there,
             there,
-            pl.BlockSpec((None, S // parts), lambda b, n, p: (b, p)),
+            pl.BlockSpec((None, S), lambda b, n, p: (b, 0)),
             of(lambda n: N + n // group),
             of(lambda n: N + K + n // group),
             pl.BlockSpec((ROWS, ROWS), lambda b, n, p: (0, 0)),
@@ -225,8 +238,8 @@ def _attend(c: GemmaConfig, qkv: Array, own: Array, prefix: Segment, how: dict) 
     if parts == 1:
         return out[0][:, 0]
     # every part is a mean over its keys; its weight is the sum of theirs
-    weight = jnp.exp(out[1] - out[1].max(axis=1, keepdims=True)).swapaxes(2, 3)[..., None]
-    return ((out[0] * weight).sum(1) / weight.sum(1)).astype(qkv.dtype)
+    weight = jax.nn.softmax(out[1], axis=1)
+    return (out[0] * weight[..., None]).sum(1).astype(qkv.dtype)
 
 
 # --- products with a residual, gated MLP --------------------------------------------------------------------

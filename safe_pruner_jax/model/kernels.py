@@ -1,8 +1,9 @@
-"""Pallas kernels for the action expert, whose few rows leave XLA with many small programs per layer.
+"""Pallas kernels for the action expert and the vision tower, of which XLA makes many small programs per layer.
 
     attention      queries over the prefix's keys and the chunk's own, softmax, and the sum of the values, in one launch
     gated_mlp      gelu(x @ gate) · (x @ up), in one launch and without the two products in memory
     layer          a whole layer of π0.5's expert in five launches, see `expert_kernels`
+    vision         attention of a block of the vision tower in one launch, see `vision_kernels`
 
 A configuration names the kernels its programs use (`Pi0Config.kernels`); the default is none, which is the XLA path.
 `engine.autotune.tuned` tries each on the device against the XLA path and keeps those that compile, agree and are
@@ -41,7 +42,7 @@ KEYS = 64
 COLUMNS = 64
 """Columns of a block of the gated MLP, and rows of a block of its matrices."""
 
-ATTENTION, GATED_MLP, LAYER = NAMES = KERNELS
+ATTENTION, GATED_MLP, LAYER, VISION = NAMES = KERNELS
 
 # jax 0.5 has the same class under another name; giving one at all is what chooses Triton
 TRITON = getattr(triton, "CompilerParams", None) or triton.TritonCompilerParams
@@ -77,14 +78,32 @@ def run_interpreted(asked: bool | None) -> bool:
     return (jax.default_backend() == "cpu" and not _compiling.get()) if asked is None else asked
 
 
+def load(ref: Ref, at: tuple, there: Array) -> Array:
+    """Part of a block, 0 where nothing is `there`; jax 0.5 has it under another name."""
+    if hasattr(triton, "load"):
+        return triton.load(ref.at[at], mask=there, other=0.0)
+    return pl.load(ref, at, mask=there, other=0.0)
+
+
+def store(ref: Ref, at: tuple, value: Array, there: Array) -> None:
+    """Writes what is `there` of a value into part of a block."""
+    if hasattr(triton, "store"):
+        triton.store(ref.at[at], value, mask=there)
+    else:
+        pl.store(ref, at, value, mask=there)
+
+
 # --- attention ----------------------------------------------------------------------------------------------
 
 
-def online(q: Array, k: Array, v: Array, seen: Array, carry: tuple) -> tuple:
-    """One block of keys [Y, H] into the running (sum of values [X, H], maximum [X], sum of weights [X]) of q [X, H]."""
+def online(q: Array, k: Array, v: Array, seen: Array | None, carry: tuple) -> tuple:
+    """One block of keys [Y, H] into the running (sum of values [X, H], maximum [X], sum of weights [X]) of q [X, H].
+
+    `seen` [X or 1, Y] bool; None: every row sees every key.
+    """
     out, top, total = carry
     logits = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    logits = jnp.where(seen, logits, LOW)
+    logits = logits if seen is None else jnp.where(seen, logits, LOW)
     now = jnp.maximum(top, logits.max(axis=1))
     weights = jnp.exp(logits - now[:, None])
     old = jnp.exp(top - now)

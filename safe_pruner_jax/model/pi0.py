@@ -227,7 +227,7 @@ def sample(
     late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
     use = config.kernels if guide is None else ()  # a guided step is differentiated
     inside = inside_of(config, prefix, config.savings if guide is None else ())
-    if {kernels.ATTENTION, kernels.LAYER} & set(use):
+    if kernels.ATTENTION in use:
         prefix = prefix.replace(segments=tuple(map(padded, prefix.segments)))
 
     def step(carry: tuple[Array, Array | None, tuple], inputs: tuple[Schedule, Array]) -> tuple[tuple, None]:

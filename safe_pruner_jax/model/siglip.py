@@ -4,12 +4,15 @@ Patch embedding and position embedding are float32, the blocks run in the activa
 layer norms take their statistics in float32. The head's output is used as it is, unscaled.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from safe_pruner_jax.arrays import Array, beside
+from safe_pruner_jax.model import kernels, vision_kernels
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.matrix import dense
 from safe_pruner_jax.model.params import by_layer, read
@@ -118,14 +121,16 @@ def encode(w: VisionWeights, config: Pi0Config, images: Array) -> Array:
     x = _dense(x, w.patch)
     x = (x + beside(w.positions, x)).astype(dtype)
     few = "vision" in config.savings
+    attend = _attend_turned_once if few else _attend
+    if kernels.VISION in config.kernels and vision_kernels.supports(config):
+        attend = vision_kernels.attend
     for block in w.blocks:
-        x = _block(block, x, config.vision.num_heads, few)
+        x = _block(block, x, config.vision.num_heads, few, attend)
     return _dense(_layer_norm(x, w.norm, few), w.head)
 
 
-def _block(w: BlockWeights, x: Array, heads: int, few: bool) -> Array:
+def _block(w: BlockWeights, x: Array, heads: int, few: bool, attend: Callable[[Array], Array]) -> Array:
     I, S, D = x.shape
-    attend = _attend_turned_once if few else _attend
     qkv = _dense(_layer_norm(x, w.norm1, few), w.qkv).reshape(I, S, 3, heads, D // heads)
     x = x + _dense(attend(qkv).reshape(I, S, D), w.out)
     return x + _dense(jax.nn.gelu(_dense(_layer_norm(x, w.norm2, few), w.up)), w.down)
@@ -141,11 +146,16 @@ def _attend(qkv: Array) -> Array:
 
 
 def _attend_turned_once(qkv: Array) -> Array:
-    """`_attend` with one transposition of q, k and v together, where XLA makes one of each."""
-    by = jnp.asarray([np.sqrt(qkv.shape[-1]), 1.0, 1.0], qkv.dtype).reshape(3, 1, 1, 1, 1)
-    q, k, v = jax.lax.optimization_barrier(qkv.transpose(2, 0, 3, 1, 4) / by)
-    probs = jax.nn.softmax(jnp.einsum("inqh,inkh->inqk", q, k), axis=-1)
-    return jnp.einsum("inqk,inkh->iqnh", probs, v)
+    """`_attend` with one transposition of q, k and v together, where XLA makes one of each.
+
+    Images and heads are one axis, of which the product takes its left side as it reads it.
+    """
+    I, S, _, N, H = qkv.shape
+    by = jnp.asarray([np.sqrt(H), 1.0, 1.0], qkv.dtype).reshape(3, 1, 1, 1, 1)
+    turned = jax.lax.optimization_barrier(qkv.transpose(2, 0, 3, 1, 4) / by).reshape(3 * I * N, S, H)
+    q, k, v = (turned[i * I * N : (i + 1) * I * N] for i in range(3))
+    probs = jax.nn.softmax(jnp.einsum("xqh,xkh->xqk", q, k), axis=-1)
+    return jnp.einsum("xqk,xkh->xqh", probs, v).reshape(I, N, S, H).swapaxes(1, 2)
 
 
 def _dense(x: Array, a: Affine) -> Array:
