@@ -96,7 +96,7 @@ LIMITS = {
     "vision block by a kernel": 9.0,
     "expert layer": 14.0,
     "expert layer by kernels": 5.0,
-    "decision": 66.0,
+    "decision": 67.0,
     "decision by kernels": 48.0,
 }
 """Launches at most, per unit: what was reached when this was written, and nothing above it (docs/performance.md)."""
