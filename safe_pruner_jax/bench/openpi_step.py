@@ -51,19 +51,18 @@ def main() -> int:
         return 3
     # jax forgets a plugin without a GPU as soon as it has started anything
     gpu = device(args.target) if args.target else None
-    if args.depth:
-        released = gemma.get_config
+    if released := args.depth and gemma.get_config:
         gemma.get_config = lambda variant: dataclasses.replace(released(variant), depth=args.depth)
     sizes = {"paligemma_variant": args.variant, "action_expert_variant": args.variant} if args.variant else {}
     sizes |= {"action_horizon": args.horizon, "dtype": args.dtype}
     config = pi0_config.Pi0Config(pi05=True, discrete_state_input=False, **sizes)
     rng = np.random.default_rng(0)
+    host = observation(openpi_model, config, args, rng)
     with array_typing.disable_typechecking():
         graph, state = nnx.split(nnx.eval_shape(config.create, jax.random.key(0)))
     if gpu is not None:
         # openpi serves parameters in bfloat16; a float32 model is given float32 ones
         cast = lambda s: jax.ShapeDtypeStruct(s.shape, args.dtype) if is_weight(s) else s
-        host = observation(openpi_model, config, args, rng)
         return compile_for(gpu, args, graph, jax.tree.map(cast, state), host)
     block = rng.standard_normal(2**20).astype(np.float32)
 
@@ -73,7 +72,6 @@ def main() -> int:
 
     model = nnx.merge(graph, jax.tree.map(lambda s: leaf(s) if is_weight(s) else s, state))
     sample = nnx_utils.module_jit(model.sample_actions)
-    host = observation(openpi_model, config, args, rng)
 
     def step() -> float:
         start = time.perf_counter()

@@ -161,7 +161,7 @@ def _action_saliency(
     tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
     upto = prefix.replace(segments=prefix.segments[: max(actions) + 1])
     use = tuple(name for name in config.kernels if name != kernels.ATTENTION)  # which wants other keys
-    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions, use)
+    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions, use=use)
     rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
 
     def of(layer: int, over: str) -> Array:
