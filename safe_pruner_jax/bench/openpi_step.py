@@ -79,8 +79,7 @@ def main() -> int:
         np.asarray(sample(jax.random.key(0), observation, num_steps=args.steps))
         return time.perf_counter() - start
 
-    first = step()
-    facts = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "first_call_s": first}
+    facts = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "first_call_s": step()}
     print("ready", json.dumps(facts), flush=True)
     for _ in sys.stdin:
         print(step(), flush=True)
