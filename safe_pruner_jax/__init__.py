@@ -6,7 +6,7 @@ the server, the simulator) stay light.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     # a pruner

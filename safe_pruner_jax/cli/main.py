@@ -14,6 +14,7 @@ openpi analyze recall --data demos/butter_demo.hdf5 --out analysis policy:embedd
 openpi convert --checkpoint CKPT --config pi05_libero --to lerobot --out pi05_lerobot
 openpi export --data demos/butter_demo.hdf5 --out my_dataset
 openpi bench --config pi05_libero --pruners safe fastv --keeps 0.3 0.2 0.1
+openpi --version
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from safe_pruner_jax import pruners
+from safe_pruner_jax import __version__, pruners
 from safe_pruner_jax.cli.arguments import parse, split_pruner
 from safe_pruner_jax.cli.help import summary
 from safe_pruner_jax.cluster.connect import ClusterError
@@ -114,6 +115,9 @@ def _help(command: Command, argv: Sequence[str], prog: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `openpi`; the exit code: 0 done, 2 told in one line what is wrong, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"safe_pruner_jax {__version__}")
+        return 0
     if argv[:1] == ["analyze"]:
         argv[:2] = [" ".join(argv[:2])]
     if not argv or argv[0] not in COMMANDS:
