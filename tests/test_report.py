@@ -19,6 +19,7 @@ from safe_pruner_jax.evaluation.report import (
     typical_ms,
     wilson,
 )
+from safe_pruner_jax.figures.theme import QUIET
 from safe_pruner_jax.pruners import safe
 
 pytestmark = pytest.mark.newest
@@ -207,9 +208,23 @@ def test_figures_show_every_method_with_its_interval():
     rows = summarise(group(FULL, 8) + group(CONFIGURATION, 6))
     for figure in (success_by_keep(rows), success_by_flops(rows), success_by_flops(rows, exact=False)):
         (ax,) = figure.axes
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["full", "safe late_layers=[0, -1]"]
+        names = ["full", "safe late_layers=[0, -1]"]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+        assert [line.get_label() for line in ax.get_lines()] == names and len(ax.collections) == 2
     with pytest.raises(ValueError, match="at least one"):
         success_by_keep([])
+
+
+def test_many_methods_have_a_panel_each_with_the_others_behind():
+    choices = [{"fuse": fuse} for fuse in (0.0, 0.25, 0.5, 0.75)]
+    plain = CONFIGURATION.as_json()
+    safes = [group(type(CONFIGURATION)(**plain | {"choices": plain["choices"] | own}), 6) for own in choices]
+    figure = success_by_keep(summarise(sum(safes, group(FULL, 8))))
+    shown = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title() for ax in shown] == ["full", *(f"safe fuse={own['fuse']}" for own in choices)]
+    for ax in shown:
+        *behind, own = ax.get_lines()
+        assert len(behind) == 4 and {line.get_color() for line in behind} == {QUIET} and own.get_color() != QUIET
 
 
 def test_a_legend_says_what_the_variants_of_a_method_differ_in():

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from safe_pruner_jax.analysis.regions import REGIONS, median
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import MARKERS, colour, form, grid, legend, look, markdown, panels
 
 QUERIES = ("prompt", "action")
 """Rows that look: the prompt's in the language model, the action tokens' in the expert."""
@@ -113,23 +114,27 @@ def _carried(calls: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row], calls: Sequence[Row] = ()) -> Figure:
     """Effective tokens by layer; where it is labelled, attention by region and layer; κ and right matches by call."""
     labelled, where = bool(places(rows, "uniform")), {queries: places(rows, queries) for queries in QUERIES}
-    drawn, axes = panels(1 + 2 * labelled + bool(calls), width=4.4)
+    drawn, axes = grid(1 + 2 * labelled + bool(calls))
     for queries, marker in zip(QUERIES, "os", strict=True):
         points = medians(rows, queries)
         shares = [share for share, _ in points.values()]
-        axes[0, 0].plot([*points], shares, marker=marker, ms=3, label=f"{queries} rows")
-    axes[0, 0].set(xlabel="layer", ylabel="effective tokens / alive tokens", ylim=(0, 1))
-    for ax, queries in zip(axes[0, 1:3] if labelled else (), QUERIES, strict=False):
+        axes[0].plot([*points], shares, marker=marker, ms=3, label=f"{queries} rows")
+    axes[0].set(xlabel="layer", ylabel="effective tokens / alive tokens", ylim=(0, 1))
+    for ax, queries in zip(axes[1:3] if labelled else (), QUERIES, strict=False):
         for number, region in enumerate(REGIONS):
             layers = where[queries][region]
-            ax.plot([*layers], [*layers.values()], color=f"C{number}", marker="o", ms=3, label=region)
-            ax.axhline(places(rows, "uniform")[region][None], color=f"C{number}", lw=0.8, ls=":")
+            ax.plot([*layers], [*layers.values()], color=colour(number), marker=MARKERS[number], ms=3, label=region)
+            ax.axhline(places(rows, "uniform")[region][None], color=colour(number), lw=0.8, ls=":")
         ax.set(xlabel="layer", ylabel=f"attention of the {queries} rows", ylim=(0, None))
         ax.set_title("dotted: share of the tokens", fontsize=8)
     if calls:
-        _draw_carried(axes[0, -1], calls)
-    for ax in axes[0]:
-        ax.legend(fontsize=8, frameon=False)
+        _draw_carried(axes[-1], calls)
+    for ax in axes[: 1 + 2 * labelled]:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.25 * (high - low))  # room for the names
+        ax.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
     return drawn
 
 
@@ -140,18 +145,18 @@ def beside(policies: Mapping[str, Sequence[Row]]) -> Figure:
       policies: name → rows of `measure` and `regions.masses`. Depth is the layer's place between the first and the
         last, so that policies of unlike depth share an axis.
     """
-    drawn, axes = panels(2, rows=2, width=4.4)
+    drawn, axes = panels(2, rows=2, width=3.7, height=3.1)
     for row, queries in enumerate(QUERIES):
-        for rows in policies.values():
+        for number, (name, rows) in enumerate(policies.items()):
             shares = {layer: share for layer, (share, _) in medians(rows, queries).items()}
             for ax, layers in zip(axes[row], (shares, places(rows, queries).get(REGIONS[0], {})), strict=True):
                 depth = np.linspace(0, 1, len(layers)) if layers else []
-                ax.plot(depth, [*layers.values()], marker="o", ms=3)
+                ax.plot(depth, [*layers.values()], label=name, **look(number))
         axes[row, 0].set(ylabel=f"{queries} rows: effective / alive tokens", ylim=(0, 1))
         axes[row, 1].set(ylabel=f"{queries} rows: share on the target", ylim=(0, None))
     for ax in axes[-1]:
         ax.set_xlabel("depth, first to last layer")
-    axes[0, 0].legend(axes[0, 0].get_lines(), policies, fontsize=8, frameon=False)
+    legend(drawn, [axes[0, 0]])
     return drawn
 
 
@@ -164,6 +169,7 @@ def _draw_carried(ax: Axes, calls: Sequence[Row]) -> None:
                 low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
                 bars = [[middle - low], [high - middle]]
                 shown = label if place == 0 else None
-                ax.errorbar(place + 0.16 * number - 0.08, middle, bars, fmt="o", ms=4, color=f"C{number}", label=shown)
+                at, style = place + 0.16 * number - 0.08, {"fmt": MARKERS[number], "ms": 4, "color": colour(number)}
+                ax.errorbar(at, middle, bars, label=shown, **style)
     ax.set_xticks(range(len(CARRIED)), CARRIED)
     ax.set_ylabel("κ, median and quartiles")

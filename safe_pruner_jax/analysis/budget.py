@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.evaluation.rollout import ARM
-from safe_pruner_jax.figures.theme import Table, markdown, panels
+from safe_pruner_jax.figures.theme import QUIET, Table, colour, legend, markdown, panels
 from safe_pruner_jax.policy.policy import Policy
 
 NEAR = 0.1
@@ -200,9 +200,9 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
     for number, (share, curve) in enumerate(sorted(lines.items())):
         curve.sort(key=lambda p: p[cost])
         x, y = [p[cost] for p in curve], [p["error"] for p in curve]
-        ax.plot(x, y, marker="o", ms=4, lw=1, color=f"C{number}", label=f"γ at {share:.0%} of κ")
+        ax.plot(x, y, marker="o", ms=4, lw=1, color=colour(number), label=f"γ at {share:.0%} of κ")
     best = [points[i] for i in frontier(points, budget.kind)]
-    ax.plot([p[cost] for p in best], [p["error"] for p in best], color="#999999", lw=4, alpha=0.35, label="frontier")
+    ax.plot([p[cost] for p in best], [p["error"] for p in best], color=QUIET, lw=4, alpha=0.35, label="frontier")
     ax.plot(points[chosen][cost], points[chosen]["error"], "*", ms=14, color="#222222", label="chosen")
     own = points[chosen]
     for other in neighbours(points, chosen, budget.kind).values():
@@ -213,5 +213,5 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
     limit = ax.axhline if budget.kind == "error" else ax.axvline
     limit(budget.value, color="#222222", lw=1, ls="--", label=f"budget {budget}")
     ax.set(xlabel=f"cost of a call, {_UNIT[cost]}", ylabel="error of the executed actions, σ", ylim=(0, None))
-    ax.legend(fontsize=8, frameon=False)
+    legend(drawn, [ax], columns=3)
     return drawn

@@ -19,7 +19,7 @@ from safe_pruner_jax.analysis import forecast
 from safe_pruner_jax.analysis.measures import separation
 from safe_pruner_jax.analysis.recall import QUERIES, label, mean_loss
 from safe_pruner_jax.analysis.rows import Row
-from safe_pruner_jax.figures.theme import Table, form, markdown, panels
+from safe_pruner_jax.figures.theme import Table, colour, form, grid, legend, markdown
 
 
 def gammas(rows: Sequence[Row], share: float = 0.1) -> dict[str, dict[str, float | None]]:
@@ -124,19 +124,19 @@ def table(proposal: dict[str, Any]) -> str:
 
 def figure(forecasts: Sequence[Row], proposal: dict[str, Any]) -> Figure:
     """Distributions of κ within a subtask and across a boundary, and each γ; one panel per query rows."""
-    drawn, axes = panels(len(QUERIES), height=3.2)
     kappa = {r["queries"]: r for r in proposal["candidates"]}
-    for ax, queries in zip(axes[0], QUERIES, strict=True):
+    asked = [queries for queries in QUERIES if queries in kappa]
+    drawn, axes = grid(len(asked), height=2.6)
+    for ax, queries in zip(axes, asked, strict=True):
         sides = [forecast.values(forecasts, f"shallow {queries}", "cosine", within=side) for side in (True, False)]
         bins = np.linspace(min((v.min() for v in sides if len(v)), default=0), 1, 40)
-        for side, name, color in zip(
-            sides, ("within a subtask", "across a boundary"), ("#1f5fa8", "#b36b00"), strict=True
-        ):
+        for number, (side, name) in enumerate(zip(sides, ("within a subtask", "across a boundary"), strict=True)):
             if len(side):
-                ax.hist(side, bins, density=True, alpha=0.55, color=color, label=name)
-        if queries in kappa and kappa[queries]["gamma"] is not None:
+                ax.hist(side, bins, density=True, histtype="stepfilled", alpha=0.25, color=colour(number))
+                ax.hist(side, bins, density=True, histtype="step", lw=1.4, color=colour(number), label=name)
+        if kappa[queries]["gamma"] is not None:
             ax.axvline(kappa[queries]["gamma"], color="#222222", lw=1.2, ls="--", label="γ")
         chosen = ", proposed" if queries == proposal["choices"]["queries"] else ""
         ax.set(title=f"queries: {queries}{chosen}", xlabel="κ", yticks=[])
-        ax.legend(fontsize=7, frameon=False)
+    legend(drawn, axes)
     return drawn

@@ -29,7 +29,7 @@ from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.evaluation.rollout import ARM
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import MARKERS, colour, form, legend, markdown, panels
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import Capture, make
 from safe_pruner_jax.pruners.forecast import fuse as fused
@@ -262,7 +262,7 @@ def sentence(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row]) -> Figure:
     """Cosine, core tokens lost and error of every control: a column per cut, a line per normalisation and target."""
     titles = {
-        "cosine": "cosine to the true late saliency",
+        "cosine": "cosine to the true one",
         "loss": "core tokens lost",
         "errors": "error of the actions",
     }
@@ -273,10 +273,11 @@ def figure(rows: Sequence[Row]) -> Figure:
         line[0].set_ylabel(title)
         for ax, cut in zip(line, cuts, strict=True):
             for number, (cell, controls) in enumerate((c, o) for c, o in by_cell.items() if c.cut == cut):
-                look = {"color": f"C{number % 3}", "ls": "-" if cell.over == "visual" else "--", "marker": "o", "ms": 3}
+                look = {"color": colour(number % 3), "marker": MARKERS[number % 3], "ms": 3}
+                look |= {"ls": "-" if cell.over == "visual" else "--"}
                 means = [np.nanmean(controls[name]) for name in CONTROLS]
                 ax.plot(CONTROLS, means, label=f"{cell.over}, {cell.target}", **look)
             ax.tick_params(axis="x", labelrotation=30, labelsize=7)
             ax.set_title(f"cut before layer {cut}" if line is axes[0] else "", fontsize=9)
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    legend(drawn, axes.flat, columns=3, title="saliency over, late saliency of", title_fontsize=9)
     return drawn

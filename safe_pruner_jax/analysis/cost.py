@@ -18,7 +18,7 @@ from safe_pruner_jax.analysis.rows import Row
 from safe_pruner_jax.engine.engine import Engine
 from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
 from safe_pruner_jax.engine.state import Inputs
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import band, colour, form, grid, legend, look, markdown
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy.policy import layout_of, pack
@@ -126,16 +126,16 @@ def figure(rows: Sequence[Row]) -> Figure:
         ("speedup", 1, "speed-up, measured"),
     ]
     quantities = [item for item in quantities if any(item[0] in row for row in rows)]
-    drawn, axes = panels(len(quantities), width=3.6)
-    for ax, (key, unit, title) in zip(axes[0], quantities, strict=True):
+    drawn, axes = grid(len(quantities))
+    for ax, (key, unit, title) in zip(axes, quantities, strict=True):
         for place, cut in enumerate(sorted({row["cut"] for row in rows})):
             line = sorted((r for r in rows if r["cut"] == cut and key in r), key=lambda r: r["keep"])
             if line:
                 x, y = [100 * (1 - r["keep"]) for r in line], [unit * r[key] for r in line]
-                ax.plot(x, y, marker="o", ms=3.5, lw=1.3, color=f"C{place}", label=f"ℓs = {cut}")
+                ax.plot(x, y, **look(place), label=f"ℓs = {cut}")
                 if key == "speedup":
                     low, high = ([r[end] for r in line] for end in ("low", "high"))
-                    ax.fill_between(x, low, high, color=f"C{place}", alpha=0.15)
+                    band(ax, x, low, high, colour(place))
         ax.set(xlabel="visual tokens dropped ρ, %", title=title)
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    legend(drawn, axes)
     return drawn

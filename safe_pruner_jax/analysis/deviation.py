@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.evaluation.rollout import ARM
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import form, grid, legend, look, markdown
 from safe_pruner_jax.policy.policy import Policy
 
 
@@ -116,18 +116,17 @@ def table(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row]) -> Figure:
     """Error over all calls against the tokens that all calls keep on average, one line per method; and the error of
     pruned calls along the episode, at the smallest share kept."""
-    drawn, axes = panels(2, width=5.6, height=4.2)
-    kept, along = axes[0]
+    drawn, (kept, along) = grid(2, height=4.0)
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (method, _), s in summary(rows).items():
         lines[method].append((s["kept"], s["rms"]))
     least, calls = min(row["keep"] for row in rows), by_call(rows)
     for number, (method, points) in enumerate(lines.items()):
-        style = {"marker": "osD^vP*X<>"[number % 10], "ms": 4, "lw": 1.2, "color": f"C{number % 10}"}
+        style = look(number)
         kept.plot(*zip(*sorted(points), strict=True), label=method, **style)
         if pruned := calls.get((method, least)):
             along.plot(list(pruned), list(pruned.values()), **style)
     kept.set(xlabel="visual tokens kept, mean over all calls", ylabel="error of the actions, σ", ylim=(0, None))
-    kept.legend(fontsize=8, frameon=False)
-    along.set(xlabel="call of the episode", ylabel=f"error of pruned calls, σ, at {least:.0%} kept", ylim=(0, None))
+    legend(drawn, [kept], columns=2)
+    along.set(xlabel="call of the episode", ylabel=f"the same, pruned calls at {least:.0%} kept", ylim=(0, None))
     return drawn

@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 
 from safe_pruner_jax.engine.attention import layers_of
 from safe_pruner_jax.figures.kept import heat
-from safe_pruner_jax.figures.theme import markdown, panels
+from safe_pruner_jax.figures.theme import COLOURS, legend, markdown, panels
 from safe_pruner_jax.policy.policy import Policy, layout_of, pack
 
 REGIONS = ("upper left", "upper", "upper right", "left", "middle", "right", "lower left", "lower", "lower right")
 """Ninths of a picture, row by row."""
-COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df")
 LAYERS = (0, -2, -1)
 """The late layers of SAFE-Pruner's Eq. 3, which also this analysis takes unless told otherwise."""
 
@@ -127,11 +126,11 @@ def figure(rows: Sequence[Row]) -> Figure:
     calls = [row["call"] for row in rows]
     over_time, regions = axes[0][:2]
     shares = [[row["cameras"][camera] for row in rows] for camera in cameras]
-    over_time.stackplot(calls, shares, labels=cameras, colors=COLORS, alpha=0.8)
+    over_time.stackplot(calls, shares, labels=cameras, colors=COLOURS, alpha=0.8)
     over_time.set(title="share of attention over the episode", xlabel="call", ylim=(0, 1))
     over_time.xaxis.get_major_locator().set_params(integer=True)
-    over_time.legend(loc="upper right", fontsize=8)
-    for camera, color in zip(cameras, COLORS, strict=False):
+    legend(drawing, [over_time])
+    for camera, color in zip(cameras, COLOURS, strict=False):
         mean = np.mean([row["regions"][camera] for row in rows], axis=0)
         offset = (cameras.index(camera) - (len(cameras) - 1) / 2) * 0.8 / len(cameras)
         regions.barh(np.arange(9) + offset, mean, 0.8 / len(cameras), color=color, label=camera)

@@ -20,7 +20,7 @@ from safe_pruner_jax.analysis.recall import QUERIES
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import MARKERS, colour, form, grid, legend, markdown
 from safe_pruner_jax.pruners import Capture
 
 LATE = "late (mean of L_d)"
@@ -104,16 +104,16 @@ def table(rows: Sequence[Row]) -> str:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Cosine and KL against the age of the keyframe: solid within a subtask, dashed across a boundary."""
-    drawn, axes = panels(2, width=5)
-    for ax, key, title in zip(axes[0], ("cosine", "kl"), ("cosine similarity", "KL divergence, nats"), strict=True):
+    drawn, axes = grid(2)
+    for ax, key, title in zip(axes, ("cosine", "kl"), ("cosine similarity", "KL divergence, nats"), strict=True):
         for place, name in enumerate(quantities(rows)):
             for within, line in ((True, "-"), (False, "--")):
                 by_age = {r["age"]: values(rows, name, key, within=within, age=r["age"]) for r in rows}
                 points = [(age, v.mean()) for age, v in sorted(by_age.items()) if len(v)]
                 if points:
                     label = {"label": name} if within else {}
-                    ax.plot(*zip(*points, strict=True), line, color=f"C{place}", lw=1.3, ms=3, marker="o", **label)
+                    look = {"color": colour(place), "lw": 1.3, "ms": 3, "marker": MARKERS[place]}
+                    ax.plot(*zip(*points, strict=True), line, **look | label)
         ax.set(xlabel="calls since the keyframe", title=title)
-    legend = {"title": "solid: within a subtask\ndashed: across a boundary", "title_fontsize": 8, "fontsize": 8}
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, **legend)
+    legend(drawn, axes, title="solid: within a subtask · dashed: across a boundary", title_fontsize=9)
     return drawn

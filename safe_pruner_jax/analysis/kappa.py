@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.recall import QUERIES
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace, replay
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import colour, form, markdown, panels
 from safe_pruner_jax.pruners import PRUNERS
 
 DRAWN = 4
@@ -90,13 +90,13 @@ def figure(rows: Sequence[Row], threshold: float) -> Figure:
         for ax, part in zip(line, parts, strict=True):
             group = [row for row in rows if (row["queries"], row["part"]) == (q, part)]
             defined = [row for row in group if row["kappa"] is not None]
-            ax.plot([r["call"] for r in defined], [r["kappa"] for r in defined], color="#1f5fa8", lw=1.2)
+            ax.plot([r["call"] for r in defined], [r["kappa"] for r in defined], color=colour(0), lw=1.2)
             keyframes = [row for row in defined if row["keyframe"]]
-            ax.scatter([r["call"] for r in keyframes], [r["kappa"] for r in keyframes], color="#b36b00", s=22, zorder=3)
-            ax.axhline(threshold, color="#b36b00", lw=1, ls="--")
+            ax.scatter([r["call"] for r in keyframes], [r["kappa"] for r in keyframes], color=colour(3), s=22, zorder=3)
+            ax.axhline(threshold, color=colour(3), lw=1, ls="--")
             for row in group:
                 if row["boundary"]:
-                    ax.axvline(row["call"], color="#1a7f37", lw=1.2)
+                    ax.axvline(row["call"], color=colour(2), lw=1.2)
             ax.set_xlabel("call", fontsize=8)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_title(part if q == queries[0] else "", fontsize=8)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.analysis.measures import top
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
-from safe_pruner_jax.figures.theme import markdown, panels
+from safe_pruner_jax.figures.theme import legend, markdown, panels
 from safe_pruner_jax.pruners import Capture
 
 KEEPS = (0.5, 0.25, 0.2, 0.125, 0.1)
@@ -76,5 +76,5 @@ def figure(rows: Sequence[Row]) -> Figure:
         at = [[r[i] for r in shares if i < len(r)] for i in range(max(map(len, shares)))]
         axes[0, 0].plot([np.mean(values) for values in at], marker="o", ms=3, lw=1.2, label=f"{keep:.1%} kept")
     axes[0, 0].set(xlabel="call after the window is filled", ylabel="size of the union / K", ylim=(1, 2))
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    legend(drawn, axes.flat)
     return drawn

@@ -19,7 +19,7 @@ from safe_pruner_jax.analysis.measures import Matches, loss_rate, references, to
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.analysis.trace import Trace
 from safe_pruner_jax.arrays import Layers
-from safe_pruner_jax.figures.theme import form, markdown, panels
+from safe_pruner_jax.figures.theme import MARKERS, QUIET, colour, form, grid, legend, markdown
 from safe_pruner_jax.pruners import Capture, forecast
 from safe_pruner_jax.tokens import budget
 
@@ -127,21 +127,23 @@ def table(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row]) -> Figure:
     """Loss rate against the pruning rate 1 - keep; one panel per query rows, the scores without queries in each."""
     losses = mean_loss(rows)
-    drawn, axes = panels(len(QUERIES), sharey=True)
+    asked = [queries for queries in QUERIES if any(row.get("queries") == queries for row in rows)]
+    drawn, axes = grid(len(asked), sharey=True)
     fuses = sorted({row["fuse"] for row in rows if row["score"] == "fused" and 0 < row["fuse"] < 1})
-    for ax, queries in zip(axes[0], QUERIES, strict=True):
+    for ax, queries in zip(axes, asked, strict=True):
         shown = [{"score": "fused", "queries": queries, "fuse": 0}]
         shown += [{"score": "fused", "queries": queries, "fuse": fuse} for fuse in fuses]
         shown += [{"score": "fused", "queries": queries, "fuse": 1}]
-        looks = [("-", "o", f"C{i}") for i in range(len(shown))]
+        looks = [("-", MARKERS[i], colour(i)) for i in range(len(shown))]
         shown += [{"score": name} for name in ("same slot", "fastv", "random", "truth")]
-        looks += [("--", "", "#b36b00"), ("--", "", "#8c564b"), (":", "", "#888888"), ("-.", "", "#222222")]
+        looks += [("--", "", colour(5)), ("--", "", colour(6)), (":", "", QUIET), ("-.", "", colour(6))]
         for row, (line, marker, color) in zip(shown, looks, strict=True):
             curve = {keep: loss for (name, keep), loss in losses.items() if name == label(row)}
             points = sorted((100 * (1 - keep), 100 * loss) for keep, loss in curve.items())
             if points:
-                ax.plot(*zip(*points, strict=True), line, marker=marker, ms=3.5, color=color, lw=1.2, label=label(row))
+                name = label(row).removesuffix(f", {queries}")
+                ax.plot(*zip(*points, strict=True), line, marker=marker, ms=3.5, color=color, lw=1.2, label=name)
         ax.set(title=f"queries: {queries}", xlabel="visual tokens dropped, %")
-        ax.legend(fontsize=7, frameon=False)
-    axes[0, 0].set_ylabel("core tokens lost, %")
+        ax.set_ylabel("core tokens lost, %")
+    legend(drawn, axes, columns=3)
     return drawn

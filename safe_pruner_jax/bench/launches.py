@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 STEPS = {"full": ("decision", "full"), "pruned": ("decision", "pruned")}
 """Programs that a control step runs, one after the other."""
 
-COLOURS = {"launch": "#4269d0", "memory": "#efb118", "products": "#ff725c"}
+COLOURS = {"launch": "#0072b2", "memory": "#e69f00", "products": "#d55e00"}
 
 OPENPI = "openpi"
 

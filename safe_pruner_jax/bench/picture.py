@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from safe_pruner_jax.bench.modes import PHASES
 from safe_pruner_jax.figures.theme import form, markdown, panels
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9498a0", "#c9cdd2")
+COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#767d85", "#c9cdd2")
 
 
 def table(report: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.figures.theme import panels
+from safe_pruner_jax.figures.theme import colour, grid
 from safe_pruner_jax.model.params import Params
 from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import PolicyConfig
@@ -82,23 +82,23 @@ def run_stages(
 
 def curves(out: Path) -> Figure:
     """Held-out measures of all stages that have run, one after the other along the steps."""
-    drawn, axes = panels(len(CURVES))
+    drawn, axes = grid(len(CURVES))
     start = 0
     for stage in STAGES:
         path = out / stage / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         rows = [row for row in rows if "validation" in row]
-        for ax, (label, names) in zip(axes[0], CURVES.items(), strict=True):
+        for ax, (label, names) in zip(axes, CURVES.items(), strict=True):
             ax.set(xlabel="step, all stages", ylabel=label)
             for number, name in enumerate(names):
                 points = [(start + row["step"], row["validation"][name]) for row in rows if name in row["validation"]]
                 if points:
-                    ax.plot(*zip(*points, strict=True), marker=".", color=f"C{number}", label=name)
+                    ax.plot(*zip(*points, strict=True), marker=".", color=colour(number), label=name)
             if rows:
                 ax.axvline(start, color="#9aa3ab", lw=0.8)
                 ax.text(start, 1.0, f" {stage}", transform=ax.get_xaxis_transform(), fontsize=8, va="bottom")
         start += max((row["step"] for row in rows), default=0)
-    for ax in axes[0]:
+    for ax in axes:
         handles = {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
         ax.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
     return drawn

@@ -2,26 +2,25 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from safe_pruner_jax.evaluation.report import Estimate, Row
+from safe_pruner_jax.evaluation.report import Row
+from safe_pruner_jax.figures.theme import QUIET, band, colour, grid, legend, look
 
-COLOURS = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["tab20"].colors[1::2]]
-"""Of methods: the usual ten, then the lighter ones."""
+TOGETHER = 4
+"""Methods that share a panel; more of them get one each, with the others in grey behind."""
 
 
 def success_by_keep(rows: Sequence[Row]) -> Figure:
-    """Success rates with their 95 % intervals against the share of visual tokens kept; one panel per suite."""
+    """Success rates with their 95 % intervals against the share of visual tokens kept."""
     return _panels(rows, lambda row: None if row.keep is None else 100 * row.keep, "visual tokens kept, %", shares=True)
 
 
 def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
-    """Success rates with their 95 % intervals against multiply-adds per policy call; one panel per suite.
+    """Success rates with their 95 % intervals against multiply-adds per policy call.
 
     Args:
       rows: from `summarise`, of equal conditions.
@@ -33,7 +32,7 @@ def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
 
 
 def success_by_speed(rows: Sequence[Row]) -> Figure:
-    """Success rates with their 95 % intervals against the measured speed-up of a typical call; one panel per suite.
+    """Success rates with their 95 % intervals against the measured speed-up of a typical call.
 
     Rows that did not run on the baseline's device have no speed-up and are left out.
     """
@@ -47,48 +46,63 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
         raise ValueError("rows: expected equal conditions (policy, checkpoint, …); draw one figure for each")
     suites, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("suite", "method"))
     names = short_names(methods)
-    legend = 0.5 + 0.075 * max(map(len, names.values()))  # inches beside the panels: methods may be many, hide points
-    figure = Figure((5 * len(suites) + 0.6 + legend, 4), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(suites), sharey=True, squeeze=False)[0]
-    for ax, suite in zip(axes, suites, strict=True):
-        for place, method in enumerate(methods):
-            points = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
-            # shares kept are the same for many methods: side by side, so that every interval is seen
-            aside = 0.988 ** (place - (len(methods) - 1) / 2) if shares else 1.0
-            _draw(ax, points, aside, label=names[method], **_look(place))
-        ax.set_title(suite, fontsize=11)
-        ax.set_xlabel(label)
+    at = {(s, m): _points(rows, s, m, x) for s in suites for m in methods}
+    if len(methods) <= TOGETHER:
+        figure, axes = grid(len(suites))
+        for ax, suite in zip(axes, suites, strict=True):
+            ax.set_title(suite, fontsize=11)
+            _lines(ax, {names[method]: at[suite, method] for method in methods})
+    else:
+        figure, axes = grid(len(methods), columns=3, width=2.8, height=2.4, sharex=True, sharey=True)
+        for ax, method in zip(axes, methods, strict=True):
+            ax.set_title(names[method], fontsize=9)
+            for other in (at[suite, m] for suite in suites for m in methods if m != method):
+                ax.plot([p.x for p in other], [p.middle for p in other], color=QUIET, alpha=0.35, linewidth=1)
+            _lines(ax, {suite: at[suite, method] for suite in suites})
+    for ax in axes:
         ax.set_ylim(-3, 103)
-        ax.grid(color="#e4e7ea", linewidth=0.8)
-        ax.set_axisbelow(True)
         if shares:
-            ax.set_xscale("log")
-            ticks = sorted({x(row) for row in rows} - {None})
-            ax.set_xticks(ticks, [f"{share:g}" for share in ticks])
-            ax.minorticks_off()
-            ax.invert_xaxis()
-    axes[0].set_ylabel("success, %")
-    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if lines:
-        axes[-1].legend(lines.values(), lines, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
+            _share_axis(ax, sorted({share for row in rows if (share := x(row)) is not None}))
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("success, %")
+    for ax in axes[-min(3, len(axes)) :]:
+        ax.set_xlabel(label, fontsize=9)
+        ax.tick_params(labelbottom=True)
+    if len(methods) <= TOGETHER or len(suites) > 1:
+        legend(figure, axes)
     return figure
 
 
-def _look(place: int) -> dict[str, Any]:
-    """Colour and marker of the method at a place of the legend."""
-    return {"color": COLOURS[place % len(COLOURS)], "marker": "osD^vPX*"[place % 8], "markersize": 5, "capsize": 3}
+class _Point(NamedTuple):
+    """Success in per cent with its 95 % interval."""
+
+    x: float
+    middle: float
+    low: float
+    high: float
 
 
-def _draw(ax: Axes, points: Sequence[tuple[float | None, Estimate | None]], aside: float, **look: Any) -> None:
-    """One method's line with its intervals; points without one of the two are left out."""
-    points = sorted(((at, e) for at, e in points if at is not None and e is not None), key=lambda point: point[0])
-    if not points:
-        return
-    values = [100 * e.value for _, e in points]
-    spans = [[100 * (e.value - e.low) for _, e in points], [100 * (e.high - e.value) for _, e in points]]
-    ax.errorbar([at * aside for at, _ in points], values, spans, linewidth=1.3, **look)
+def _points(rows: Sequence[Row], suite: str, method: str, x: Callable[[Row], float | None]) -> list[_Point]:
+    told = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
+    return sorted(_Point(at, 100 * e.value, 100 * e.low, 100 * e.high) for at, e in told if None not in (at, e))
+
+
+def _lines(ax: Axes, lines: dict[str, list[_Point]]) -> None:
+    """Each with its interval as a band; one that has no point has no name either."""
+    for number, (name, points) in enumerate(lines.items()):
+        if points:
+            at = [p.x for p in points]
+            ax.plot(at, [p.middle for p in points], label=name, **look(number))
+            band(ax, at, [p.low for p in points], [p.high for p in points], colour(number))
+
+
+def _share_axis(ax: Axes, ticks: Sequence[float]) -> None:
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{share:g}" for share in ticks])
+    ax.minorticks_off()
+    if not ax.xaxis_inverted():  # panels may share it
+        ax.invert_xaxis()
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -116,5 +130,5 @@ def report_figures(rows: Sequence[Row]) -> dict[str, Figure]:
             "success_by_paper_flops": success_by_flops(chosen, exact=False),
         }
         # nothing to draw where a server did not tell what its calls cost
-        figures |= {f"{name}{end}": f for name, f in drawn.items() if any(ax.containers for ax in f.axes)}
+        figures |= {f"{name}{end}": f for name, f in drawn.items() if any(ax.lines for ax in f.axes)}
     return figures
