@@ -7,7 +7,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test tests test-pinned test-cluster test-aot lint format libero setup setup-pinned clean
+.PHONY: help demo test tests test-pinned test-cluster test-aot docs docs-serve wheel lint format libero setup setup-pinned clean
 
 help:
 	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-pinned  tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
 	@echo "make test-cluster evaluation and serving on a Ray cluster of three nodes on this machine"
 	@echo "make test-aot     launches of a control step, compiled for a GPU that need not be there"
+	@echo "make docs         the site, in out/site; make docs-serve shows it while you write"
+	@echo "make wheel        the wheel, in out/dist"
 	@echo "make lint format clean"
 
 demo: libero
@@ -38,6 +40,16 @@ test-cluster: $(VENV)/.ready
 test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/test_aot.py $(ARGS)
 
+# nothing is fetched while the site is built or read
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve $(ARGS)
+
+wheel: $(VENV)/.ready
+	$(VENV)/bin/python -m build --wheel --no-isolation --outdir out/dist
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -59,7 +71,7 @@ setup-pinned: $(PINNED)/.ready
 # openpi-client comes without its dependencies: its numpy<2 pin is metadata only
 $(VENV)/.ready: pyproject.toml requirements/openpi-client.txt
 	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev,rerun,vla-eval]"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev,docs,rerun,vla-eval]"
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/openpi-client.txt
 	@touch $@
 

@@ -5,8 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from safe_pruner_jax.figures import kept
+from safe_pruner_jax.figures import kept, theme
+from safe_pruner_jax.figures.film import Shot, film, save
 from safe_pruner_jax.figures.kept import (
     OUTLINE,
     Shown,
@@ -185,3 +187,40 @@ def test_saliency_rows_share_one_scale_over_cameras():
         saliency_figure(images, {"layer 0": s[:-1]}, 16)
     with pytest.raises(ValueError, match="got none"):
         saliency_figure(images, {}, 16)
+
+
+# -------------------------------------------------------------------------------------------------------- film
+
+
+def test_a_film_has_a_frame_per_call_and_moves(tmp_path):
+    images = {"base": np.full((32, 32, 3), 120, np.uint8), "wrist": np.full((32, 32, 3), 60, np.uint8)}
+    shots = [Shot(images, np.arange(32), 32, None, 61.0, True)]
+    shots += [Shot(images, np.arange(n), 32, 0.95 - 0.01 * n, 51.0, False) for n in (6, 9)]
+    frames = film(shots, 16, threshold=0.81, side=160)
+    assert len(frames) == 3 and {frame.size for frame in frames} == {(336, 272)}
+    lit = [np.asarray(frame)[:160].mean() for frame in frames]
+    assert lit[0] > lit[2] > lit[1]  # as many patches as are kept
+    path = tmp_path / "film.webp"
+    save(frames, path)
+    with Image.open(path) as read:
+        assert read.n_frames == 3 and read.info["loop"] == 0
+    with pytest.raises(ValueError, match="at least one call"):
+        film([], 16, 0.8)
+
+
+# ------------------------------------------------------------------------------------------------------- theme
+
+
+def test_looks_of_a_figure_differ_and_a_legend_names_each_line_once():
+    looks = [tuple(theme.look(number).items()) for number in range(14)]
+    assert len(set(looks)) == 14
+    figure, axes = theme.grid(3)
+    for ax in axes:
+        ax.plot([0, 1], [0, 1], **theme.look(0), label="one")
+        ax.plot([0, 1], [1, 0], **theme.look(1), label="two")
+    theme.legend(figure, axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    figure.canvas.draw()
+    below = figure.legends[0].get_window_extent().y1
+    assert all(below <= ax.get_tightbbox().y0 for ax in axes)  # it hides nothing
+    assert not figure.axes[3].axison

@@ -3,6 +3,7 @@
     for recording in episodes("demos/butter_demo.hdf5"):            LIBERO's files, human or scripted
     for recording in episodes("suite.zip"):                       packed archives
     for recording in episodes("my_dataset", robot="DROID"):       folders of LeRobot datasets
+    for recording in episodes("policy_records"):                  what `openpi serve --record` wrote; or one .episode
     for recording in episodes("scenes/milk_demo_7.npz"):          labelled episodes of scripts/collect_scenes.py
     for recording in episodes("libero:libero_object/0/3"):        suite/task/trial, played live by the scripted expert
     for recording in episodes("example"):                         the recording inside this package
@@ -25,6 +26,7 @@ from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.placements import RECEPTACLE
 from safe_pruner_jax.libero.scenes import read
 from safe_pruner_jax.robots.robots import LIBERO
+from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
 from safe_pruner_jax.training.scenes import prompt
 
 EXAMPLE = "example"
@@ -103,6 +105,10 @@ def episodes(
             yield Recording(f"{path.name}#{entry.index}", lambda entry=entry: _repacked(entry, named, replan, robot))
         return
     require_local(path)
+    if records := _records(path):
+        for file in records:
+            yield Recording(file.stem, lambda file=file: _served(file))
+        return
     if not path.is_file():
         what = "a folder without meta/info.json" if path.is_dir() else "nothing there"
         forms = "a file of demonstrations, a LeRobot dataset, libero:SUITE/TASK/TRIAL or example"
@@ -131,6 +137,19 @@ def _recorded(demo: Demo, replan: int) -> Iterator[Call]:
         request = {key: images[frame] for key, images in demo.images.items()}
         request |= {"observation/state": demo.state[step], "prompt": demo.prompt}
         yield Call(request, float(demo.actions[step, 6]))
+
+
+def _records(path: Path) -> list[Path]:
+    """Recorded episodes: the file, those of a folder in the order in which they were begun, or none."""
+    if path.is_dir():
+        return sorted(path.glob(f"*{SUFFIX}"))
+    return [path] if path.suffix == SUFFIX else []
+
+
+def _served(path: Path) -> Iterator[Call]:
+    """Every request of a recorded episode is a call; the gripper is the last number of the reply's first action."""
+    for step in read_episode(path).steps:
+        yield Call(step["request"], float(np.asarray(step["reply"]["actions"])[0, -1]))
 
 
 def _labelled(path: Path) -> Iterator[Call]:

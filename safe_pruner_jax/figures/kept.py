@@ -115,6 +115,11 @@ def _enlarged(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
 
 
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Bold letters, Greek ones among them, that come with Matplotlib."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), size)
+
+
 def video_frame(
     images: Mapping[str, np.ndarray],
     index: np.ndarray,
@@ -147,13 +152,13 @@ def video_frame(
     top = np.concatenate(panels[:-1], axis=1)
     strip = Image.new("RGB", (top.shape[1], 48), STRIP)
     draw, left = ImageDraw.Draw(strip), 16
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), 17)
+    bold = font(17)
     if badge:
-        width = draw.textlength(badge, font)
+        width = draw.textlength(badge, bold)
         draw.rounded_rectangle((left, 9, left + width + 20, 39), 6, fill=OUTLINE)
-        draw.text((left + 10, 24), badge, STRIP, font, anchor="lm")
+        draw.text((left + 10, 24), badge, STRIP, bold, anchor="lm")
         left += int(width) + 36
-    draw.text((left, 24), caption, INK, font, anchor="lm")
+    draw.text((left, 24), caption, INK, bold, anchor="lm")
     return np.concatenate([top, np.asarray(strip)], axis=0)
 
 
