@@ -119,7 +119,7 @@ def _check_alone(host: str, port: int) -> None:
         controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:  # none is there
         return
-    there = ray.get(controller.get_serve_instance_details.remote())
+    there: Any = ray.get(controller.get_serve_instance_details.remote())
     end = "end it with `serve shutdown --yes`"
     if there["applications"]:
         raise ServerError(f"expected no service on this cluster, got one: {', '.join(there['applications'])}; {end}")
