@@ -34,7 +34,7 @@ def scaled(w: Array | Upright, to: EightBit) -> Scaled:
     w = w.astype(jnp.float32)
     top = jnp.abs(w).max(axis=0)
     scale = jnp.where(top > 0, top / largest, 1.0)
-    values = w / scale
+    values = w / scale[None]
     return Scaled((jnp.round(values) if to == "int8" else values).astype(dtype), scale)
 
 

@@ -164,7 +164,7 @@ def _prefix_quantities(
     out = {f"image_tokens/{c}": rows.x[:, i * size : (i + 1) * size] for i, c in enumerate(config.cameras)}
     out |= {"prefix_tokens": rows.x, "prefix_pos": rows.positions, "prefix_mask": rows.mask}
     out["prefix_ar_mask"] = jnp.zeros(rows.mask.shape[1], bool)  # one bidirectional block
-    out["suffix_pos"] = rows.count[:, None] + jnp.arange(count)
+    out["suffix_pos"] = rows.count[:, None] + jnp.arange(count)[None]
     out["kv_k"] = jnp.stack([s.k for s in segments])
     out["kv_v"] = jnp.stack([s.v for s in segments])
     # inference never needs the last layer's output; the reference stores one row of it
