@@ -56,7 +56,7 @@ def sticky(*, keep: float = 0.25, cut: int = 2, bonus: float = 0.5) -> Pruner:
     def step(kept: jax.Array, e: Evidence) -> tuple[jax.Array, Selection]:
         (attention,) = e.saliency  # one array per Capture of the plan, [n] float32, 0 for dead tokens
         first = e.since_full == NO_HISTORY  # also after a reset: nothing earlier may be used
-        score = attention * (1 + bonus * (kept & ~first))
+        score = attention * jnp.where(kept & ~first, 1 + bonus, 1.0)
         index, alive = top_k(score, e.alive, keep)
         keyframe = first | ~finite(score, e.visual)  # a keyframe runs everything
         now = jnp.zeros_like(kept).at[index].max(alive)

@@ -58,7 +58,7 @@ def test_the_table_has_shares_with_intervals(sight):
 def test_a_finished_run_plays_nothing_and_one_trial_is_refused(sight, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(sight, "load_policy", lambda *_: None)
-    monkeypatch.setattr(sight, "checkpoint_fingerprint", lambda _: "abc")
+    monkeypatch.setattr(sight, "checkpoint_fingerprint", lambda folder, note: "abc")
     monkeypatch.setattr(sight, "load_task", lambda *place: place)
 
     class Env(SimpleNamespace):
