@@ -27,9 +27,9 @@ test: lint tests
 tests: libero
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray and not aot") $(ARGS)
 
-# the model, the pruners and serving run on openpi's pins; what does not is marked `newest`
+# the model, the pruners and serving run on openpi's pins; what does not is marked `newest`, and what those warn of is theirs
 test-pinned: $(PINNED)/.ready
-	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -m "not libero and not newest and not ray and not aot" $(ARGS)
+	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) -W default -m "not libero and not newest and not ray and not aot" $(ARGS)
 
 # three Ray nodes on loopback; nightly, since Ray alone takes 340 MB; Ray's own warnings are no errors of ours
 test-cluster: $(VENV)/.ready

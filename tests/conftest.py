@@ -17,9 +17,11 @@ pytest.register_assert_rewrite(
     "fake_libero", "fake_server", "laws", "live_server", "oracles", "synthetic", "tiny_checkpoint", "tiny_engine"
 )
 
-# an array of fewer axes is never stretched unasked: a missing axis is a mistake, and not a broadcast
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # of children
-jax.config.update("jax_numpy_rank_promotion", "raise")
+# an array of fewer axes is never stretched unasked: a missing axis is a mistake, and not a broadcast; jax of openpi's
+# pins is not held to it
+if jax.__version_info__ >= (0, 6):
+    os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # of children
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # the models are tiny, so compiling is most of the time: code that is not optimised, by the simpler of two emitters
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
