@@ -10,29 +10,31 @@ class DatasetError(ValueError):
 def parquet() -> ModuleType:
     """`pyarrow.parquet`."""
     try:
-        import pyarrow.parquet as found
+        import pyarrow.parquet as library
     except ImportError as error:
-        raise _absent("pyarrow") from error
-    return found
+        raise _absent("pyarrow", error) from error
+    return library
 
 
 def arrow() -> ModuleType:
     """`pyarrow`."""
     try:
-        import pyarrow as found
+        import pyarrow as library
     except ImportError as error:
-        raise _absent("pyarrow") from error
-    return found
+        raise _absent("pyarrow", error) from error
+    return library
 
 
 def av() -> ModuleType:
     """PyAV."""
     try:
-        import av as found
+        import av as library
     except ImportError as error:
-        raise _absent("av") from error
-    return found
+        raise _absent("av", error) from error
+    return library
 
 
-def _absent(name: str) -> DatasetError:
-    return DatasetError(f'a LeRobot dataset needs {name}: pip install "safe-pruner-jax[lerobot]"')
+def _absent(name: str, error: ImportError) -> DatasetError:
+    """What to install; why the library does not load where it is installed, such as one built for another numpy."""
+    why = "" if isinstance(error, ModuleNotFoundError) else f" (it is installed but does not load: {error})"
+    return DatasetError(f'a LeRobot dataset needs {name}: pip install "safe-pruner-jax[lerobot]"{why}')
