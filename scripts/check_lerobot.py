@@ -41,13 +41,13 @@ def main(folder: str) -> int:
     rows, frames, worst, columns = 0, 0, 0.0, set()
     for episode in ours.episodes():
         films = {camera: episode.frames(camera) for camera in ours.cameras}
-        known = {key: episode.column(key) for key in ours.info["features"] if key not in ours.cameras}
+        features = {key: episode.column(key) for key in ours.info["features"] if key not in ours.cameras}
         for t in range(len(episode)):
             row = theirs[rows]
             if row["task"] != episode.task:
                 print(f"row {rows}: expected the task {episode.task!r}, got {row['task']!r}", file=sys.stderr)
                 return 1
-            for key, values in known.items():
+            for key, values in features.items():
                 got = row[key].numpy().reshape(np.shape(values[t]))
                 if not np.array_equal(got, values[t].astype(got.dtype), equal_nan=got.dtype.kind == "f"):
                     print(f"row {rows}, {key}: expected {values[t]}, got {got}", file=sys.stderr)
@@ -55,7 +55,7 @@ def main(folder: str) -> int:
             for camera, film in films.items():
                 got = np.moveaxis(255 * row[camera].numpy(), 0, -1)
                 worst, frames = max(worst, float(np.abs(got - next(film)).mean())), frames + 1
-            columns, rows = {*columns, *known}, rows + 1
+            columns, rows = {*columns, *features}, rows + 1
     ok = rows == len(theirs) and worst <= PIXELS
     packages = ", ".join(f"{name} {version(name)}" for name in ("lerobot", "torch", "av", "datasets"))
     print(f"{packages}: {theirs.num_episodes} episodes, {rows} of {len(theirs)} rows, {len(columns)} columns equal;")

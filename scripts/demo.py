@@ -49,7 +49,7 @@ from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.tokens import PrefixLayout, budget
 
 HOST = "127.0.0.1"
-REPLAN = 5  # actions per call, as openpi's client
+REPLAN = get_config(EMBEDDED).replan  # actions per call
 PROMPT_LENGTH = 32  # holds the prompts of the four usual suites; one length starts faster than all
 CALIBRATED = calibrated()
 CLIENT = "run .venv/bin/python -m pip install --no-deps -r requirements/openpi-client.txt"

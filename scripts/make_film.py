@@ -39,14 +39,16 @@ def shots(policy: Policy, requests: list[dict[str, Any]], repeats: int) -> list[
         session = policy.session()
         runs.append([session.infer(request) for request in requests])
     ms = np.min([[reply["policy_timing"]["infer_ms"] for reply in run] for run in runs[1:]], axis=0)
-    found = []
+    result = []
     for request, reply, took in zip(requests, runs[-1], ms, strict=True):
         example, _ = policy.transform.prepare(request)
         raw = policy.transform.config.robot.input(request)["image"]
         images = {camera: np.asarray(raw[camera]) for camera, real in example.image_mask.items() if real}
-        told = reply["pruning"]
-        found.append(Shot(images, told["index"], told["alive"], told["kappa"], float(took), told["keyframe"]))
-    return found
+        pruning = reply["pruning"]
+        result.append(
+            Shot(images, pruning["index"], pruning["alive"], pruning["kappa"], float(took), pruning["keyframe"])
+        )
+    return result
 
 
 def main(

@@ -158,10 +158,10 @@ def main(args: Args) -> int:
     checkpoint = checkpoint_fingerprint(args.checkpoint or embedded_folder(), note)
     same = {"checkpoint": checkpoint, "replan": args.replan, "device": local_device()}
     rows = [row for row in rows if row["suite"] == args.suite and row["checkpoint"] == checkpoint]
-    known = {(row["probe"], row["task"], row["trial"]) for row in rows}
+    played = {(row["probe"], row["task"], row["trial"]) for row in rows}
     for task in args.tasks:
         with open_env(load_task(args.suite, task)) as env, args.out.open("a") as file:
-            for row in probe(env, policy, args, lambda name, trial, task=task: (name, task, trial) not in known):
+            for row in probe(env, policy, args, lambda name, trial, task=task: (name, task, trial) not in played):
                 rows.append(row | same)
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()

@@ -87,8 +87,8 @@ def outside(path: str) -> bool:
 def links(page: str, text: str) -> Iterator[str]:
     """Paths in the repository, outside docs/, that a page points to."""
     for start, end in prose(text):
-        for found in LINK.finditer(text, start, end):
-            if outside(path := place(page, found[1])):
+        for match in LINK.finditer(text, start, end):
+            if outside(path := place(page, match[1])):
                 yield path
 
 
@@ -114,15 +114,15 @@ def linked(path: str, config: MkDocsConfig) -> Iterator[File]:
 def rewritten(page: str, text: str) -> str:
     """The page's text with links that leave docs/ led to where the site has what they point to."""
 
-    def led(found: re.Match) -> str:
-        path = place(page, found[1])
+    def led(match: re.Match) -> str:
+        path = place(page, match[1])
         if path.startswith("docs/") and origin(page) == "":
             target = path.removeprefix("docs/")
         elif outside(path):
             target = address(path)
         else:
-            return found[0]
-        return f"]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{found[2] or ''})"
+            return match[0]
+        return f"]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{match[2] or ''})"
 
     parts, last = [], 0
     for start, end in prose(text):
@@ -181,8 +181,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made |= {page: (ROOT / name).read_text(encoding="utf-8") for page, name in WRITTEN.items()}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
-    wanted = {path for file in files.documentation_pages() for path in links(file.src_uri, file.content_string)}
-    new = {file.src_uri: file for path in sorted(wanted) for file in linked(path, config)}
+    paths = {path for file in files.documentation_pages() for path in links(file.src_uri, file.content_string)}
+    new = {file.src_uri: file for path in sorted(paths) for file in linked(path, config)}
     for file in new.values():
         files.append(file)
     return files
@@ -192,16 +192,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Leads links, and shows what commands need."""
     note = lambda kind, text: f'<small class="{kind}">{html.escape(text)}</small>\n'
     made = dict(MADE.findall((ROOT / "docs" / "figures" / "README.md").read_text(encoding="utf-8")))
-    text = NEEDS.sub(lambda found: note("needs", f"needs: {found[1]}"), markdown)
-    text = FIGURE.sub(lambda found: f"{found[0]}\n\n{note('made', made.get(found[1], ''))}", text)
+    text = NEEDS.sub(lambda match: note("needs", f"needs: {match[1]}"), markdown)
+    text = FIGURE.sub(lambda match: f"{match[0]}\n\n{note('made', made.get(match[1], ''))}", text)
     return text if page.file.src_uri.startswith(f"{SOURCE}/") else rewritten(page.file.src_uri, text)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Equations in MathML."""
 
-    def drawn(found: re.Match) -> str:
-        source = html.unescape(found[2]).strip()
+    def drawn(match: re.Match) -> str:
+        source = html.unescape(match[2]).strip()
         display = "block" if source.startswith("\\[") else "inline"
         return latex2mathml.converter.convert(source[2:-2].strip(), display=display)
 

@@ -188,6 +188,20 @@ def test_what_the_robot_executes_reaches_the_method(tmp_path, no_simulator, caps
     assert "replan: expected 5 actions per call" in capsys.readouterr().err
 
 
+def test_the_actions_per_call_are_the_policys_own_unless_given(tmp_path, no_simulator):
+    """10 for the embedded policy, which learned from whole chunks; openpi's 5 where a server says nothing."""
+    common = ["evaluate", "--suite", SUITE, "--trials", "1", "--tasks", "0"]
+    assert cli.main([*common, "--out", str(tmp_path / "own.jsonl"), "policy:embedded"]) == 0
+    assert read_records(tmp_path / "own.jsonl")[0].configuration["replan"] == CONFIGS[EMBEDDED].replan == 10
+    assert cli.main([*common, "--out", str(tmp_path / "given.jsonl"), "--replan", "5", "policy:embedded"]) == 0
+    assert read_records(tmp_path / "given.jsonl")[0].configuration["replan"] == 5
+    for told, replan in ((True, 10), (False, 5)):
+        out = tmp_path / f"served{replan}.jsonl"
+        with running(Backend(told)) as server:
+            assert cli.main([*common, "--out", str(out), "--server", f"ws://127.0.0.1:{server.port}"]) == 0
+        assert read_records(out)[0].configuration["replan"] == replan
+
+
 def test_evaluate_interrupted(tmp_path, no_simulator, monkeypatch, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -259,7 +273,19 @@ def test_report_says_what_is_wrong(tmp_path, capsys):
 @pytest.mark.libero
 def test_the_embedded_policy_in_libero_then_resumed(tmp_path):
     out = tmp_path / "records.jsonl"
-    argv = ["evaluate", "--suite", "libero_spatial", "--tasks", "0", "--trials", "1", "--max-steps", "10"]
+    argv = [
+        "evaluate",
+        "--suite",
+        "libero_spatial",
+        "--tasks",
+        "0",
+        "--trials",
+        "1",
+        "--max-steps",
+        "10",
+        "--replan",
+        "5",
+    ]
     argv += ["--num-steps", "2", "--workers", "1", "--pruner=safe", "--pruner.threshold=-1", "--pruner.warm-start=1"]
     argv += ["--out", str(out), "policy:embedded"]
     assert cli.main(argv) == 0

@@ -79,6 +79,7 @@ def test_the_episodes_of_an_evaluation_are_played_again(tmp_path, monkeypatch, c
     played = []
 
     def plays(source, config, replan, infer):
+        assert replan == CONFIGURATION.replan, "that of the evaluation, not the policy's own"
         played.append(source)
         return film(3, len(played), success=True)
 

@@ -410,7 +410,7 @@ def test_recordings_become_rows_of_calls(tmp_path):
     out = tmp_path / "out"
     run_export(Export(data=(str(tmp_path / "records"),), out=out, policy=Embedded()), Method("full", {}))
     episode = check(out, 3)
-    assert episode.fps == 4 and episode.task == "pick up the bowl"
+    assert episode.fps == 2 and episode.task == "pick up the bowl"
     assert list(episode.column("policy.latency_ms")) == [10, 11, 12]
     assert np.isnan(episode.column("pruning.kappa")[0]) and episode.column("action")[2, 0] == 2
     assert episode.column("action_chunk").shape == (3, 10, 7)

@@ -204,11 +204,11 @@ def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Fig
     best = [points[i] for i in frontier(points, budget.kind)]
     ax.plot([p[cost] for p in best], [p["error"] for p in best], color=QUIET, lw=4, alpha=0.35, label="frontier")
     ax.plot(points[chosen][cost], points[chosen]["error"], "*", ms=14, color="#222222", label="chosen")
-    own = points[chosen]
+    point = points[chosen]
     for other in neighbours(points, chosen, budget.kind).values():
         if other is not None:
             ax.plot(other[cost], other["error"], "o", ms=10, mfc="none", color="#222222")
-            note = f"{other[cost] / own[cost] - 1:+.0%} cost\n{other['error'] - own['error']:+.3f} σ"
+            note = f"{other[cost] / point[cost] - 1:+.0%} cost\n{other['error'] - point['error']:+.3f} σ"
             ax.annotate(note, (other[cost], other["error"]), (8, 8), textcoords="offset points", fontsize=8)
     limit = ax.axhline if budget.kind == "error" else ax.axvline
     limit(budget.value, color="#222222", lw=1, ls="--", label=f"budget {budget}")

@@ -125,9 +125,9 @@ def table(proposal: dict[str, Any]) -> str:
 def figure(forecasts: Sequence[Row], proposal: dict[str, Any]) -> Figure:
     """Distributions of κ within a subtask and across a boundary, and each γ; one panel per query rows."""
     kappa = {r["queries"]: r for r in proposal["candidates"]}
-    asked = [queries for queries in QUERIES if queries in kappa]
-    drawn, axes = grid(len(asked), height=2.6)
-    for ax, queries in zip(axes, asked, strict=True):
+    panels = [queries for queries in QUERIES if queries in kappa]
+    drawn, axes = grid(len(panels), height=2.6)
+    for ax, queries in zip(axes, panels, strict=True):
         sides = [forecast.values(forecasts, f"shallow {queries}", "cosine", within=side) for side in (True, False)]
         bins = np.linspace(min((v.min() for v in sides if len(v)), default=0), 1, 40)
         for number, (side, name) in enumerate(zip(sides, ("within a subtask", "across a boundary"), strict=True)):

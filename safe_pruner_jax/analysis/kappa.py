@@ -35,11 +35,11 @@ def measure(trace: Trace, *, cut: int = 3, threshold: float | None = None, **cho
       One row per "queries" and "call": "kappa" (None where undefined), "keyframe", "reference" (the keyframe that
       was compared to; None at the first call), "subtask", and "boundary": the first call of a subtask but the first.
     """
-    given = choices if threshold is None else choices | {"threshold": threshold}
+    choices = choices if threshold is None else choices | {"threshold": threshold}
     rows: list[Row] = []
     for queries in QUERIES:
         reference = None
-        for call, selection in enumerate(replay(PRUNERS["safe"](cut=cut, queries=queries, **given), trace)):
+        for call, selection in enumerate(replay(PRUNERS["safe"](cut=cut, queries=queries, **choices), trace)):
             rows.append(
                 {
                     "queries": queries,

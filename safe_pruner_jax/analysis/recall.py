@@ -127,10 +127,10 @@ def table(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row]) -> Figure:
     """Loss rate against the pruning rate 1 - keep; one panel per query rows, the scores without queries in each."""
     losses = mean_loss(rows)
-    asked = [queries for queries in QUERIES if any(row.get("queries") == queries for row in rows)]
-    drawn, axes = grid(len(asked), sharey=True)
+    panels = [queries for queries in QUERIES if any(row.get("queries") == queries for row in rows)]
+    drawn, axes = grid(len(panels), sharey=True)
     fuses = sorted({row["fuse"] for row in rows if row["score"] == "fused" and 0 < row["fuse"] < 1})
-    for ax, queries in zip(axes, asked, strict=True):
+    for ax, queries in zip(axes, panels, strict=True):
         shown = [{"score": "fused", "queries": queries, "fuse": 0}]
         shown += [{"score": "fused", "queries": queries, "fuse": fuse} for fuse in fuses]
         shown += [{"score": "fused", "queries": queries, "fuse": 1}]

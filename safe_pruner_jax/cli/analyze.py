@@ -241,8 +241,8 @@ def _method(text: str, keep: float) -> Method:
     name, _, rest = text.partition(":")
     defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
     parts = re.split(r",(?=\w+=)", rest) if rest else []
-    given = {key: text for key, _, text in (part.partition("=") for part in parts)}
-    if "keep" not in defaults or not given.keys() <= defaults.keys() - {"keep"}:
+    texts = {key: text for key, _, text in (part.partition("=") for part in parts)}
+    if "keep" not in defaults or not texts.keys() <= defaults.keys() - {"keep"}:
         chosen = ", ".join(key for key in defaults if key != "keep")
         choices = chosen if "keep" in defaults else "none: it keeps everything"
         raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
@@ -253,7 +253,7 @@ def _method(text: str, keep: float) -> Method:
         except (ValueError, SyntaxError):
             return text
 
-    chosen = {key: value(text) for key, text in given.items()}
+    chosen = {key: value(text) for key, text in texts.items()}
     return Method(name, defaults | chosen | {"keep": keep}, frozenset(chosen) | {"keep"})
 
 

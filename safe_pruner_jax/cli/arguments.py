@@ -50,7 +50,7 @@ def parse(command: type, argv: Sequence[str], prog: str) -> tuple[Any, Method]:
     arguments.__doc__ = command.__doc__
     args = tyro.cli(arguments, args=rest, prog=prog, config=(tyro.conf.CascadeSubcommandArgs,))
     options = {item.partition("=")[0] for item in rest if item.startswith("--pruner.")}
-    given = {option.removeprefix("--pruner.").removeprefix("no-").replace("-", "_") for option in options}
-    method = Method(pruner, args.pruner, frozenset(given & set(args.pruner)), describe=name != "none")
+    names = {option.removeprefix("--pruner.").removeprefix("no-").replace("-", "_") for option in options}
+    method = Method(pruner, args.pruner, frozenset(names & set(args.pruner)), describe=name != "none")
     method.make()
     return args, method

@@ -48,8 +48,8 @@ def run_diagnose(args: Diagnose) -> None:
     """Prints the table, writes it and the figure."""
     require(args.limit is None or args.limit >= 1, "limit", "at least 1 call", args.limit)
     policy, requests = _load(args)
-    taken = list(itertools.islice(requests, args.limit))
-    rows = diagnose.measure(policy, taken, layers=args.layers, of=args.of)
+    calls = list(itertools.islice(requests, args.limit))
+    rows = diagnose.measure(policy, calls, layers=args.layers, of=args.of)
     args.out.mkdir(parents=True, exist_ok=True)
     text = diagnose.table(rows)
     (args.out / "diagnose.md").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from safe_pruner_jax.libero.simulator import provenance
 from safe_pruner_jax.libero.suites import package
 from safe_pruner_jax.policy.identity import Configuration
 from safe_pruner_jax.policy.spec import Method, Model
+from safe_pruner_jax.robots.configs import replan_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Evaluate(Model):
       batch: robots per device step; 1 makes results independent of the number of workers to the last bit.
       server: ws://host:port of a policy server that is asked instead of a policy in this process.
       out: records file; one per method, policy and simulator.
-      replan: actions executed per policy call.
+      replan: actions executed per policy call; by default 10 for the embedded policy, 5 for others, as openpi's client.
       max_steps: per episode, if fewer than the suite's limit.
       delay: control steps from an observation until its actions are used, in which the robot executes the old ones.
       rtc: real-time chunking: actions continue the old ones.
@@ -51,7 +53,7 @@ class Evaluate(Model):
     batch: int = 8
     server: str | None = None
     out: Path = Path("records.jsonl")
-    replan: int = 5
+    replan: int | None = None
     max_steps: int | None = None
     delay: int = 0
     rtc: bool = False
@@ -64,8 +66,9 @@ class Evaluate(Model):
 
 def run_evaluate(args: Evaluate, method: Method) -> int | None:
     """Plays what the records file does not have."""
+    _check_tasks(args)
+    args, config, source, method = _configuration(args, method)
     jobs = _jobs(args)
-    config, source, method = _configuration(args, method)
     with RecordFile(args.out, config) as file:
         try:
             if args.on == "ray":
@@ -81,20 +84,27 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
     return None
 
 
+def _tasks(args: Evaluate) -> Sequence[int]:
+    return args.tasks or range(num_tasks(args.suite))
+
+
+def _check_tasks(args: Evaluate) -> None:
+    read_shard(args.shard, os.environ)
+    for task in _tasks(args):
+        load_task(args.suite, task)
+
+
 def _protocol(args: Evaluate) -> dict[str, Any]:
     return {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
 
 
 def _jobs(args: Evaluate) -> list[Job]:
     shard = read_shard(args.shard, os.environ)
-    tasks = args.tasks or range(num_tasks(args.suite))
-    for task in tasks:
-        load_task(args.suite, task)
-    return evaluate.episodes(args.suite, tasks, args.trials, shard=shard, **_protocol(args))
+    return evaluate.episodes(args.suite, _tasks(args), args.trials, shard=shard, **_protocol(args))
 
 
-def _configuration(args: Evaluate, method: Method) -> tuple[Configuration, sources.Source | None, Method]:
-    """What is evaluated; a source if it is a server; and the method as this policy has it."""
+def _configuration(args: Evaluate, method: Method) -> tuple[Evaluate, Configuration, sources.Source | None, Method]:
+    """The arguments with their `replan`; what is evaluated; a source if it is a server; the method of this policy."""
     source: sources.Source | None = None
     if args.on == "here":
         for name in ("address", "policies", "simulators"):
@@ -105,17 +115,20 @@ def _configuration(args: Evaluate, method: Method) -> tuple[Configuration, sourc
     if args.server:
         expected = (method.name, {k: method.choices[k] for k in method.given}) if method.describe else None
         config, source = sources.remote(args.server, expected, seed=args.seed)
-        if (executed := config.choices.get("executed", args.replan)) != args.replan:
+        replan = config.choices.get("executed", replan_of(config.policy)) if args.replan is None else args.replan
+        if (executed := config.choices.get("executed", replan)) != replan:
             raise ValueError(
-                f"replan: expected {executed} actions per call, which {args.server} counts on, got {args.replan}; "
-                f"start it with --pruner.executed {args.replan}"
+                f"replan: expected {executed} actions per call, which {args.server} counts on, got {replan}; "
+                f"start it with --pruner.executed {replan}"
             )
     else:
-        method = args.fit("LIBERO", method, executed=args.replan)
+        replan = replan_of(args.named("LIBERO")[0]) if args.replan is None else args.replan
+        method = args.fit("LIBERO", method, executed=replan)
         config = args.describe("LIBERO", method)
         config = dataclasses.replace(config, noise=sources.noise_of(args.seed))
+    args = dataclasses.replace(args, replan=replan)
     config = dataclasses.replace(config, simulator=provenance(package(args.suite)), **_protocol(args))
-    return config, source, method
+    return args, config, source, method
 
 
 def _here(

@@ -21,6 +21,7 @@ from safe_pruner_jax.policy.identity import METHOD, differences
 from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import PolicyConfig
 from safe_pruner_jax.serving.access import read_key
 from safe_pruner_jax.serving.episodes import SUFFIX
 
@@ -43,7 +44,8 @@ class Export(Model):
       out: folder of the dataset, new or empty.
       watch: show demonstrations to the policy, and write what it keeps; every row then has the masks of its call.
       attention: layers of the action tokens' attention that are written as grids; needs --watch or a live episode.
-      replan: robot actions between two calls.
+      replan: robot actions between two calls; by default those of the evaluation whose records are exported, else the
+        policy's (10 for the embedded one, 5 for others).
       fps: rows per second; None takes 20 for demonstrations, 20 / replan where a row is a call.
       limit: episodes, at most; a server is followed until then, or until Ctrl-C.
       api_key_file: file with the server's key; default: $OPENPI_API_KEY.
@@ -53,7 +55,7 @@ class Export(Model):
     out: Path
     watch: bool = False
     attention: tuple[int, ...] = ()
-    replan: int = 5
+    replan: int | None = None
     fps: int | None = None
     limit: int | None = None
     api_key_file: str | None = None
@@ -71,31 +73,32 @@ def run_export(args: Export, method: Method) -> None:
         raise ValueError(
             f"data: expected demonstrations or calls, got both ({calls[0]} is of calls); export them apart"
         )
-    fps = args.fps or (max(1, round(RATE / args.replan)) if calls else RATE)
     config = get_config(args.named("LIBERO")[0])
+    replan = _replan(args, config)
+    fps = args.fps or (max(1, round(RATE / replan)) if calls else RATE)
     watched = args.watch or any(source.startswith(LIVE) or source.endswith(RECORDS) for source in args.data)
     if args.attention and not watched:
         raise ValueError(
             "attention: expected --watch or a live episode beside it, got neither; recordings have their own"
         )
-    method = args.fit("LIBERO", method, args.replan) if watched else method
+    method = args.fit("LIBERO", method, replan) if watched else method
     policy = functools.cache(lambda: args.load("LIBERO", method.make()))
 
     def robot() -> Infer:
         session = policy().session()
-        wanted = {"attention": {"layers": list(args.attention), "of": "action"}} if args.attention else {}
-        return lambda request: session.infer(request | wanted)
+        attention = {"attention": {"layers": list(args.attention), "of": "action"}} if args.attention else {}
+        return lambda request: session.infer(request | attention)
 
     def of(source: str) -> Iterator[Film]:
         if source.partition("://")[0] in SERVERS:
             return observed(source, read_key(args.api_key_file), config)
         if source.endswith(RECORDS):
-            return evaluated(_records(source, args, method), config, args.replan, robot)
-        return films(source, config, args.replan, robot if watched else None)
+            return evaluated(_records(source, args, method, replan), config, replan, robot)
+        return films(source, config, replan, robot if watched else None)
 
     with Writer(args.out, fps, config.robot.name) as writer:
-        found = ((source, film) for source in args.data for film in of(source))
-        for source, film in itertools.islice(found, args.limit):
+        pairs = ((source, film) for source in args.data for film in of(source))
+        for source, film in itertools.islice(pairs, args.limit):
             writer.add(film.task, film.images, film.columns)
             logger.info("%s: episode %d, %d rows", source, len(writer) - 1, len(film.columns["action"]))
     print(f"{len(writer)} episodes in {args.out}: `lerobot-dataset-viz`, rerun and `openpi train --data` read it")
@@ -112,16 +115,28 @@ def _is_of_calls(source: str) -> bool:
     return server or source.startswith(LIVE) or Path(source).is_dir() or source.endswith((SUFFIX, RECORDS))
 
 
-def _records(file: str, args: Export, method: Method) -> list[Record]:
-    """The episodes of an evaluation that can be played again; it has to be one of these arguments."""
+def _replan(args: Export, config: PolicyConfig) -> int:
+    if args.replan is not None:
+        return args.replan
+    records = (_finished(source)[0] for source in args.data if source.endswith(RECORDS))
+    return next((record.configuration["replan"] for record in records), config.replan)
+
+
+def _finished(file: str) -> list[Record]:
     records = [record for record in latest(read_records(file)) if record.outcome != "error"]
     if not records:
         raise ValueError(f"{file}: expected at least one finished episode, got none")
-    own = args.describe("LIBERO", method).as_json() | {"replan": args.replan}
-    known = records[0].configuration
+    return records
+
+
+def _records(file: str, args: Export, method: Method, replan: int) -> list[Record]:
+    """The episodes of an evaluation that can be played again; it has to be one of these arguments."""
+    records = _finished(file)
+    here = args.describe("LIBERO", method).as_json() | {"replan": replan}
+    evaluation = records[0].configuration
     keys = (*METHOD, "policy", "checkpoint", "replan")
-    if changes := differences({key: known.get(key) for key in keys}, {key: own[key] for key in keys}):
+    if changes := differences({key: evaluation.get(key) for key in keys}, {key: here[key] for key in keys}):
         raise ValueError(f"{file}: expected the policy and method of its evaluation, got {'; '.join(changes)}")
-    if known.get("delay") or known.get("rtc"):
+    if evaluation.get("delay") or evaluation.get("rtc"):
         raise ValueError(f"{file}: expected an evaluation without --delay and --rtc, got one with; export another")
     return records

@@ -88,29 +88,29 @@ def decisions(replies: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
       "pruning.kept.CAMERA" bool [calls, g, g], "pruning.attention.CAMERA" float32 [calls, layers, g, g],
       "policy.latency_ms" float32.
     """
-    found: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
     times = [(reply.get("policy_timing") or reply.get("server_timing") or {}).get("infer_ms") for reply in replies]
     if None not in times:
-        found["policy.latency_ms"] = np.asarray(times, np.float32)
-    told = [reply.get("pruning") for reply in replies]
-    if all(told):
-        found["pruning.keyframe"] = np.array([pruning["keyframe"] for pruning in told])
-        kappa = [np.nan if pruning["kappa"] is None else pruning["kappa"] for pruning in told]
-        found["pruning.kappa"] = np.asarray(kappa, np.float32)
-        found["pruning.tokens"] = np.array([pruning["kept"] for pruning in told], np.int64)
-        found |= _kept(told)
+        columns["policy.latency_ms"] = np.asarray(times, np.float32)
+    prunings = [reply.get("pruning") for reply in replies]
+    if all(prunings):
+        columns["pruning.keyframe"] = np.array([pruning["keyframe"] for pruning in prunings])
+        kappa = [np.nan if pruning["kappa"] is None else pruning["kappa"] for pruning in prunings]
+        columns["pruning.kappa"] = np.asarray(kappa, np.float32)
+        columns["pruning.tokens"] = np.array([pruning["kept"] for pruning in prunings], np.int64)
+        columns |= _kept(prunings)
     grids = [reply["attention"]["grids"] for reply in replies if reply.get("attention")]
     if grids and len(grids) == len(replies):
         for camera in grids[0]:
-            layers = np.stack([np.asarray(own[camera], np.float32) for own in grids])
-            found[f"pruning.attention.{camera}"] = layers
-    return found
+            layers = np.stack([np.asarray(grid[camera], np.float32) for grid in grids])
+            columns[f"pruning.attention.{camera}"] = layers
+    return columns
 
 
-def _kept(told: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _kept(prunings: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Boolean masks of the patches that are left after the last cut, for the cameras of the first reply."""
     rows = []
-    for pruning in told:
+    for pruning in prunings:
         views = pruning["views"]
         side, mask = math.isqrt(pruning["alive"] // len(views)), np.zeros(pruning["alive"], bool)
         mask[np.asarray(pruning["index"])] = True

@@ -32,8 +32,8 @@ def documented(docstring: str | None) -> dict[str, str]:
 
 def option(name: str, default: Any, text: str) -> str:
     """One line: the option, its default, and its text up to the first full stop, as far as the line goes."""
-    given = "" if default in (None, "", (), False) or default is dataclasses.MISSING else _shown(default)
-    start = f"  --{name.replace('_', '-')} {given}".rstrip()
+    shown = "" if default in (None, "", (), False) or default is dataclasses.MISSING else _shown(default)
+    start = f"  --{name.replace('_', '-')} {shown}".rstrip()
     brief = re.split(r"\. |\.$", text)[0]
     line = f"{start:{FLAG}}  {brief}" if len(start) <= FLAG else f"{start}  {brief}"
     return line if len(line) <= COLUMNS else line[: COLUMNS - 1].rpartition(" ")[0] + " …"

@@ -84,8 +84,8 @@ class _Point(NamedTuple):
 
 
 def _points(rows: Sequence[Row], suite: str, method: str, x: Callable[[Row], float | None]) -> list[_Point]:
-    told = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
-    return sorted(_Point(at, 100 * e.value, 100 * e.low, 100 * e.high) for at, e in told if None not in (at, e))
+    estimates = [(x(row), row.success) for row in rows if (row.suite, row.method) == (suite, method)]
+    return sorted(_Point(at, 100 * e.value, 100 * e.low, 100 * e.high) for at, e in estimates if None not in (at, e))
 
 
 def _lines(ax: Axes, lines: dict[str, list[_Point]]) -> None:

@@ -72,10 +72,10 @@ def band(ax: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[floa
 
 def legend(figure: Figure, axes: Iterable[Axes], columns: int = 4, **options: Any) -> None:
     """One legend for all axes, below them; each name once."""
-    found = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if found:
-        look = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "ncols": min(columns, len(found))}
-        figure.legend(found.values(), found.keys(), **look | options)
+    entries = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries:
+        look = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "ncols": min(columns, len(entries))}
+        figure.legend(entries.values(), entries.keys(), **look | options)
 
 
 def grid(count: int, columns: int = 2, **options: Any) -> tuple[Figure, list[Axes]]:

@@ -124,8 +124,8 @@ class Episode:
     def _cells(self, name: str) -> Any:
         table = self.read()
         if name not in table.column_names:
-            known = ", ".join(table.column_names)
-            raise DatasetError(f"expected a column {name}, got {known}; choose the configuration of this robot")
+            columns = ", ".join(table.column_names)
+            raise DatasetError(f"expected a column {name}, got {columns}; choose the configuration of this robot")
         return table.column(name)
 
 
@@ -205,9 +205,9 @@ class Dataset:
         if not files:
             raise DatasetError(f"{self.folder}: expected meta/episodes/*/*.parquet, got none; download it again")
         parts = ("chunk_index", "file_index")
-        wanted = ["episode_index", "length", "dataset_from_index", *(f"data/{part}" for part in parts)]
-        wanted += [f"videos/{key}/{part}" for key in moving for part in (*parts, "from_timestamp")]
-        for row in (row for file in files for row in self._read(file, wanted).to_pylist()):
+        columns = ["episode_index", "length", "dataset_from_index", *(f"data/{part}" for part in parts)]
+        columns += [f"videos/{key}/{part}" for key in moving for part in (*parts, "from_timestamp")]
+        for row in (row for file in files for row in self._read(file, columns).to_pylist()):
             of = lambda what, row=row: {part: row[f"{what}/{part}"] for part in parts}
             file, length = self.folder / self.info["data_path"].format(**of("data")), row["length"]
             videos = {}
@@ -226,10 +226,10 @@ class Dataset:
             raise DatasetError(f"{file}: expected {length} rows of an episode, got {len(rows)}; download it again")
         return rows
 
-    def _read(self, file: Path, wanted: Sequence[str] | None = None) -> Any:
+    def _read(self, file: Path, columns: Sequence[str] | None = None) -> Any:
         library = parquet()
         try:
-            return library.read_table(file, columns=wanted)
+            return library.read_table(file, columns=columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{self.folder}: expected {file}, got no such file; download it again") from error
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError

@@ -79,17 +79,17 @@ def columns(data: Dataset, robot: str) -> dict[str, str]:
     """
     if robot not in COLUMNS:
         raise DatasetError(f"data: expected a configuration of {', '.join(COLUMNS)}, got one of {robot}")
-    known, found = data.info["features"], {}
+    features, columns = data.info["features"], {}
     for entry, names in (COLUMNS[robot] | {"actions": ACTIONS}).items():
-        column = next((name for name in names if name in known), None)
+        column = next((name for name in names if name in features), None)
         if column is not None:
-            found[entry] = column
+            columns[entry] = column
         elif entry not in _OPTIONAL:
             raise DatasetError(
                 f"{data.folder}: expected a column for {entry} of {robot}, one of {', '.join(names)}, got "
-                f"{', '.join(known)}; choose the configuration of this robot or rename the column"
+                f"{', '.join(features)}; choose the configuration of this robot or rename the column"
             )
-    return found
+    return columns
 
 
 def requests(episode: Episode, named: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ def read_frames(file: Path, start: float, count: int, fps: float) -> Iterator[np
     library = av()
     if not file.is_file():
         raise DatasetError(f"expected the video {file}, got no such file; download the dataset again, with its videos")
-    found, first = 0, start - 0.5 / fps
+    number, first = 0, start - 0.5 / fps
     try:
         with library.open(str(file)) as container:
             stream = container.streams.video[0]
@@ -37,11 +37,11 @@ def read_frames(file: Path, start: float, count: int, fps: float) -> Iterator[np
                 if frame.pts is not None and float(frame.pts * stream.time_base) < first:
                     continue
                 yield frame.to_ndarray(format="rgb24")
-                if (found := found + 1) == count:
+                if (number := number + 1) == count:
                     return
     except library.FFmpegError as error:
         raise DatasetError(f"{file} cannot be decoded: {error}; download it again") from error
-    raise DatasetError(f"{file}: expected {count} frames from {start:g} s on, got {found}; the video is cut short")
+    raise DatasetError(f"{file}: expected {count} frames from {start:g} s on, got {number}; the video is cut short")
 
 
 def write_frames(file: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> tuple[int, int, int]:

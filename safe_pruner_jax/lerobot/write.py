@@ -83,10 +83,10 @@ class Writer:
             stats[key], features[key] = film.statistics(), _video_feature(height, width, self.fps)
             shaped[key] = np.empty(count)
         self._check(features, {key: len(rows) for key, rows in shaped.items()})
-        own = self._own(number, length, self._tasks.setdefault(task, len(self._tasks)))
-        stats |= {key: _statistics(rows[:, None]) for key, rows in own.items()}
+        indices = self._indices(number, length, self._tasks.setdefault(task, len(self._tasks)))
+        stats |= {key: _statistics(rows[:, None]) for key, rows in indices.items()}
         table = {key: _arrow(rows) for key, rows in shaped.items() if key not in videos}
-        table |= {key: arrow().array(rows) for key, rows in own.items()}
+        table |= {key: arrow().array(rows) for key, rows in indices.items()}
         self._write(arrow().table(table), _DATA.format(**place))
         self._episodes.append(self._about(number, task, length, place, list(videos), stats))
         self._rows += length
@@ -102,8 +102,8 @@ class Writer:
         at = (self.folder / INFO).parent
         at.mkdir(parents=True, exist_ok=True)
         about = [{key: value for key, value in row.items() if key != "stats"} for row in self._episodes]
-        for row, told in zip(about, self._episodes, strict=True):
-            row |= {f"stats/{key}/{name}": v for key, own in told["stats"].items() for name, v in own.items()}
+        for row, episode in zip(about, self._episodes, strict=True):
+            row |= {f"stats/{key}/{name}": v for key, values in episode["stats"].items() for name, v in values.items()}
         self._write(
             arrow().Table.from_pylist(about), f"meta/episodes/{_PLACE.format(chunk_index=0, file_index=0)}.parquet"
         )
@@ -116,13 +116,13 @@ class Writer:
             raise DatasetError(f"expected as many rows in every column, got {lengths}")
         self._features = self._features or features
         if differing := [key for key in {**features, **self._features} if features.get(key) != self._features.get(key)]:
-            told = lambda known: {key: known[key]["shape"] for key in differing if key in known}
+            shapes = lambda of: {key: of[key]["shape"] for key in differing if key in of}
             raise DatasetError(
-                f"episode {len(self)}: expected {told(self._features)} as in the episodes before, got "
-                f"{told(features)}; export them into a folder of their own"
+                f"episode {len(self)}: expected {shapes(self._features)} as in the episodes before, got "
+                f"{shapes(features)}; export them into a folder of their own"
             )
 
-    def _own(self, number: int, length: int, task: int) -> dict[str, np.ndarray]:
+    def _indices(self, number: int, length: int, task: int) -> dict[str, np.ndarray]:
         frame = np.arange(length)
         constant = lambda value: np.full(length, value, np.int64)
         values = ((frame / self.fps).astype(np.float32), frame, constant(number), frame + self._rows, constant(task))
@@ -182,8 +182,10 @@ class _Film:
     def statistics(self) -> dict[str, Any]:
         """Per channel, of values in [0, 1], shaped [3, 1, 1] as LeRobot has them."""
         pixels = np.stack(self._kept).reshape(-1, 3) / 255.0
-        found = _statistics(pixels)
-        per_channel = {key: np.reshape(value, (3, 1, 1)).tolist() for key, value in found.items() if key != "count"}
+        statistics = _statistics(pixels)
+        per_channel = {
+            key: np.reshape(value, (3, 1, 1)).tolist() for key, value in statistics.items() if key != "count"
+        }
         return per_channel | {"count": [len(self._kept)]}
 
 
@@ -201,14 +203,14 @@ def _video_feature(height: int, width: int, fps: int) -> dict[str, Any]:
 def _statistics(rows: np.ndarray) -> dict[str, Any]:
     """Of [T, …] over the first axis; values that are not finite (κ of a first call) are left out."""
     values = np.where(np.isfinite(rows), rows, 0.0) if rows.dtype.kind == "f" else rows.astype(np.float64)
-    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    found |= {f"q{q:02d}": np.quantile(values, q / 100, axis=0) for q in (1, 10, 50, 90, 99)}
-    return {key: np.asarray(value, np.float64).tolist() for key, value in found.items()} | {"count": [len(values)]}
+    statistics = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    statistics |= {f"q{q:02d}": np.quantile(values, q / 100, axis=0) for q in (1, 10, 50, 90, 99)}
+    return {key: np.asarray(value, np.float64).tolist() for key, value in statistics.items()} | {"count": [len(values)]}
 
 
 def _pooled(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of all episodes together; quantiles are means of theirs, as LeRobot pools them."""
-    found = {}
+    statistics = {}
     for key in episodes[0]:
         count = np.array([episode[key]["count"][0] for episode in episodes], np.float64)
         of = lambda name, key=key: np.array([episode[key][name] for episode in episodes], np.float64)
@@ -217,8 +219,8 @@ def _pooled(episodes: list[dict[str, Any]]) -> dict[str, Any]:
         var = (weight * (np.square(of("std")) + np.square(of("mean") - mean))).sum(0)
         pooled = {"min": of("min").min(0), "max": of("max").max(0), "mean": mean, "std": np.sqrt(var)}
         pooled |= {name: (weight * of(name)).sum(0) for name in episodes[0][key] if name.startswith("q")}
-        found[key] = {name: value.tolist() for name, value in pooled.items()} | {"count": [int(count.sum())]}
-    return found
+        statistics[key] = {name: value.tolist() for name, value in pooled.items()} | {"count": [int(count.sum())]}
+    return statistics
 
 
 def _arrow(rows: np.ndarray) -> Any:

@@ -158,14 +158,14 @@ def _check_cameras(folder: Path, about: dict[str, Any], renamed: Mapping[str, st
     """The slots of the network are filled in the order of the features: it has to be that of `CAMERAS`."""
     features = [key for key in about.get("input_features", {}) if key.startswith("observation.image")]
     before = {new: old for old, new in renamed.items()}
-    told = ", ".join(f"{key} (from {before[key]})" if key in before else key for key in features)
+    listing = ", ".join(f"{key} (from {before[key]})" if key in before else key for key in features)
     names = [key.removeprefix(_IMAGES) for key in features]
-    known = [CAMERAS.index(name) for name in names if name in CAMERAS]
+    order = [CAMERAS.index(name) for name in names if name in CAMERAS]
     wrist_first = bool(names) and "wrist" in names[0] and not all("wrist" in name for name in names)
-    if len(features) > len(CAMERAS) or known != sorted(known) or wrist_first:
+    if len(features) > len(CAMERAS) or order != sorted(order) or wrist_first:
         raise CheckpointError(
             f"{folder / CONFIG}: expected at most {len(CAMERAS)} cameras in the order {', '.join(CAMERAS)}, got "
-            f"{told}; this network's slots are filled in that order"
+            f"{listing}; this network's slots are filled in that order"
         )
 
 
@@ -180,39 +180,41 @@ def _delta_mask(about: dict[str, Any], config: PolicyConfig) -> tuple[bool, ...]
 
 
 def _scaling(folder: Path, modes: Mapping[str, str]) -> str:
-    found = {modes.get("STATE", "IDENTITY"), modes.get("ACTION", "IDENTITY")}
-    if len(found) != 1 or not found <= {"MEAN_STD", *_SCALINGS}:
+    scalings = {modes.get("STATE", "IDENTITY"), modes.get("ACTION", "IDENTITY")}
+    if len(scalings) != 1 or not scalings <= {"MEAN_STD", *_SCALINGS}:
         raise CheckpointError(
             f"{folder / CONFIG}: expected one scaling of states and actions, {', '.join(_SCALINGS)} or MEAN_STD, got "
             f"STATE {modes.get('STATE')} and ACTION {modes.get('ACTION')}; train it with one of these"
         )
-    return found.pop()
+    return scalings.pop()
 
 
 def _statistics(file: Path, scaling: str) -> dict[str, NormStats]:
-    arrays, found = read_arrays(file), {}
+    arrays, statistics = read_arrays(file), {}
     low, high = _SCALINGS.get(scaling, ("q01", "q99"))
     for ours, theirs in (("state", _STATE), ("actions", _ACTION)):
-        own = {key.removeprefix(f"{theirs}."): array for key, array in arrays.items() if key.startswith(f"{theirs}.")}
+        values = {
+            key.removeprefix(f"{theirs}."): array for key, array in arrays.items() if key.startswith(f"{theirs}.")
+        }
         needed = ("mean", "std") if scaling == "MEAN_STD" else (low, high)
-        if missing := [f"{theirs}.{name}" for name in needed if name not in own]:
+        if missing := [f"{theirs}.{name}" for name in needed if name not in values]:
             raise CheckpointError(
                 f"{file}: expected the statistics {', '.join(missing)}, got none; {scaling} needs them"
             )
-        span = own.get(high, own.get("mean")), own.get(low, own.get("mean"))
-        mean, std = own.get("mean", (span[0] + span[1]) / 2), own.get("std", (span[0] - span[1]) / 2)
-        found[ours] = NormStats(mean, std, own.get(low), own.get(high))
-    return found
+        span = values.get(high, values.get("mean")), values.get(low, values.get("mean"))
+        mean, std = values.get("mean", (span[0] + span[1]) / 2), values.get("std", (span[0] - span[1]) / 2)
+        statistics[ours] = NormStats(mean, std, values.get(low), values.get(high))
+    return statistics
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is not JSON: {error}; download it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(found).__name__}; download it again")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}; download it again")
+    return content
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

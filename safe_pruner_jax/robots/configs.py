@@ -43,7 +43,7 @@ def _droid(name: str, model: Pi0Config, checkpoint: str | None, *, delta: bool =
     )
 
 
-def _libero(name: str, model: Pi0Config, checkpoint: str | None, *, delta: bool) -> PolicyConfig:
+def _libero(name: str, model: Pi0Config, checkpoint: str | None, *, delta: bool, **more: Any) -> PolicyConfig:
     """A policy on LIBERO; π0's was trained with actions made relative once more."""
     return PolicyConfig(
         name,
@@ -53,6 +53,7 @@ def _libero(name: str, model: Pi0Config, checkpoint: str | None, *, delta: bool)
         quantiles=model.pi05,
         delta_mask=_ARM6 if delta else None,
         default_checkpoint_uri=checkpoint and f"{_GS}/{checkpoint}",
+        **more,
     )
 
 
@@ -84,8 +85,9 @@ CONFIGS: dict[str, PolicyConfig] = {
         _droid("pi05_droid", pi05(action_horizon=15), "pi05_droid"),
         _libero("pi0_libero", pi0(), None, delta=True),
         _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
-        # Not openpi's: the small policy inside this package, and one of its size that reads the robot's state.
-        _libero("mini_libero", mini(image_size=112, temperature=0.0), None, delta=False),
+        # Not openpi's: the small policy inside this package, which learned from episodes of whole chunks, and one of
+        # its size that reads the robot's state.
+        _libero("mini_libero", mini(image_size=112, temperature=0.0), None, delta=False, replan=10),
         _libero(
             "mini_libero_state",
             mini(image_size=112, vocab_size=768, discrete_state_input=True, temperature=0.0),
@@ -156,3 +158,8 @@ def get_config(name: str) -> PolicyConfig:
         raise ValueError(f"config {name!r} is not supported: {UNSUPPORTED[name]}; choose one of {sorted(CONFIGS)}")
     close = difflib.get_close_matches(name, CONFIGS, n=3, cutoff=0.3) or sorted(CONFIGS)
     raise ValueError(f"config: expected one of openpi's names, got {name!r}; did you mean {', '.join(close)}?")
+
+
+def replan_of(name: str) -> int:
+    """Actions per call of the configuration of this name; openpi's 5 for one that is not known here."""
+    return CONFIGS[name].replan if name in CONFIGS else PolicyConfig.replan

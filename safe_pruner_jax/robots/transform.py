@@ -30,6 +30,7 @@ class PolicyConfig:
       default_prompt: used for requests without a prompt.
       default_checkpoint_uri: published weights; None where openpi names none.
       metadata: what openpi's server tells a client on connection.
+      replan: actions that an evaluation executes per call unless told otherwise; openpi's LIBERO client: 5.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PolicyConfig:
     default_prompt: str | None = None
     default_checkpoint_uri: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    replan: int = 5
 
 
 @dataclass(frozen=True, eq=False)

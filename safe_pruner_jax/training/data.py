@@ -31,13 +31,13 @@ class Frames:
     def __getitem__(self, steps: np.ndarray | slice) -> np.ndarray:
         """[…, C, S, S, 3] of step indices […], or of a slice."""
         steps = np.arange(self.shape[0])[steps]
-        found = np.empty((steps.size, *self.shape[1:]), np.uint8)
-        for own, step in zip(found, steps.ravel(), strict=True):
+        pictures = np.empty((steps.size, *self.shape[1:]), np.uint8)
+        for picture, step in zip(pictures, steps.ravel(), strict=True):
             part = int(np.searchsorted(self._ends, step, side="right"))
             cameras = self._parts[part]
             for camera, frames in enumerate(cameras):
-                own[camera] = frames[step - self._ends[part]]  # from the end of its demonstration
-        return found.reshape(*steps.shape, *self.shape[1:])
+                picture[camera] = frames[step - self._ends[part]]  # from the end of its demonstration
+        return pictures.reshape(*steps.shape, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ def cameras_of(demos: Sequence[Any]) -> list[str]:
     Raises:
       ValueError: demonstrations with different cameras.
     """
-    found = [CAMERA_KEYS if set(demo.images) == set(CAMERA_KEYS) else tuple(demo.images) for demo in demos]
-    if other := next((names for names in found if names != found[0]), None):
-        raise ValueError(f"data: expected the cameras {', '.join(found[0])} everywhere, got {', '.join(other)}")
-    return list(found[0])
+    cameras = [CAMERA_KEYS if set(demo.images) == set(CAMERA_KEYS) else tuple(demo.images) for demo in demos]
+    if other := next((names for names in cameras if names != cameras[0]), None):
+        raise ValueError(f"data: expected the cameras {', '.join(cameras[0])} everywhere, got {', '.join(other)}")
+    return list(cameras[0])
 
 
 def make_samples(
@@ -173,8 +173,8 @@ def make_samples(
         return [tuple(tokenizer.encode(demo.prompt))] * len(states)
 
     states = [scaled(demo.state[:: demo.every], "state") for demo in demos]
-    asked = [ids for pair in zip(demos, states, strict=True) for ids in encoded(*pair)]
-    prompts = {ids: row for row, ids in enumerate(sorted(set(asked)))}
+    sequences = [ids for pair in zip(demos, states, strict=True) for ids in encoded(*pair)]
+    prompts = {ids: row for row, ids in enumerate(sorted(set(sequences)))}
     longest = max(map(len, prompts))
     slots = next((t for t in PROMPT_LENGTHS if t >= longest), model.max_token_len)
     tokens, mask = np.zeros((len(prompts), slots), np.int32), np.zeros((len(prompts), slots), bool)
@@ -194,7 +194,7 @@ def make_samples(
         actions=np.concatenate(chunks),
         tokens=tokens,
         token_mask=mask,
-        prompt=np.array([prompts[ids] for ids in asked], np.int32),
+        prompt=np.array([prompts[ids] for ids in sequences], np.int32),
         episode=np.repeat(np.arange(len(demos)), lengths).astype(np.int32),
     )
 

@@ -189,10 +189,10 @@ class Scenes:
         world = np.concatenate([d["position"], d["site"][:, None]], 1) / UNIT
         where = np.where(gripper, len(self.kinds), thing)
         place = np.take_along_axis(world, where[..., None], 1)
-        own = targets == d["target"]
+        commanded = targets == d["target"]
         basket = self.kinds.index(RECEPTACLE)
         per_camera = share.shape[1] // d["image"].shape[1]
-        outside = np.arange(share.shape[1]) < per_camera  # the hand's own camera does not say where the world is
+        outside = np.arange(share.shape[1]) < per_camera  # the hand's commanded camera does not say where the world is
         target_share = things[rows, :, targets]
         way = np.concatenate([from_hand[rows, targets], from_hand[rows, basket]], -1)
         return SceneBatch(
@@ -209,10 +209,10 @@ class Scenes:
             attention=_soft(target_share, things[..., basket], share[..., _GRIPPER]),
             way=np.nan_to_num(way).astype(np.float32),
             turn=np.stack([np.cos(2 * d["turn"]), np.sin(2 * d["turn"])], -1).astype(np.float32),
-            turn_weight=own.astype(np.float32),
+            turn_weight=commanded.astype(np.float32),
             held=(d["held"] == targets).astype(np.float32),
             actions=d["actions"],
-            acts=(d["acts"] & own).astype(np.float32),
+            acts=(d["acts"] & commanded).astype(np.float32),
         )
 
     def _check(self, path: Path, about: dict) -> None:
