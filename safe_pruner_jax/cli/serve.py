@@ -10,7 +10,7 @@ from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.identity import SERVED, local_device
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Checkpoint, Embedded, EnvMode, Method, Model
-from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.configs import get_config, replan_of
 from safe_pruner_jax.robots.robots import LIBERO, RequestError
 from safe_pruner_jax.serving import Access, Recorder, Terms, serve
 from safe_pruner_jax.serving.episodes import EpisodeRecorder
@@ -70,7 +70,8 @@ def run_serve(args: Serve, method: Method) -> None:
     if args.record:
         recorder = _recorder(args, method, policy.engine.config.kernels)
     if harness is not None:
-        server = harness.PolicyServer(args.serving.fleet(policy), max_wait_time=terms.max_delay_s)
+        chunk = replan_of(args.named(args.env.name)[0])
+        server = harness.PolicyServer(args.serving.fleet(policy), chunk_size=chunk, max_wait_time=terms.max_delay_s)
         harness.serve(server, host=args.host, port=args.port)
         return
     serve(
