@@ -117,11 +117,14 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "kappa": lambda: kappa.figure(rows("kappa_object3_112_t0"), 0.22),
     "cost": lambda: cost.figure(rows("cost_object3_112")),
     "calibrate": calibration,
-    "attention_sees2": lambda: attention.figure(rows("attention_sees2_112"), rows("carried_sees2_112")),
+    "attention": lambda: attention.figure(rows("attention_object10_112"), rows("carried_object10_112")),
     "attention_beside": lambda: attention.beside(
-        {"without attention loss": rows("attention_without_112"), "embedded": rows("attention_sees2_112")}
+        {
+            "without attention loss": rows("attention_object10_unsupervised_112"),
+            "embedded": rows("attention_object10_112"),
+        }
     ),
-    "controls_sees2": lambda: controls.figure(rows("controls_sees2_112")),
+    "controls": lambda: controls.figure(rows("controls_object10_112")),
     "step_mini_cpu": lambda: bars(json.loads((RESULTS / "step_mini_cpu.json").read_text(encoding="utf-8"))),
     "diagnose": cameras,
 }
