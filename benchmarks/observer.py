@@ -8,9 +8,6 @@ actions does.
 """
 
 import dataclasses
-import json
-import os
-import platform
 import select
 import statistics
 import subprocess
@@ -19,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import tyro
 import websockets.sync.client
+from record import begin, write
 from serving import WARM, Server, asked
 
 from safe_pruner_jax.analysis.view import live
@@ -104,6 +101,7 @@ def main() -> None:
         look_on(int(sys.argv[2]))
         return
     args = tyro.cli(Arguments, description=__doc__)
+    record = begin("observer.py", args.note)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(args.pruner, Path(folder), 1, ("--serving.watch",))
         try:
@@ -113,19 +111,12 @@ def main() -> None:
             server.process.wait(60)
     ratios = [turn["with"] / turn["without"] for turn in turns]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    result = {
-        "command": " ".join(["python", "benchmarks/observer.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "note": args.note,
-        "jax": jax.__version__,
+    measured = {
         "ratio": {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]},
         "without_ms": round(statistics.median(turn["without"] for turn in turns), 3),
         "turns": turns,
     }
-    text = json.dumps(result, indent=2)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(record | measured, args.out)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,8 @@ is measured by itself, the same requests to servers that compute nothing: one th
 more, and this package's.
 """
 
-import asyncio
 import contextlib
 import dataclasses
-import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -24,17 +20,17 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import jax
 import numpy as np
 import tyro
-import websockets.asyncio.server
 import websockets.sync.client
+from nothing import server_of_nothing
+from record import begin, write
 
 from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
 from safe_pruner_jax.pruners import make
-from safe_pruner_jax.serving import pack, running, unpack
+from safe_pruner_jax.serving import pack, unpack
 
 EDGES_MS = [round(float(edge), 1) for edge in np.geomspace(1, 10_000, 33)]
 """Borders of the histograms, milliseconds; what is below or above them all falls into the outermost bins."""
@@ -77,72 +73,25 @@ def bare(pruner: str, requests: int) -> dict[str, list[float]]:
     return {kind: ms[WARM:] for kind, ms in times.items()}
 
 
-class Nothing:
-    """A policy that answers at once."""
-
-    metadata: ClassVar[dict] = {}
-
-    def session(self) -> "Nothing":
-        """The same for every robot."""
-        return self
-
-    def warmup(self) -> None:
-        """Nothing to compile."""
-
-    def infer(self, request: dict) -> dict:
-        """Ten actions of zeros."""
-        return {"actions": np.zeros((10, 7))}
-
-
-async def answer_alone() -> None:
-    """The same bytes as a server of `Nothing`, with the websockets library alone; prints its port."""
-    reply = pack({"actions": np.zeros((10, 7))})
-
-    async def converse(socket: websockets.asyncio.server.ServerConnection) -> None:
-        await socket.send(pack({}))
-        async for _ in socket:
-            await socket.send(reply)
-
-    listener = await websockets.asyncio.server.serve(converse, "127.0.0.1", 0, compression=None, max_size=None)
-    print(listener.sockets[0].getsockname()[1], flush=True)
-    await listener.serve_forever()
-
-
-def answer_nothing(kind: str) -> None:
-    """Serves `Nothing` until it is killed; prints its port."""
-    if kind == "websockets":
-        asyncio.run(answer_alone())
-    with running(Nothing()) as server:
-        print(server.port, flush=True)
-        threading.Event().wait()
-
-
 def wire(requests: int) -> dict[str, list[float]]:
     """Milliseconds of a round trip to each server that computes nothing, in turns."""
-    command = [sys.executable, __file__, "--answer-nothing"]
     kinds = ("websockets", "server")
-    processes = {kind: subprocess.Popen([*command, kind], stdout=subprocess.PIPE, text=True) for kind in kinds}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     rng = np.random.default_rng(0)
-    try:
-        with contextlib.ExitStack() as stack:
-            sockets = {}
-            for kind, process in processes.items():
-                address = f"ws://127.0.0.1:{int(process.stdout.readline())}"
-                connection = websockets.sync.client.connect(address, compression=None, max_size=None)
-                sockets[kind] = stack.enter_context(connection)
-                sockets[kind].recv(60)
-            for step in range(requests + WARM):
-                message = asked(rng, 0, step)
-                for kind, socket in sockets.items():
-                    start = time.perf_counter()
-                    socket.send(pack(message))
-                    unpack(socket.recv(60))
-                    times[kind].append((time.perf_counter() - start) * 1e3)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+    with contextlib.ExitStack() as stack:
+        sockets = {}
+        for kind in kinds:
+            address = f"ws://127.0.0.1:{stack.enter_context(server_of_nothing(kind))}"
+            connection = websockets.sync.client.connect(address, compression=None, max_size=None)
+            sockets[kind] = stack.enter_context(connection)
+            sockets[kind].recv(60)
+        for step in range(requests + WARM):
+            message = asked(rng, 0, step)
+            for kind, socket in sockets.items():
+                start = time.perf_counter()
+                socket.send(pack(message))
+                unpack(socket.recv(60))
+                times[kind].append((time.perf_counter() - start) * 1e3)
     return {kind: ms[WARM:] for kind, ms in times.items()}
 
 
@@ -213,7 +162,6 @@ class Arguments:
       max_batch: robots per device step.
       note: about the machine, for the result file.
       out: result file, JSON.
-      answer_nothing: be the server that the wire is measured with.
     """
 
     pruner: str = "safe"
@@ -222,15 +170,12 @@ class Arguments:
     max_batch: int = 1
     note: str = ""
     out: Path | None = None
-    answer_nothing: tyro.conf.Suppress[Literal["websockets", "server"] | None] = None
 
 
 def main() -> None:
     """The command."""
     args = tyro.cli(Arguments, description=__doc__)
-    if args.answer_nothing:
-        answer_nothing(args.answer_nothing)
-        return
+    record = begin("serving.py", args.note)
     empty = wire(args.requests)
     alone = bare(args.pruner, min(args.requests, 100))
     driven = []
@@ -242,11 +187,7 @@ def main() -> None:
             finally:
                 server.process.terminate()
                 server.process.wait(60)
-    result = {
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "note": args.note,
-        "jax": jax.__version__,
+    measured = {
         "device": jax.devices()[0].device_kind,
         "model": EMBEDDED,
         "wire_ms": {kind: describe(ms) for kind, ms in empty.items()},
@@ -255,10 +196,7 @@ def main() -> None:
         "bare_rtc_step_ms": describe(alone["rtc"]),
         "served": driven,
     }
-    text = json.dumps(result, indent=2)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(record | measured, args.out)
 
 
 if __name__ == "__main__":

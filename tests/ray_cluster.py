@@ -54,7 +54,7 @@ def running():
     from safe_pruner_jax.cluster.connect import connected
 
     root = Path(__file__).parents[1]
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests", root / "scripts")))
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests", root / "benchmarks")))
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"  # instead of 5, at the end of which it starts again
     session = f"session_tests_{secrets.token_hex(4)}"
     folder = Path(get_default_ray_temp_dir(), session)

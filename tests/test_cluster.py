@@ -1,9 +1,14 @@
 """Evaluation on a Ray cluster of three nodes on loopback, of which one is killed; toy policy and toy simulator."""
 
 import dataclasses
+import importlib
+import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_cluster as toy
@@ -17,6 +22,7 @@ from safe_pruner_jax.evaluation.sources import Source
 pytestmark = [pytest.mark.newest, pytest.mark.ray]
 
 SUITE = "libero_object"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 JOBS = episodes(SUITE, (0, 1), 6)
 SAME = [field.name for field in dataclasses.fields(Record) if field.name not in ("seconds", "batch", "infer_ms")]
 """Fields of a record that do not tell the time, or who shared a step."""
@@ -48,6 +54,7 @@ def run(path, players, jobs=JOBS, workers=3, **options):
         ({"load": toy.load_another}, r"has another policy \(checkpoint: 0123456789ab → ffffffffffff\)"),
         ({"load": toy.load_nothing}, r"does not load: FileNotFoundError: no checkpoint at /data/pi05"),
         ({"look": toy.look_in_vain}, r"has no simulator: LIBERO is not installed: run this"),
+        ({"look": toy.look_another}, r"has another simulator \(libero: toy 1 → toy 2\); install the same everywhere"),
     ],
 )
 def test_a_node_that_is_not_like_the_others_is_one_line(cluster, tmp_path, options, text):
@@ -76,6 +83,7 @@ def test_a_killed_node_changes_no_outcome(cluster, tmp_path):
 
     assert run(tmp_path / "ray.jsonl", players, on_record=kill) == local
     assert len(seen) == len(local)
+    assert re.fullmatch(r"([\d.]+/\w{6} [\d.]+/min(, )?)+", players.rates())  # of each node
 
 
 def test_a_cluster_that_shrinks_to_nothing_is_one_line_and_keeps_what_was_played(cluster, tmp_path):
@@ -127,3 +135,48 @@ except ClusterError as error:
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_S).stdout
     assert text in said and said.count("\n") == 1
+
+
+def test_who_waits_for_the_policy_shares_its_next_step():
+    from safe_pruner_jax.cluster.actors import Policy
+
+    begun, release, steps = threading.Event(), threading.Event(), []
+
+    class Robots:
+        def start(self, name, seed):
+            steps.append((name, seed))
+
+        def step(self, requests):
+            steps.append(sorted(requests))
+            begun.set()
+            assert release.wait(WAIT_S)
+            if "broken" in requests.values():
+                raise RuntimeError("the device is gone")
+            return {name: name + request for name, request in requests.items()}
+
+    policy = Policy(lambda: (toy.IDENTITY, SimpleNamespace(robots=Robots(), device="toy")))
+    assert policy.load()[:2] == (toy.IDENTITY, "toy")
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(policy.answer, ("a", "1", 7))
+        assert begun.wait(WAIT_S)
+        others = [pool.submit(policy.answer, (name, "2", None)) for name in "bc"]
+        until(lambda: len(policy._waiting) == 2)
+        release.set()
+        assert [future.result(WAIT_S) for future in (first, *others)] == ["a1", "b2", "c2"]
+    assert steps == [("a", 7), ["a"], ["b", "c"]]
+    assert str(policy.answer(("a", "broken", None))) == "the device is gone"
+    assert policy.answer(("a", "3", None)) == "a3"
+
+
+def test_what_ray_costs_is_measured(cluster, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measure = importlib.import_module("cluster")
+    args = measure.Toys(rounds=1, episodes=2, policy_ms=2, step_ms=1, steps=10, requests=5)
+    found = measure.evaluation(args, 1)
+    assert all(found["call_ms"][kind]["median"] >= 2 for kind in ("here", "ray"))
+    assert all(found["episodes_per_minute"][kind]["median"] > 0 for kind in ("here", "ray"))
+    found = measure.serving(args, 1)
+    assert set(found) == {"1 robot", "2 robots"}
+    for some in found.values():
+        assert some["round_trip_ms"]["ray"]["median"] > 0 and some["replies_per_s"]["here"]["median"] > 0
+        assert some["proxy_processor_ms"]["median"] >= 0

@@ -1,6 +1,7 @@
 """Serving on a Ray cluster: a node dies, replicas come and go, and no robot is left without an answer or a word."""
 
 import contextlib
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray_cluster import WAIT_S, free_port, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from safe_pruner_jax.serving import Access
+from safe_pruner_jax.serving import Access, ServerError, Terms
 
 pytestmark = [
     pytest.mark.newest,
@@ -111,6 +112,44 @@ def test_a_node_that_is_killed_takes_nothing_with_it_silently(cluster):
             robot.close()
 
 
+def test_replicas_come_with_robots_and_leave_after_their_last_answer(cluster):
+    terms = Terms(drain_s=30)
+    options = {"replicas": (1, 2), "cores": 2, "robots": 2, "scale_s": (0.5, 1.0), "terms": terms}
+    with serving(cluster, **options) as port, ThreadPoolExecutor(4) as pool:
+        first = [Robot(port, f"early robot {i}") for i in range(2)]
+        assert len({robot.node for robot in first}) == replicas(port) == 1  # which is meant for two
+        first += [Robot(port, f"early robot {i}") for i in (2, 3)]
+        until(lambda: replicas(port) == 2)
+        robots = on_both(port)
+        staying = [robots[0], next(robot for robot in robots if robot.node != robots[0].node)]
+        for robot in (*first, *robots):
+            if robot not in staying:
+                robot.close()
+        assert all(robot.infer()["actions"][0, 0] == 1 for robot in staying)
+        stop, answers = threading.Event(), {robot: [] for robot in staying}
+
+        def ask(robot):
+            with contextlib.suppress(ConnectionClosed):
+                while not stop.is_set():
+                    answers[robot].append(robot.infer(seconds=0.2)["actions"][0, 0])
+
+        asking = {robot: pool.submit(ask, robot) for robot in staying}
+        until(lambda: any(future.done() for future in asking.values()))
+        moved = next(robot for robot, future in asking.items() if future.done())
+        other = next(robot for robot in staying if robot is not moved)
+        stop.set()
+        asking[other].result(WAIT_S)
+        assert answers[moved] == [*range(2, len(answers[moved]) + 2)]  # every one of them, in order
+        assert moved.closed() == 1001
+        moved.connect()
+        reply = moved.infer()
+        assert moved.node == other.node and reply["pruning"]["keyframe"] and reply["actions"][0, 0] == 1
+        moved.hear_of_the_move(reply)
+        until(lambda: replicas(port) == 1)
+        for robot in staying:
+            robot.close()
+
+
 def test_what_waits_is_answered_when_the_service_ends(cluster, tmp_path):
     release = tmp_path / "release"
     with ThreadPoolExecutor(2) as pool:
@@ -144,3 +183,44 @@ def test_health_readiness_and_metrics_of_each_and_of_all(cluster):
         assert samples(port, "/metrics", "keyframe_share") == {(): pytest.approx(0.5)}
         for robot in robots:
             robot.close()
+
+
+def test_a_second_service_on_the_cluster_is_one_line(cluster):
+    text = r"expected no service on this cluster, got one: openpi; end it with"
+    with serving(cluster), pytest.raises(ServerError, match=text) as told, serving(cluster):
+        pass
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"replicas": (3, 3), "cores": 2, "room_s": 0.1}, r"replicas: expected room for 3, the cluster has room for 2"),
+        (
+            {"replicas": (2, 2), "cores": 2, "identify": toy.identify},
+            r"do not start: node .*another policy .*\(checkpoint: \w+ → \w+\); put the same one on every node",
+        ),
+        ({"make": toy.broken}, r"the replicas do not start: .*no checkpoint at /data/pi05"),
+    ],
+)
+def test_a_service_that_cannot_start_is_one_line(cluster, options, text):
+    with pytest.raises(ServerError, match=text) as told, serving(cluster, **options):
+        pass
+    assert "\n" not in str(told.value)
+
+
+def test_a_service_whose_nodes_have_all_died_is_there_again_when_nodes_are(cluster, caplog):
+    caplog.set_level(logging.INFO, "safe_pruner_jax")
+    with serving(cluster) as port:
+        robot = Robot(port, "one")
+        assert robot.infer()["actions"][0, 0] == 1
+        cluster.kill()
+        with pytest.raises(ConnectionClosed):
+            robot.infer()
+        until(lambda: "replicas: 0" in caplog.text)
+        caplog.clear()
+        cluster.mend()
+        until(lambda: "replicas: 1" in caplog.text)
+        robot.connect()
+        assert robot.infer()["pruning"]["keyframe"]
+        robot.close()

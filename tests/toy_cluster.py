@@ -84,6 +84,11 @@ def look():
     return SIMULATOR
 
 
+def look_another():
+    """A node with another one."""
+    return {"libero": "toy 2"}
+
+
 def look_in_vain():
     """A node without a simulator."""
     raise LiberoUnavailable("LIBERO is not installed: run this")

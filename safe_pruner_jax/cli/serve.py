@@ -103,6 +103,13 @@ def load_fleet(args: Serve, method: Method) -> Fleet:
     return args.serving.fleet(load_policy(args, method))
 
 
+def load_identity(args: Serve, method: Method) -> dict[str, Any]:
+    """What identifies the policy of a replica, as its node has it."""
+    from safe_pruner_jax.cluster.evaluate import identity
+
+    return identity(args.describe(args.env.name, method, anywhere=True).as_json())
+
+
 def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
     if args.record:
         raise ValueError("record: expected one server with --record, got --on ray; record where the policy runs alone")
@@ -114,6 +121,7 @@ def _on_ray(args: Serve, method: Method, access: Access, terms: Terms) -> None:
     files = (args.serving.tls_cert, args.serving.tls_key)
     with service(
         partial(load_fleet, plain, method),
+        identify=partial(load_identity, plain, method),
         replicas=replicas,
         robots=args.robots_per_replica,
         host=args.host,

@@ -1,21 +1,22 @@
 """What runs on the nodes: `Policy`, one per accelerator, and `Simulator`, one per simulator. Nothing here imports jax.
 
     simulator                                     policy
-      infer(name, request, seed) ────────────────> waits until the device is free
+      (name, request, seed) ─────────────────────> waits until the device is free
       <──────────────────── reply, or PolicyFailed ─ one step of everybody who waits (`batched.Robots`)
 
-Pictures lie in the object store: written once by the simulator, read there by the policy without a copy on one node,
-sent once between two.
+Ray carries an episode to a simulator and its record back; the control steps in it go over a `line`.
 """
 
-import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
+from safe_pruner_jax.cluster.line import Place, call, listen
 from safe_pruner_jax.evaluation.workers import Job, MakeEnv, Player
 from safe_pruner_jax.libero.simulator import LiberoUnavailable
 
@@ -24,53 +25,53 @@ Load = Callable[[], tuple[Mapping[str, Any], Any]]
 
 
 class Policy:
-    """A policy on one accelerator, for many simulators.
+    """A policy on one accelerator, for many simulators; each of their lines is a thread of this process.
 
     Args:
       load: called once, in the actor's process.
     """
 
     def __init__(self, load: Load):
-        self._make, self._waiting, self._free = load, {}, asyncio.Event()
+        self._make, self._waiting, self._replies = load, {}, {}
         self._source: Any = None
-        self._serving: asyncio.Task | None = None
+        self._turn, self._busy = threading.Condition(), False
 
     def node(self) -> str:
         """Id of the node it runs on."""
         return ray.get_runtime_context().get_node_id()
 
-    async def load(self) -> tuple[Mapping[str, Any], str]:
-        """Loads; what identifies the policy, and its device. Raises what loading raises."""
-        about, self._source = await asyncio.to_thread(self._make)
-        self._serving = asyncio.ensure_future(self._serve())
-        return about, self._source.device
+    def load(self) -> tuple[Mapping[str, Any], str, Place]:
+        """Loads and listens: what identifies the policy, its device, and its place. Raises what loading raises."""
+        about, self._source = self._make()
+        return about, self._source.device, listen(ray.util.get_node_ip_address(), self.answer)
 
-    async def infer(self, robot: str, request: dict[str, Any], seed: int | None = None) -> Any:
-        """The reply to a robot's request, or a PolicyFailed; with a seed this is the first one of an episode."""
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting[robot] = (request, seed, answer)
-        self._free.set()
-        return await answer
+    def answer(self, question: tuple[str, dict[str, Any], int | None]) -> Any:
+        """The reply to (robot, request, seed), or a PolicyFailed; with a seed this is the first one of an episode.
 
-    async def _serve(self) -> None:
-        """Whoever waits when the device is free is served in one step."""
-        while True:
-            await self._free.wait()
-            self._free.clear()
-            waiting, self._waiting = self._waiting, {}
-            try:
-                replies = await asyncio.to_thread(self._step, waiting)
-            except Exception as error:  # of everybody in the step
-                replies = dict.fromkeys(waiting, error)
-            for robot, (_, _, answer) in waiting.items():
-                if not answer.done():
-                    answer.set_result(replies[robot])
+        The first thread that finds the device free makes the step of everybody who waits.
+        """
+        robot, request, seed = question
+        with self._turn:
+            self._waiting[robot] = request, seed
+            self._turn.wait_for(lambda: robot in self._replies or not self._busy)
+            if robot in self._replies:
+                return self._replies.pop(robot)
+            self._busy, together, self._waiting = True, self._waiting, {}
+        try:
+            replies = self._step(together)
+        except Exception as error:  # of everybody in the step
+            replies = dict.fromkeys(together, error)
+        with self._turn:
+            self._busy = False
+            self._replies |= replies
+            self._turn.notify_all()
+            return self._replies.pop(robot)
 
-    def _step(self, waiting: Mapping[str, tuple]) -> Mapping[str, Any]:
-        for robot, (_, seed, _) in waiting.items():
+    def _step(self, together: Mapping[str, tuple]) -> Mapping[str, Any]:
+        for robot, (_, seed) in together.items():
             if seed is not None:
                 self._source.robots.start(robot, seed)
-        return self._source.robots.step({robot: request for robot, (request, _, _) in waiting.items()})
+        return self._source.robots.step({robot: request for robot, (request, _) in together.items()})
 
 
 class Simulator:
@@ -84,7 +85,8 @@ class Simulator:
     def __init__(self, make_env: MakeEnv, about: Callable[[], Mapping[str, str]]):
         self._name = ray.get_runtime_context().get_actor_id()
         self._about, self._player = about, Player(make_env, self._ask)
-        self._policy: Any = None
+        self._place: Place | None = None
+        self._line: Connection | None = None
         self._seed: int | None = None
         self._policy_lost = ""
         self._since: float | None = None
@@ -97,9 +99,11 @@ class Simulator:
         except LiberoUnavailable as error:
             return node, str(error)
 
-    def play(self, job: Job, policy: Any) -> tuple[str, Any]:
+    def play(self, job: Job, policy: Place) -> tuple[str, Any]:
         """Plays an episode with a policy: the kind of message and its content, see `evaluation.crew`."""
-        self._policy, self._policy_lost, self._seed = policy, "", job.seed
+        if policy != self._place:
+            self._hang_up()
+        self._place, self._policy_lost, self._seed = policy, "", job.seed
         self._since = time.monotonic()
         try:
             kind, content = self._player.play(job)
@@ -115,11 +119,18 @@ class Simulator:
     def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
         self._since = None
         try:
-            reply: Any = ray.get(self._policy.infer.remote(self._name, request, self._seed))
-        except RayTaskError:
-            raise
-        except RayError as error:  # its process or its node has died, or cannot be reached
-            self._policy_lost = f"the policy was lost ({type(error).__name__})"
+            if self._line is None:
+                self._line = call(self._place)
+            self._line.send((self._name, request, self._seed))
+            reply = self._line.recv()
+        except (
+            OSError,
+            EOFError,
+            AuthenticationError,
+        ) as error:  # it has died, or is out of reach
+            self._hang_up()
+            where = f"{self._place.host}:{self._place.port}"
+            self._policy_lost = f"the policy at {where} was lost ({type(error).__name__}: {error})"
             raise
         finally:
             self._since = time.monotonic()
@@ -127,3 +138,8 @@ class Simulator:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        self._line = None

@@ -1,4 +1,5 @@
-"""What the replicas of a service tell one another: their metrics, where a robot was last, and who has to leave.
+"""What the replicas of a service tell one another: which policy they serve, their metrics, where a robot was last, and
+who has to leave.
 
 The board is an actor beside Serve's controller. No reply waits for it but the first one of a named robot, and that one
 at most `PATIENCE_S`; it may die, is started again by Ray, and is then told by the replicas which robots they have.
@@ -45,6 +46,23 @@ class Board:
         self._leaving: set[str] = set()
         self._there: set[str] = set()
         self._looked = -EVERY_S
+        self._identity: Mapping[str, Any] | None = None
+        self._failures: list[str] = []
+
+    async def agree(self, identity: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What identifies the policy of the first replica that has asked."""
+        if self._identity is None:
+            self._identity = identity
+        return self._identity
+
+    async def fail(self, why: str) -> None:
+        """A replica does not start."""
+        self._failures.append(why)
+
+    async def failures(self) -> list[str]:
+        """Why replicas have not started, since this was last asked."""
+        failures, self._failures = self._failures, []
+        return failures
 
     async def tell(self, replica: str, text: str) -> tuple[bool, list[str], str]:
         """A replica's metrics; whether it has to leave, robots that are elsewhere now, and which life this is."""

@@ -107,6 +107,11 @@ def names() -> dict[str, str]:
     return {n["NodeID"]: n["NodeManagerAddress"] + ("" if alone[n["NodeID"]] else f"/{n['NodeID'][:6]}") for n in nodes}
 
 
+def here() -> str:
+    """The node of this process, as `names` calls it."""
+    return names().get(require_ray().get_runtime_context().get_node_id(), "unknown")
+
+
 def room(kind: str, cores: int = 1, accelerators: bool = False) -> tuple[int, dict[str, Any]]:
     """How many actors of a kind the cluster holds, and what each of them asks for.
 

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from safe_pruner_jax.cluster import actors
 from safe_pruner_jax.cluster.connect import alive, names, room
+from safe_pruner_jax.cluster.line import Place
 from safe_pruner_jax.evaluation.crew import PATIENCE_S, STALL_S, EvaluationError, Message
 from safe_pruner_jax.evaluation.evaluate import RESTARTS
 from safe_pruner_jax.evaluation.workers import Job, MakeEnv, libero_env
@@ -38,6 +39,9 @@ within 15 s before it says so. Only then a simulator that has died is an error o
 YIELD_S = 3.0
 """Seconds that a policy waits for room before a simulator makes some."""
 
+PASSED_ON = ("MUJOCO_GL", "LP_NUM_THREADS")
+"""Variables of the driver that decide how simulators draw."""
+
 
 @dataclass(eq=False)
 class _Policy:
@@ -45,7 +49,7 @@ class _Policy:
     waits_for: Any  # reference to what it is asked: first where it is, then what it has loaded
     node: str | None = None
     device: str = ""
-    ready: bool = False
+    place: Place | None = None  # once it is ready
 
 
 @dataclass(eq=False)
@@ -101,7 +105,7 @@ class Nodes:
         spread = {"scheduling_strategy": "SPREAD"}
         self._make_policy = lambda: ray.remote(actors.Policy).options(**need, **spread).remote(load)
         _, need_one = room("simulator")
-        variables = {"LP_NUM_THREADS": "1"} | {k: os.environ[k] for k in ("MUJOCO_GL",) if k in os.environ}
+        variables = {"LP_NUM_THREADS": "1"} | {k: os.environ[k] for k in PASSED_ON if k in os.environ}
         decorate: Any = ray.remote
         two_threads = decorate(concurrency_groups={"word": 1})  # one plays, the other tells that it lives
         simulator_class = two_threads(actors.Simulator)
@@ -126,9 +130,9 @@ class Nodes:
         """Plays, with the policy that has the fewest simulators, on the same node where there is a choice."""
         load = Counter(s.policy for s in self._simulators if s.policy is not None)
         rank = lambda policy: (load[policy], policy.node != simulator.node)
-        simulator.policy = min((p for p in self._policies if p.ready), key=rank)
+        simulator.policy = min((p for p in self._policies if p.place), key=rank)
         simulator.since = time.monotonic()
-        simulator.waits_for = simulator.actor.play.remote(job, simulator.policy.actor)
+        simulator.waits_for = simulator.actor.play.remote(job, simulator.policy.place)
 
     def dismiss(self, simulator: _Simulator) -> None:
         """Ends the actor."""
@@ -170,7 +174,7 @@ class Nodes:
         self._check_room()
         yield from self._make_room()
         for simulator in self._idle():
-            if any(policy.ready for policy in self._policies):
+            if any(policy.place for policy in self._policies):
                 yield simulator, "ready", None
 
     def _hire(self) -> None:
@@ -203,18 +207,18 @@ class Nodes:
             raise EvaluationError(f"node {where}: the policy does not load: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             _check_start(error, "policy")
-            self._replace(policy)
+            self._replace(policy, f"it died before it was ready ({type(error).__name__})")
             return
         if policy.node is None:
             policy.node, policy.waits_for = result, policy.actor.load.remote()
             return
-        about, policy.device = result
+        about, device, place = result
         if found := differences(self._identity, {key: about[key] for key in self._identity}):
             where = self._name(policy.node)
             raise EvaluationError(
                 f"node {where} has another policy ({'; '.join(found)}); put the same one on every node"
             )
-        policy.ready, policy.waits_for = True, None
+        policy.device, policy.place, policy.waits_for = device, place, None
         logger.info("policy ready on %s, %s", self._name(policy.node), policy.device)
 
     def _of_simulator(self, simulator: _Simulator, reference: Any) -> Iterator[Message]:
@@ -233,7 +237,7 @@ class Nodes:
             return
         kind, content = result
         if kind == "again" and simulator.policy in self._policies:
-            self._replace(simulator.policy)
+            self._replace(simulator.policy, content)
         if kind == "episode":
             self._played[simulator.node] += 1
         yield simulator, kind, content
@@ -306,14 +310,17 @@ class Nodes:
     def _kinds(self) -> dict[str, list]:
         return {"policy": self._policies, "simulator": self._simulators}
 
-    def _replace(self, policy: _Policy) -> None:
+    def _replace(self, policy: _Policy, why: str) -> None:
         """Another one for a policy that has died; its simulators notice it themselves."""
         self._policies.remove(policy)
         ray.kill(policy.actor)
         self._crashes += policy.node is not None and alive(policy.node)
         if self._crashes > RESTARTS:
-            raise EvaluationError(f"{self._crashes} policies have died on nodes that live; see ray's logs for why")
-        logger.warning("the policy on %s is lost; another one is started", self._name(policy.node))
+            raise EvaluationError(
+                f"{self._crashes} policies were lost on nodes that live, the last one: {why}; see ray's logs, and "
+                "whether nodes reach one another at any port"
+            )
+        logger.warning("the policy on %s is lost; another one is started: %s", self._name(policy.node), why)
         self._add_policy()
 
     def _add_policy(self) -> None:

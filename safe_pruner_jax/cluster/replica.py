@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -16,8 +16,9 @@ from websockets.http11 import Response
 
 from safe_pruner_jax.cluster.asgi import Handshake, Receive, Scope, Send, Socket, answer, request_of, response
 from safe_pruner_jax.cluster.board import EVERY_S, PATIENCE_S, ROBOTS, merge
+from safe_pruner_jax.cluster.connect import here
 from safe_pruner_jax.policy.reply import Result
-from safe_pruner_jax.serving import Server
+from safe_pruner_jax.serving import Server, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker, as_backend
 from safe_pruner_jax.serving.metrics import TYPE
 
@@ -154,14 +155,38 @@ class Service:
 
     Args:
       make: makes the backend, in the replica's process.
+      identify: what identifies it on this node, before it is made; that of all replicas must be the same.
       board: actor handle of a `board.Board`.
       options: of `serving.Server`.
     """
 
-    async def __init__(self, make: Callable[[], Backend | SessionMaker], board: Any, options: dict[str, Any]):
+    async def __init__(
+        self,
+        make: Callable[[], Backend | SessionMaker],
+        identify: Callable[[], Mapping[str, Any]],
+        board: Any,
+        options: dict[str, Any],
+    ):
         self._name = serve.get_replica_context().replica_id.unique_id
         self._board, self._life = board, ""
-        self._known = Known(as_backend(await asyncio.to_thread(make)), self._name, board)
+        try:
+            await self._start(make, identify, options)
+        except Exception as error:
+            why = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+            await board.fail.remote(f"node {here()}: {why}")
+            raise
+        self._telling = asyncio.ensure_future(self._tell())
+
+    async def _start(self, make: Callable, identify: Callable, options: dict[str, Any]) -> None:
+        """Returns when the server is ready; raises ServerError if this is another policy than the first replica's."""
+        self._identity = await asyncio.to_thread(identify)
+        first = await self._board.agree.remote(self._identity)
+        if first != self._identity:
+            from safe_pruner_jax.policy.identity import differences  # a replica as such needs no jax
+
+            change = "; ".join(differences(first, self._identity))
+            raise ServerError(f"another policy than the first replica's ({change}); put the same one on every node")
+        self._known = Known(as_backend(await asyncio.to_thread(make)), self._name, self._board)
         self._server = Replica(self._known, **options)
         self._run = asyncio.ensure_future(self._server.run())
         ready = asyncio.ensure_future(asyncio.to_thread(self._server.ready.wait))
@@ -169,7 +194,6 @@ class Service:
         if self._run.done():
             self._server.ready.set()
             self._run.result()
-        self._telling = asyncio.ensure_future(self._tell())
 
     async def attend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request or conversation."""
@@ -182,6 +206,7 @@ class Service:
     async def _say(self) -> None:
         leaving, elsewhere, life = await self._board.tell.remote(self._name, self._server.snapshot())
         if life != self._life:  # it was started again, and knows nothing
+            await self._board.agree.remote(self._identity)
             await self._board.recall.remote(self._name, list(self._known.robots))
             self._life = life
         for robot in elsewhere:

@@ -14,7 +14,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -48,11 +49,15 @@ PROXY_S = 120.0
 LEAVE_S = 10.0
 """Seconds beyond the drain after which Serve ends a replica whatever it is at."""
 
+WORDS = 400
+"""Letters of an explanation that are shown."""
+
 
 @contextlib.contextmanager
 def service(
     make: Callable[[], Backend | SessionMaker],
     *,
+    identify: Callable[[], Mapping[str, Any]] = dict,
     replicas: tuple[int, int] = (1, 1),
     robots: int = 8,
     host: str = "127.0.0.1",
@@ -71,6 +76,7 @@ def service(
 
     Args:
       make: makes the backend, in each replica's process.
+      identify: what identifies the policy on a replica's node; that of all replicas must be the same.
       replicas: least and most.
       robots: connections per replica that Serve aims at.
       host, port: of the proxies.
@@ -106,9 +112,10 @@ def service(
         with _front(HTTPOptions(host=host, port=port, **tls), everywhere), _board() as board:
             options |= {"access": inner, "terms": terms}
             try:
-                _deploy(scaling, access.connections, terms.drain_s, need, (make, board, options))
+                _deploy(scaling, access.connections, terms.drain_s, need, (make, identify, board, options))
                 logger.info("ready for clients on %s://%s:%d", "wss" if tls else "ws", host, port)
-                yield
+                with _watched(board):
+                    yield
             finally:
                 serve.delete(NAME)  # waits until the replicas have left
 
@@ -153,7 +160,7 @@ def _board() -> Iterator[Any]:
 
 
 def _deploy(scaling: AutoscalingConfig, connections: int, drain_s: float, need: dict, arguments: tuple) -> None:
-    """Starts replicas, and returns when they and a proxy are ready; raises ServerError."""
+    """Starts replicas, see `_run`; `arguments` are those of a `Service`."""
     service: Any = Service
     deployment = service.options(
         autoscaling_config=scaling,
@@ -163,8 +170,22 @@ def _deploy(scaling: AutoscalingConfig, connections: int, drain_s: float, need: 
         health_check_timeout_s=300.0,
         ray_actor_options=need,
     )
+    _run(deployment.bind(*arguments), arguments[2])
+
+
+def _run(application: serve.Application, board: Any) -> None:
+    """Returns when the replicas and a proxy are ready; raises ServerError for the first one that does not start.
+
+    Serve itself would try that one again for ever, as soon as any other has started.
+    """
+    deployer = ThreadPoolExecutor(1)
+    started = deployer.submit(serve.run, application, name=NAME, route_prefix="/")
+    deployer.shutdown(wait=False)  # it returns when the application is deleted, at the latest
+    while not wait([started], timeout=0.5).done:
+        if why := _failures(board):
+            raise ServerError(f"the replicas do not start: {why[0]}")
     try:
-        serve.run(deployment.bind(*arguments), name=NAME, route_prefix="/")
+        started.result()
     except RuntimeError as error:
         raise ServerError(f"the replicas do not start: {_reason(error)}") from error
     until = time.monotonic() + PROXY_S
@@ -172,6 +193,45 @@ def _deploy(scaling: AutoscalingConfig, connections: int, drain_s: float, need: 
         if time.monotonic() > until:
             raise ServerError(f"expected a proxy of Ray Serve to listen within {PROXY_S:.0f} s, got none; see its logs")
         time.sleep(0.1)
+
+
+def _failures(board: Any) -> list[str]:
+    """Why replicas have not started, since this was last asked; one line each."""
+    try:
+        return [" ".join(why.split())[:WORDS] for why in ray.get(board.failures.remote(), timeout=LOOK_S)]
+    except RayError:  # the board is being started again
+        return []
+
+
+@contextlib.contextmanager
+def _watched(board: Any) -> Iterator[None]:
+    """Inside, the log tells how many replicas there are whenever that changes, and why one does not start."""
+    stop = threading.Event()
+    watching = threading.Thread(target=_watch, args=(board, stop), daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watching.join(2 * LOOK_S)
+
+
+def _watch(board: Any, stop: threading.Event) -> None:
+    before = None
+    while not stop.wait(LOOK_S):
+        with contextlib.suppress(RayError):
+            for why in _failures(board):
+                logger.error("a replica does not start: %s", why)
+            if (now := _running()) != before:
+                logger.log(logging.INFO if now else logging.ERROR, "replicas: %d", now)
+            before = now
+
+
+def _running() -> int:
+    """Replicas at present."""
+    state = serve.status().applications.get(NAME)
+    deployments = state.deployments.values() if state else ()
+    return sum(number for d in deployments for kind, number in d.replica_states.items() if kind == "RUNNING")
 
 
 def _beside_the_controller() -> dict[str, Any]:
@@ -209,7 +269,7 @@ def _reason(error: RuntimeError) -> str:
     state = serve.status().applications.get(NAME)
     deployments = state.deployments.values() if state else ()
     said = " ".join(d.message for d in deployments if d.message) or str(error)
-    return " ".join(said.split())[-400:]
+    return " ".join(said.split())[-WORDS:]
 
 
 def run_until_signal(ready: Callable[[], None] = lambda: None) -> None:

@@ -8,6 +8,7 @@ for a reply when the device is free is served in one step (`batched`): nobody wa
 """
 
 import contextlib
+import logging
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -22,6 +23,8 @@ from safe_pruner_jax.evaluation.records import Record, RecordFile, describe_call
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.sources import Source
 from safe_pruner_jax.evaluation.workers import Job, MakeEnv, broken, libero_env
+
+logger = logging.getLogger(__name__)
 
 RESTARTS = 5
 """Simulator processes that may die in a run before it stops."""
@@ -168,6 +171,7 @@ class _Run:
         if job is not None and self._begun[_key(job)] > AGAIN:
             self._record(job, broken(job, f"begun {self._begun[_key(job)]} times, the last time: {why}"), "")
         elif job is not None:
+            logger.warning("%s task %d, trial %d is played again: %s", *_key(job), why)
             self._todo[job.suite, job.task].appendleft(job)
         if kind == "gone":
             self._crew.dismiss(simulator)

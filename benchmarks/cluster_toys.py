@@ -1,4 +1,4 @@
-"""A simulator, a policy and a backend that take a known time and nothing else, for `measure_cluster.py`.
+"""A simulator and a policy that take a known time and nothing else, for `cluster.py`.
 
 They sleep instead of computing, so on few cores the machinery around them is measured and not the cores.
 """
@@ -8,7 +8,7 @@ import time
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -90,20 +90,3 @@ class MakeEnv:
     def __call__(self, suite: str, task: int) -> Env:
         """The environment of any task."""
         return Env(suite, task, self.seconds, self.max_steps)
-
-
-class Nothing:
-    """A backend that answers at once."""
-
-    metadata: ClassVar[dict] = {}
-
-    def session(self) -> "Nothing":
-        """The same for every robot."""
-        return self
-
-    def warmup(self) -> None:
-        """Nothing to compile."""
-
-    def infer(self, request: dict) -> dict:
-        """Ten actions of zeros."""
-        return {"actions": np.zeros((10, 7))}

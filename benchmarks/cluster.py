@@ -1,33 +1,29 @@
 """What Ray costs: evaluation and serving on clusters of 1, 2 and 3 nodes of this machine, in turns with no cluster.
 
-    python scripts/measure_cluster.py toys --out benchmarks/results/cluster_toy_cpu.json
-    python scripts/measure_cluster.py libero --tasks 0 1 --trials 2 --out benchmarks/results/cluster_libero_cpu.json
+    python benchmarks/cluster.py toys --out benchmarks/results/cluster_toy_cpu.json
+    python benchmarks/cluster.py libero --tasks 0 1 --trials 2 --out benchmarks/results/cluster_libero_cpu.json
 
 toys: a policy and a simulator that sleep. A control step is one question to the policy; its overhead is the time in
 which neither sleeps. An episode's is what lies between two records, the handing out of the next one included. Then a
 server that computes nothing, asked directly and through Ray Serve, and the processor time that its proxy takes.
-libero: the embedded policy in LIBERO, here and on two nodes; the outcomes must be the same.
+libero: the embedded policy in LIBERO, here and on two nodes; every field of a record must be the same but the times.
 
 All nodes are on this machine and share its cores: what is seen is overhead, never speed-up. Every cluster takes turns
 with the same work without it, and ratios are medians over rounds. Ray's workers run at the niceness of everything else
-here, not at their usual 15. Exit code 1 if outcomes differ.
+here, not at their usual 15. Exit code 1 if records differ.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,10 @@ import cluster_toys as toys
 import numpy as np
 import tyro
 import websockets.sync.client
+from nothing import Nothing, server_of_nothing
 from ray.cluster_utils import Cluster
+from record import begin, write
+from serving import WARM, asked
 
 from safe_pruner_jax.cli.arguments import parse
 from safe_pruner_jax.cli.evaluate import Evaluate
@@ -45,17 +44,17 @@ from safe_pruner_jax.cluster.evaluate import identity, load
 from safe_pruner_jax.cluster.serve import service
 from safe_pruner_jax.evaluation.crew import Crew, Message, Processes
 from safe_pruner_jax.evaluation.evaluate import episodes, play
-from safe_pruner_jax.evaluation.records import RecordFile
+from safe_pruner_jax.evaluation.records import Record, RecordFile
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.sources import Source, local, noise_of
 from safe_pruner_jax.libero.simulator import provenance
 from safe_pruner_jax.policy.identity import Configuration
 from safe_pruner_jax.policy.spec import Model
-from safe_pruner_jax.serving import pack, running, unpack
+from safe_pruner_jax.serving import pack, unpack
 
 SUITE = "libero_object"
-WARM = 3
-"""Requests of each robot that are not counted."""
+TIMES = ("seconds", "infer_ms")
+"""Fields of a record that tell the time; all others must be the same here and there."""
 TOY = Configuration(
     pruner="full",
     choices={},
@@ -180,11 +179,11 @@ def played(crew: Crew, workers: int, number: int) -> dict[str, Any]:
 
 
 def evaluation(args: Toys, nodes: int) -> dict[str, Any]:
-    """One policy and one simulator per node, and as many simulators without a cluster."""
+    """One policy, and as many simulators as nodes, with a cluster and without."""
     make_env = toys.MakeEnv(args.step_ms / 1e3, args.steps)
     here = lambda: Processes(Source(robots=toys.Robots(args.policy_ms / 1e3), device="toy"), make_env)
     load_toy, look = toys.Load(args.policy_ms / 1e3), toys.look
-    there = lambda: Nodes(load_toy, toys.IDENTITY, toys.SIMULATOR, policies=nodes, make_env=make_env, look=look)
+    there = lambda: Nodes(load_toy, toys.IDENTITY, toys.SIMULATOR, policies=1, make_env=make_env, look=look)
     rounds = [
         {"here": played(here(), nodes, args.episodes), "ray": played(there(), nodes, args.episodes)}
         for _ in range(args.rounds)
@@ -204,16 +203,9 @@ def evaluation(args: Toys, nodes: int) -> dict[str, Any]:
 # --- serving -----------------------------------------------------------------------------------------------
 
 
-def request(rng: np.random.Generator) -> bytes:
-    """Two pictures of 224 × 224 and a state, packed."""
-    image = lambda: rng.integers(0, 256, (224, 224, 3), np.uint8)
-    images = {"observation/image": image(), "observation/wrist_image": image()}
-    return pack(images | {"observation/state": rng.random(8), "prompt": "pick up the bowl"})
-
-
 def robot(port: int, requests: int, times: list[float]) -> None:
     """Asks as fast as it is answered; milliseconds."""
-    message = request(np.random.default_rng(0))
+    message = pack(asked(np.random.default_rng(0), 0, step=1))
     with websockets.sync.client.connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as connection:
         connection.recv(60)
         for step in range(requests + WARM):
@@ -224,7 +216,7 @@ def robot(port: int, requests: int, times: list[float]) -> None:
                 times.append((time.perf_counter() - start) * 1e3)
 
 
-def asked(port: int, robots: int, requests: int) -> dict[str, float]:
+def drive(port: int, robots: int, requests: int) -> dict[str, float]:
     """Several robots at once: median round trip, and replies per second of all."""
     times: list[float] = []
     threads = [threading.Thread(target=robot, args=(port, requests, times)) for _ in range(robots)]
@@ -248,36 +240,18 @@ def processor_s(name: str) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[int]:
-    """A server of `Nothing` in a process of its own; its port."""
-    command = [sys.executable, __file__, "answer-nothing"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
-
-
-def answer_nothing() -> None:
-    """Serves `Nothing` until it is killed; prints its port."""
-    with running(toys.Nothing()) as server:
-        print(server.port, flush=True)
-        threading.Event().wait()
-
-
 def serving(args: Toys, nodes: int) -> dict[str, Any]:
     """One replica per node behind one proxy, and one server without; one robot, then one per replica and one more."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     result: dict[str, Any] = {}
-    with alone() as direct, service(toys.Nothing, replicas=(nodes, nodes), port=port, everywhere=False):
+    with server_of_nothing() as direct, service(Nothing, replicas=(nodes, nodes), port=port, everywhere=False):
         for robots in (1, nodes + 1):
             rounds, proxy_ms = [], []
             for _ in range(args.rounds):
-                here, before = asked(direct, robots, args.requests), processor_s("ray::ProxyActor")
-                through = asked(port, robots, args.requests)
+                here, before = drive(direct, robots, args.requests), processor_s("ray::ProxyActor")
+                through = drive(port, robots, args.requests)
                 used = processor_s("ray::ProxyActor") - before
                 proxy_ms.append(used / (robots * (args.requests + WARM)) * 1e3)
                 rounds.append({"here": here, "ray": through})
@@ -305,12 +279,17 @@ def measure_toys(args: Toys) -> tuple[dict[str, Any], int]:
     return result, 0
 
 
+def alike(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What must be the same on every machine."""
+    return [{k: v for k, v in dataclasses.asdict(record).items() if k not in TIMES} for record in records]
+
+
 def measure_libero(args: Libero) -> tuple[dict[str, Any], int]:
-    """Seconds of an episode and of a call, here and on two nodes, and whether the outcomes are the same."""
+    """Seconds of an episode and of a call, here and on two nodes, and whether records are the same but for times."""
     command = ["--suite", SUITE, f"--pruner={args.pruner}", "policy:embedded"]
-    asked, method = parse(Evaluate, command, "openpi evaluate")
-    model = Model(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Model)})
-    method = model.fit("LIBERO", method, executed=asked.replan)
+    evaluate, method = parse(Evaluate, command, "openpi evaluate")
+    model = Model(**{field.name: getattr(evaluate, field.name) for field in dataclasses.fields(Model)})
+    method = model.fit("LIBERO", method, executed=evaluate.replan)
     config = dataclasses.replace(
         model.describe("LIBERO", method), noise=noise_of(0), simulator=provenance(), max_steps=args.max_steps
     )
@@ -321,23 +300,23 @@ def measure_libero(args: Libero) -> tuple[dict[str, Any], int]:
         "ray": lambda: Nodes(partial(load, model, method, 1, 0), identity(config.as_json()), provenance(), policies=1),
     }
     seen: dict[str, list] = {kind: [] for kind in kinds}
-    outcomes: dict[str, list] = {kind: [] for kind in kinds}
+    records: dict[str, list] = {kind: [] for kind in kinds}
     with cluster(2):
         for _ in range(args.rounds):
             for kind, crew in kinds.items():
                 heard = Heard(crew())
                 with tempfile.TemporaryDirectory() as folder, RecordFile(Path(folder, "r.jsonl"), config) as file:
                     play(jobs, file, source, workers=1, crew=heard)
-                    outcomes[kind].append({str(key): (r.outcome, r.steps) for key, r in sorted(file.records.items())})
+                    records[kind].append([r for _, r in sorted(file.records.items())])
                 seen[kind].append([episode for _, episode in heard.episodes])
-    same = all(found == outcomes["here"][0] for some in outcomes.values() for found in some)
+    same = all(alike(some) == alike(records["here"][0]) for rounds in records.values() for some in rounds)
     calls = lambda some: [call.seconds * 1e3 for one in some for episode in one for call in episode.calls[WARM:]]
     beside = lambda some: [
         c.seconds * 1e3 - c.timing["policy_timing"]["infer_ms"] for one in some for e in one for c in e.calls[WARM:]
     ]
     return {
-        "outcomes": outcomes["here"][0],
-        "same_outcomes": same,
+        "outcomes": [f"{r.suite} {r.task} {r.trial}: {r.outcome}, {r.steps} steps" for r in records["here"][0]],
+        "same_records": same,
         "call_ms": {kind: quartiles(calls(some)) for kind, some in seen.items()},
         "beside_the_policy_ms": {kind: quartiles(beside(some)) for kind, some in seen.items()},
         "episode_s": {kind: quartiles([e.seconds for one in some for e in one]) for kind, some in seen.items()},
@@ -346,25 +325,11 @@ def measure_libero(args: Libero) -> tuple[dict[str, Any], int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
-    if (arguments or sys.argv[1:])[:1] == ["answer-nothing"]:
-        answer_nothing()
-        return 0
     args = tyro.extras.subcommand_cli_from_dict({"toys": Toys, "libero": Libero}, args=arguments, description=__doc__)
-    begun = os.getloadavg()
+    record = begin("cluster.py", args.note, ("ray", "jax", "numpy", "websockets"))
     measured, code = measure_toys(args) if isinstance(args, Toys) else measure_libero(args)
-    result = {
-        "command": " ".join(["python", "scripts/measure_cluster.py", *(arguments or sys.argv[1:])]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("ray", "jax", "numpy", "websockets")},
-        "load": [round(value, 1) for value in (*begun, *os.getloadavg())],
-        "note": args.note,
-        "settings": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "note")},
-        "measured": measured,
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "note")}
+    write(record | {"settings": settings, "measured": measured}, args.out)
     return code
 
 
