@@ -55,6 +55,8 @@ from safe_pruner_jax.serving import pack, unpack
 SUITE = "libero_object"
 TIMES = ("seconds", "infer_ms")
 """Fields of a record that tell the time; all others must be the same here and there."""
+FRONTS = ("ray::ProxyActor", "haproxy")
+"""Commands of what may stand before the replicas: Ray's proxy, or HAProxy with RAY_SERVE_ENABLE_HA_PROXY=1."""
 TOY = Configuration(
     pruner="full",
     choices={},
@@ -229,12 +231,13 @@ def drive(port: int, robots: int, requests: int) -> dict[str, float]:
     return {"ms": statistics.median(times), "per_s": robots * (requests + WARM) / seconds}
 
 
-def processor_s(name: str) -> float:
-    """Processor seconds so far of all processes whose command begins so; Linux."""
+def front_s() -> float:
+    """Processor seconds so far of all fronts of Ray Serve; Linux."""
     ticks = 0
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if int(entry.name) and (entry / "cmdline").read_bytes().startswith(name.encode()):
+            command = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+            if int(entry.name) and any(name in command for name in FRONTS):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -250,9 +253,9 @@ def serving(args: Toys, nodes: int) -> dict[str, Any]:
         for robots in (1, nodes + 1):
             rounds, proxy_ms = [], []
             for _ in range(args.rounds):
-                here, before = drive(direct, robots, args.requests), processor_s("ray::ProxyActor")
+                here, before = drive(direct, robots, args.requests), front_s()
                 through = drive(port, robots, args.requests)
-                used = processor_s("ray::ProxyActor") - before
+                used = front_s() - before
                 proxy_ms.append(used / (robots * (args.requests + WARM)) * 1e3)
                 rounds.append({"here": here, "ray": through})
             result[f"{robots} robot{'s' * (robots > 1)}"] = {
