@@ -50,6 +50,7 @@ from safe_pruner_jax.evaluation.sources import Source, local, noise_of
 from safe_pruner_jax.libero.simulator import provenance
 from safe_pruner_jax.policy.identity import Configuration
 from safe_pruner_jax.policy.spec import Model
+from safe_pruner_jax.robots.configs import replan_of
 from safe_pruner_jax.serving import pack, unpack
 
 SUITE = "libero_object"
@@ -292,11 +293,11 @@ def measure_libero(args: Libero) -> tuple[dict[str, Any], int]:
     command = ["--suite", SUITE, f"--pruner={args.pruner}", "policy:embedded"]
     evaluate, method = parse(Evaluate, command, "openpi evaluate")
     model = Model(**{field.name: getattr(evaluate, field.name) for field in dataclasses.fields(Model)})
-    method = model.fit("LIBERO", method, executed=evaluate.replan)
-    config = dataclasses.replace(
-        model.describe("LIBERO", method), noise=noise_of(0), simulator=provenance(), max_steps=args.max_steps
-    )
-    jobs = episodes(SUITE, args.tasks, args.trials, max_steps=args.max_steps)
+    protocol = {"replan": replan_of(model.named("LIBERO")[0]), "max_steps": args.max_steps}
+    method = model.fit("LIBERO", method, executed=protocol["replan"])
+    config = model.describe("LIBERO", method)
+    config = dataclasses.replace(config, noise=noise_of(0), simulator=provenance(), **protocol)
+    jobs = episodes(SUITE, args.tasks, args.trials, **protocol)
     source = local(model.load("LIBERO", method.make()), config, batch=1, seed=0)
     kinds: dict[str, Callable[[], Any]] = {
         "here": lambda: Processes(source),
