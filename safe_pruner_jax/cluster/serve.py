@@ -96,21 +96,13 @@ def service(
     """
     access, terms = access or Access(), terms or Terms()
     access.check(host)
-    inner = dataclasses.replace(access, tls=None, insecure=True)
     with connected(address):
         _check_alone(host, port)
         need = _await_room(replicas[0], cores, room_s)
-        bounds = {"min_replicas": replicas[0], "max_replicas": replicas[1], "target_ongoing_requests": robots}
-        scaling = AutoscalingConfig(
-            **bounds,
-            upscale_delay_s=scale_s[0],
-            downscale_delay_s=scale_s[1],
-            look_back_period_s=max(scale_s[0], LOOK_S),
-            metrics_interval_s=LOOK_S,
-        )
         tls = dict(zip(("ssl_certfile", "ssl_keyfile"), tls_files, strict=True)) if tls_files else {}
         with _front(HTTPOptions(host=host, port=port, **tls), everywhere), _board() as board:
-            options |= {"access": inner, "terms": terms}
+            options |= {"access": dataclasses.replace(access, tls=None, insecure=True), "terms": terms}
+            scaling = _scaling(replicas, robots, scale_s)
             try:
                 _deploy(scaling, access.connections, terms.drain_s, need, (make, identify, board, options))
                 logger.info("ready for clients on %s://%s:%d", "wss" if tls else "ws", host, port)
@@ -118,6 +110,19 @@ def service(
                     yield
             finally:
                 serve.delete(NAME)  # waits until the replicas have left
+
+
+def _scaling(replicas: tuple[int, int], robots: int, scale_s: tuple[float, float]) -> AutoscalingConfig:
+    """How many replicas there are for how many robots, and how soon."""
+    return AutoscalingConfig(
+        min_replicas=replicas[0],
+        max_replicas=replicas[1],
+        target_ongoing_requests=robots,
+        upscale_delay_s=scale_s[0],
+        downscale_delay_s=scale_s[1],
+        look_back_period_s=max(scale_s[0], LOOK_S),
+        metrics_interval_s=LOOK_S,
+    )
 
 
 def _check_alone(host: str, port: int) -> None:
