@@ -157,9 +157,9 @@ def golden_examples():
 @pytest.fixture(scope="session")
 def plain_policy():
     """Without a pruner, with all denoise steps; tests make policies of their own around its weights and engine."""
-    from tiny_policy import load_tiny
+    from tiny_policy import load_small
 
-    return load_tiny(discrete=False)
+    return load_small()
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +168,14 @@ def two_step_policy():
     from tiny_policy import pruned_after_the_first
 
     return pruned_after_the_first(num_steps=2, prompt_lengths=(16, 32))
+
+
+@pytest.fixture(scope="session")
+def ten_step_policy():
+    """The same with all denoise steps, for prompts of up to 16 tokens."""
+    from tiny_policy import pruned_after_the_first
+
+    return pruned_after_the_first(num_steps=10, prompt_lengths=(16,))
 
 
 @pytest.fixture(scope="session")

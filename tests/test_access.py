@@ -53,7 +53,7 @@ def test_a_port_in_use_ends_the_process_with_exit_code_2(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, tiny_openpi.__file__, "serve", *tiny_openpi.POLICY, *tiny_openpi.MODEL]
+        command = [sys.executable, tiny_openpi.__file__, "serve", *tiny_openpi.policy(), *tiny_openpi.MODEL]
         command += ["--port", str(taken.getsockname()[1])]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)

@@ -221,11 +221,11 @@ def test_cost_is_the_papers_form_and_a_ratio_of_interleaved_times(policy):
     weights = policy.engine.weights
     (row,) = cost.measure(weights, config, example, keeps=(0.25,), cut=2, rounds=3, clock=clock)
     assert (row["speedup"], row["low"], row["high"], row["ms"], row["full_ms"]) == (2, 2, 2, 2000, 4000)
-    assert (row["kept"], row["alive"]) == (128, 512)
+    assert (row["kept"], row["alive"]) == (8, 32)
     text = 16
     c = config.prefix
-    paper = paper_flops([512 + text] * 2 + [128 + text] * 2, c.width, c.mlp_dim)
-    assert row["paper"] == paper and row["paper_speedup"] == paper_flops([528] * 4, c.width, c.mlp_dim) / paper
+    paper = paper_flops([32 + text] * 2 + [8 + text] * 2, c.width, c.mlp_dim)
+    assert row["paper"] == paper and row["paper_speedup"] == paper_flops([48] * 4, c.width, c.mlp_dim) / paper
     assert len(durations) == 2 * 2 * (cost.WARM_UP + 3)
 
 

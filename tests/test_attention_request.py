@@ -6,11 +6,10 @@ import urllib.request
 import numpy as np
 import pytest
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from tiny_policy import load_tiny, request
+from tiny_policy import request
 
 from safe_pruner_jax.analysis.trace import Call, Watch
 from safe_pruner_jax.policy.fleet import Fleet
-from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import running
 
@@ -19,8 +18,8 @@ BOTH = {"layers": [0, -1], "of": "action"}
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_tiny(False, safe(keep=0.2, threshold=-1.0))
+def policy(ten_step_policy):
+    return ten_step_policy
 
 
 def test_grids_are_those_of_a_full_pass_with_the_noise_of_the_step(policy):
@@ -76,8 +75,8 @@ def test_a_server_says_what_there_is_and_refuses_without_its_option(policy):
         Fleet(policy, limit=1).prepare("robot", request(0, attention=BOTH))
     with running(Fleet(policy, limit=1, attention=True), client_errors=(RequestError,)) as server:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/info") as info:
-            assert json.load(info)["attention"] == {"layers": {"action": 4, "text": 3}, "grid": [16, 16]}
+            assert json.load(info)["attention"] == {"layers": {"action": 4, "text": 3}, "grid": [4, 4]}
         client = WebsocketClientPolicy("127.0.0.1", server.port)
         grids = client.infer(request(0, attention=BOTH))["attention"]["grids"]
-        assert {camera: grid.shape for camera, grid in grids.items()} == dict.fromkeys(CAMERAS, (2, 16, 16))
+        assert {camera: grid.shape for camera, grid in grids.items()} == dict.fromkeys(CAMERAS, (2, 4, 4))
         client._ws.close()

@@ -12,6 +12,8 @@ from tiny_checkpoint import GOLDEN, TINY, assert_equal_trees
 from safe_pruner_jax.model.checkpoint import load_params
 from safe_pruner_jax.model.fetch import CheckpointError, fetch
 
+pytestmark = pytest.mark.newest
+
 
 class Bucket(MemoryFileSystem):
     """A bucket in memory that counts downloads and can lose the connection in the middle of the n-th file.

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from demonstrations import demo
-from tiny_policy import load_tiny, moving_scene
+from tiny_policy import moving_scene
 
 from safe_pruner_jax.analysis import controls
 from safe_pruner_jax.analysis.controls import Cell
@@ -16,6 +16,8 @@ from safe_pruner_jax.cli import controls as command
 from safe_pruner_jax.cli import recordings
 from safe_pruner_jax.libero.demonstrations import write_demos
 from safe_pruner_jax.tokens import PrefixLayout
+
+pytestmark = pytest.mark.newest
 
 N, DEPTH, CALLS = 24, 5, 12
 KINDS = ("forecast works", "matching broken", "target wrong")
@@ -136,12 +138,8 @@ def test_an_interval_over_episodes_is_wider_than_over_calls():
     assert together.low < 0 < alone.low
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return load_tiny(discrete=False)
-
-
-def test_acting_on_all_tokens_is_the_full_pass_and_on_others_is_not(policy):
+def test_acting_on_all_tokens_is_the_full_pass_and_on_others_is_not(plain_policy):
+    policy = plain_policy
     trace = Watch(policy)(moving_scene(steps=2))
     n = trace.alive.shape[1]
     (everything,) = controls.Acting(policy, 1.0)(trace, 1, 2, np.arange(n)[None])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_policy import load_tiny, request
+from tiny_policy import request
 
 from safe_pruner_jax.analysis.diagnose import Row, figure, measure, ninths, table, verdict
 from safe_pruner_jax.analysis.episodes import Call
@@ -26,8 +26,8 @@ def row(call, base, wrist):
     )
 
 
-def test_shares_are_those_of_a_trace():
-    policy = load_tiny(False)
+def test_shares_are_those_of_a_trace(plain_policy):
+    policy = plain_policy
     requests = [request(0, step) for step in range(2)]
     rows = measure(policy, requests, layers=(0, -1))
     late = Watch(policy)([Call(asked, -1.0) for asked in requests]).late("half", "all")[:, [0, 3]].mean(1)

@@ -8,11 +8,9 @@ import pytest
 import websockets.sync.client
 from openpi_client import image_tools
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from tiny_policy import load_tiny
 from websockets.exceptions import ConnectionClosed
 
 from safe_pruner_jax.policy.policy import Policy
-from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.robots import RequestError
 from safe_pruner_jax.serving import pack, running, unpack
 
@@ -20,10 +18,8 @@ PROMPT = "pick up the black bowl"
 
 
 @pytest.fixture(scope="module")
-def policy():
-    policy = load_tiny(discrete=False, pruner=safe(keep=0.2, threshold=0.9))
-    policy.prompt_lengths = (16,)
-    return policy
+def policy(ten_step_policy):
+    return ten_step_policy
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +48,12 @@ def test_an_episode_has_a_keyframe_forecasts_and_pruned_steps(client):
     first, second = client.infer(request()), client.infer(request())
     assert first["actions"].shape == (10, 7) and np.isfinite(first["actions"]).all()
     pruning = first["pruning"]
-    assert (pruning["keyframe"], pruning["kept"], pruning["alive"], pruning["kappa"]) == (True, 512, 512, None)
+    assert (pruning["keyframe"], pruning["kept"], pruning["alive"], pruning["kappa"]) == (True, 32, 32, None)
     pruning = second["pruning"]
-    assert (pruning["keyframe"], pruning["kept"], pruning["alive"]) == (False, 102, 512)
+    assert (pruning["keyframe"], pruning["kept"], pruning["alive"]) == (False, 6, 32)
     # a still frame: the forecast is off only by the noise that the action queries start from
     assert 0.9 <= pruning["kappa"] <= 1
-    assert len(pruning["index"]) == 102 and (np.diff(pruning["index"]) > 0).all()
+    assert len(pruning["index"]) == 6 and (np.diff(pruning["index"]) > 0).all()
     for reply in (first, second):
         timing = reply["policy_timing"]
         assert timing["infer_ms"] == pytest.approx(timing["shallow_ms"] + timing["rest_ms"])

@@ -14,6 +14,7 @@ import pytest
 from fake_libero import LIMIT, SOLVED_AFTER
 from fake_robots import SUITE, FakeRobots
 from rich.console import Console
+from tiny_policy import TOKENS
 from toy_records import CONFIGURATION
 
 from safe_pruner_jax.engine.flops import exact_flops, paper_flops, tokens_per_layer
@@ -299,7 +300,7 @@ def test_the_tiny_policy_plays(path, tiny):
         play(episodes(SUITE, (0, 1), 1), file, source, make_env=fake_libero.FakeEnv, workers=2)
         found = list(file.records.values())
     assert [r.outcome for r in found] == ["success"] * 2
-    assert all(r.prompt_slots == 16 for r in found) and all(r.kept <= r.alive == 512 for r in found)
+    assert all(r.prompt_slots == 16 for r in found) and all(r.kept <= r.alive == 2 * TOKENS for r in found)
     assert all(r.paper_flops > 0 and r.exact_flops > 0 and r.batch >= 1 for r in found)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_policy import request
+from tiny_policy import TOKENS, request
 
 from safe_pruner_jax.policy.fleet import Fleet
 from safe_pruner_jax.policy.policy import Policy
@@ -117,7 +117,7 @@ def test_a_pruned_step_that_is_not_finite_is_computed_again_on_the_full_path(tin
     fleet.policy = spoilt
     outcomes = ask(fleet, ("sick", request(0, 1)), ("well", request(1, 1)))
     sick, well = outcomes["sick"], outcomes["well"]
-    assert sick.pruning["fallback"] and sick.pruning["keyframe"] and sick.pruning["kept"] == 512
+    assert sick.pruning["fallback"] and sick.pruning["keyframe"] and sick.pruning["kept"] == 2 * TOKENS
     assert "fallback" not in well.pruning and not well.pruning["keyframe"]
     # the same noise as the step would have had, every token, and no memory
     episode = tiny.session()

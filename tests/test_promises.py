@@ -15,7 +15,7 @@ import pytest
 import tiny_openpi
 import websockets.sync.client
 from live_server import DEADLINE_S, KEY, Live, until
-from tiny_policy import request, tiny_config
+from tiny_policy import request, small_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from safe_pruner_jax.cli import main as cli
@@ -248,7 +248,7 @@ def play(server, folder_steps=3):
 
 def inspect(path: Path, *argv: str) -> tuple[int, str]:
     """`openpi inspect` of a tiny episode, in this process."""
-    configs.CONFIGS[tiny_openpi.CONFIG] = tiny_config(False)
+    configs.CONFIGS[tiny_openpi.CONFIG] = small_config()
     try:
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

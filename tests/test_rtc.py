@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from tiny_policy import pruned_after_the_first, request
+from tiny_policy import request
 
 from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide, guided, strength
 from safe_pruner_jax.policy.fleet import Fleet
@@ -176,9 +176,9 @@ def test_a_constant_action_is_not_divided_by_its_scale():
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(ten_step_policy):
     """The tiny policy; its first step is a keyframe and no other."""
-    return pruned_after_the_first(num_steps=10, prompt_lengths=(16,))
+    return ten_step_policy
 
 
 def asking(robot, step, executed=4, delay=3, **changes):

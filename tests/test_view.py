@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from pictures import CAMERAS, KEY, Pictures, scene
-from tiny_policy import load_tiny, request
+from tiny_policy import request
 
 from safe_pruner_jax.analysis import view
 from safe_pruner_jax.cli.main import main
-from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.serving import Access, running
 
 pytestmark = pytest.mark.newest
@@ -38,15 +37,15 @@ def saved(path, frames):
     return frames, entities(path)
 
 
-def test_a_policy_step_by_step(tmp_path):
-    policy = load_tiny(False, safe(keep=0.2, threshold=-1.0))
+def test_a_policy_step_by_step(ten_step_policy, tmp_path):
+    policy = ten_step_policy
     requests = [request(0, step) for step in range(3)]
     frames, rows = saved(tmp_path / "run.rrd", view.played(policy, requests, threshold=-1.0))
     session = policy.session()
     for asked, frame in zip(requests, frames, strict=True):
         np.testing.assert_array_equal(frame.reply["actions"], session.infer(asked)["actions"])
     assert [sorted(frame.maps) for frame in frames] == [["forecast", "late", "shallow"]] * 3
-    assert frames[0].layers == (512,) * 4 and frames[1].layers == (512, 512, 512, 102)
+    assert frames[0].layers == (32,) * 4 and frames[1].layers == (32, 32, 32, 6)
     for camera in CAMERAS:
         entity = f"/observation.images.{camera}"
         assert rows[entity] == rows[f"{entity}/kept"] == rows[f"{entity}/shallow"] == 3

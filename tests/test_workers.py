@@ -7,7 +7,7 @@ pytestmark = pytest.mark.newest
 
 
 def test_a_module_is_a_group_and_some_are_one():
-    assert group("tests/test_rtc.py::test_a") == group("tests/test_rtc.py::test_b[x0]") == "test_rtc"
+    assert group("tests/test_wire.py::test_a") == group("tests/test_wire.py::test_b[x0]") == "test_wire"
     assert group("tests/test_engine.py::test_a") == group("tests/test_control.py::test_b") != "test_engine"
     assert group("tests/test_parity.py::test_a[x]") != group("tests/test_parity.py::test_a[y]")
 

@@ -6,15 +6,26 @@ Fixtures of `conftest.py` hold the policies that several modules share, so that 
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from safe_pruner_jax.analysis.episodes import Call
+from safe_pruner_jax.engine import xla
+from safe_pruner_jax.engine.engine import Engine
+from safe_pruner_jax.model import pi0
+from safe_pruner_jax.model.checkpoint import load_params
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
 from safe_pruner_jax.policy.loading import load_policy
-from safe_pruner_jax.pruners import safe
+from safe_pruner_jax.policy.policy import Policy
+from safe_pruner_jax.pruners import full, safe
 from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots.transform import RobotIO
+from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats
+from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 DATA = Path(__file__).parent / "data"
+TOKENS = 16
+"""Tokens per camera of the small policy."""
 FILES = {"checkpoint": DATA / "ckpt_tiny_pi05", "tokenizer": DATA / "toy_sentencepiece.model"}
 
 GEMMA = GemmaConfig(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
@@ -58,10 +69,39 @@ def request(robot: int, step: int = 0, **changes) -> dict:
     } | changes
 
 
-def pruned_after_the_first(num_steps: int, prompt_lengths: tuple[int, ...]):
-    """The tiny policy with SAFE; its first step is a keyframe and no other."""
-    choices = {"pruner": safe(keep=0.2, threshold=-1.0), "num_steps": num_steps, "prompt_lengths": prompt_lengths}
-    return load_policy(tiny_config(False), **FILES, **choices)
+def small_config():
+    """The tiny model on pictures of 56 pixels."""
+    config = tiny_config(discrete=False)
+    return dataclasses.replace(config, model=config.model.replace(image_size=56))
+
+
+def small_params(dtype: str = "bfloat16") -> dict:
+    """The tiny checkpoint with every fourth row and column of its positions."""
+    model = tiny_config(discrete=False).model
+    params = load_params(FILES["checkpoint"], model, dtype=dtype)
+    image = params["PaliGemma"]["img"]
+    table = image["pos_embedding"].reshape(1, model.grid, model.grid, -1)
+    image["pos_embedding"] = table[:, 2::4, 2::4].reshape(1, TOKENS, -1)
+    return params
+
+
+def load_small(pruner=None, *, num_steps: int = 10, prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS) -> Policy:
+    """The tiny policy on pictures of 56 pixels.
+
+    It has 16 tokens per camera, not 256: programs that are compiled without optimisation take a third of a second for a
+    step on 512.
+    """
+    config = small_config()
+    prepare = jax.jit(pi0.prepare, static_argnums=1, static_argnames=("num_steps", "upright"))
+    weights = prepare(small_params(), config.model, num_steps=num_steps, upright=xla.upright(config.model.dtype))
+    stats = load_norm_stats(FILES["checkpoint"], config.asset_id)
+    io = RobotIO(config, stats, Tokenizer(FILES["tokenizer"], config.model.max_token_len))
+    return Policy(Engine(weights, config.model, pruner or full()), io, prompt_lengths=prompt_lengths)
+
+
+def pruned_after_the_first(num_steps: int, prompt_lengths: tuple[int, ...]) -> Policy:
+    """The small policy with SAFE; its first step is a keyframe and no other."""
+    return load_small(safe(keep=0.2, threshold=-1.0), num_steps=num_steps, prompt_lengths=prompt_lengths)
 
 
 def moving_scene(steps: int = 8, cut_at: int = 5) -> list[Call]:

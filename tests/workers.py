@@ -8,21 +8,29 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = {
     **dict.fromkeys(("test_engine", "test_control", "test_session"), "the tiny engine"),
-    **dict.fromkeys(("test_analysis", "test_deviation", "test_trace", "test_end_to_end"), "the plain policy"),
+    **dict.fromkeys(
+        ("test_analysis", "test_deviation", "test_trace", "test_regions", "test_controls", "test_diagnose"),
+        "the plain policy",
+    ),
+    **dict.fromkeys(("test_rtc", "test_end_to_end", "test_attention_request", "test_view"), "the policy of ten steps"),
     **dict.fromkeys(("test_fleet", "test_evaluate"), "the policy of two steps"),
+    **dict.fromkeys(("test_notebooks", "test_site"), "the embedded policy"),
 }
 """Modules that share compiled programs run in one worker; every other module is a group by itself."""
 
-APART = ("test_parity", "test_flops", "test_demo", "test_notebooks")
+APART = ("test_parity", "test_flops", "test_demo")
 """Modules whose tests share nothing that is dear: each test may run anywhere."""
 
 OF_A_CASE = ("test_law", "test_safe_is_algorithm_1")
 """Tests of one pruner, whose programs they share."""
 
 LONGEST = (
-    *("test_demo", "test_engine", "test_control", "test_session", "test_peers_engine", "test_bench", "test_expert"),
-    *("test_promises", "test_notebooks", "test_training", "test_parity", "test_analysis", "test_deviation"),
-    *("test_trace", "test_end_to_end", "test_rtc", "test_fleet", "test_evaluate", "test_pruners", "test_libero"),
+    *("test_demo", "test_engine", "test_control", "test_session", "test_notebooks", "test_site", "test_stages"),
+    *("test_analysis", "test_deviation", "test_trace", "test_regions", "test_controls", "test_diagnose"),
+    *("test_training", "test_hosts", "test_peers_engine", "test_bench", "test_promises", "test_expert", "test_scenes"),
+    *("test_parity", "test_budget", "test_rtc", "test_end_to_end", "test_attention_request", "test_view"),
+    *("test_kernels", "test_words", "test_wheel", "test_evaluate_command", "test_fleet", "test_evaluate"),
+    *("test_loading", "test_pruners", "test_libero", "test_lerobot", "test_openpi_patch", "test_pytorch"),
 )
 """Modules that begin first, so that no worker is left alone with one of them at the end."""
 
