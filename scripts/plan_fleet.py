@@ -1,6 +1,7 @@
 """How many accelerators a fleet of robots needs: queues simulated, with a seed, from times that were measured.
 
     python scripts/plan_fleet.py pi05-h100 --out benchmarks/results/plan_pi05_h100.json
+    python scripts/plan_fleet.py pi05-h100-proxy --out benchmarks/results/plan_pi05_h100_proxy.json
     python scripts/plan_fleet.py mini-cpu --robots 1 3 10 --hz 5 10
     python scripts/plan_fleet.py pi05-h100 --costs.pruned-ms 12 --costs.source "openpi bench, my GPU" --robots 40
 
@@ -253,8 +254,8 @@ H100 = Costs(
         "steps: MODELLED for an H100 from compiled launches, pi0.5 at full size, bfloat16, safe at 0.2, kernel `layer` "
         "at 1.5 us per kernel (docs/performance.md, launches_pi05_kernels.json); each further row: its products at "
         "half of the data sheet's 989 TFLOP/s (645 and 1295 G multiply-adds); keyframes: docs/results.md, 30 %; "
-        "front_ms, ray_ms: ASSUMED, scripts/measure_cluster.py measures them; host_ms: MEASURED on two CPU cores "
-        "(serving_mini_cpu.json)"
+        "host_ms: MEASURED on two CPU cores (serving_mini_cpu.json); front_ms, ray_ms: MEASURED on two cores of an AMD "
+        "EPYC, Ray 2.60.0 behind HAProxy (cluster_haproxy_cpu.json)"
     ),
     pruned_ms=7.1,
     pruned_row_ms=2.6,
@@ -263,24 +264,34 @@ H100 = Costs(
     keyframes=0.3,
     limit=8,
     host_ms=4.5,
-    front_ms=2.0,
-    ray_ms=4.0,
+    front_ms=0.3,
+    ray_ms=0.3,
 )
 MINI = dataclasses.replace(
     H100,
     source=(
         "steps: MEASURED on two CPU cores, the embedded policy of 8.5 M parameters, safe at 0.2 (step_mini_cpu.json: "
         "51.2 and 64.8 ms alone, 135.3 and, without a pruner, 169.6 ms for four); host_ms: MEASURED "
-        "(serving_mini_cpu.json); keyframes: docs/results.md, 30 %; front_ms, ray_ms: ASSUMED"
+        "(serving_mini_cpu.json); keyframes: docs/results.md, 30 %; front_ms, ray_ms: MEASURED there with Ray 2.60.0 "
+        "behind HAProxy (cluster_haproxy_cpu.json)"
     ),
     pruned_ms=51.2,
     pruned_row_ms=28.0,
     keyframe_ms=64.8,
     keyframe_row_ms=36.2,
 )
+PROXY = dataclasses.replace(
+    H100,
+    source=H100.source.replace(
+        "behind HAProxy (cluster_haproxy_cpu.json)", "with its own proxy (cluster_toy_cpu.json)"
+    ),
+    front_ms=4.2,
+    ray_ms=7.6,
+)
 
 PRESETS = {
     "pi05-h100": ("π0.5 on H100s that nobody has measured: modelled steps", Plan(H100)),
+    "pi05-h100-proxy": ("the same behind Ray's own proxy instead of HAProxy", Plan(PROXY)),
     "mini-cpu": ("the embedded policy on nodes of two CPU cores: measured steps", Plan(MINI)),
 }
 
