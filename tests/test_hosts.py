@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_hosts
 from tiny_training import SETTINGS
 
 from safe_pruner_jax.training import hosts
 
 pytestmark = pytest.mark.newest
 
-PROGRAM = Path(__file__).with_name("train_hosts.py")
+PROGRAM = Path(train_hosts.__file__)
 
 
 def free_port() -> int:
@@ -25,11 +26,13 @@ def free_port() -> int:
 
 
 def train(folder: Path, stop: int, processes: int) -> list[int]:
-    """The step at which each of them ended."""
+    """The step at which each of them ended; one alone is this process."""
+    if processes == 1:
+        return [train_hosts.train(folder, stop)]
     tests = PROGRAM.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
     command, address = [sys.executable, str(PROGRAM), str(folder), str(stop)], f"127.0.0.1:{free_port()}"
-    places = [[address, str(processes), str(place)] for place in range(processes)] if processes > 1 else [[]]
+    places = [[address, str(processes), str(place)] for place in range(processes)]
     started = [
         subprocess.Popen([*command, *place], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for place in places

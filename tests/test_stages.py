@@ -26,12 +26,18 @@ pytestmark = pytest.mark.newest
 KINDS = ("basket", "butter", "milk")
 TINY = mini(
     image_size=28,
-    prefix=GemmaConfig(16, 6, 32, 2, 1, 8),
-    expert=GemmaConfig(16, 6, 32, 2, 1, 8),
+    prefix=GemmaConfig(16, 3, 32, 2, 1, 8),
+    expert=GemmaConfig(16, 3, 32, 2, 1, 8),
     vision=SiglipConfig(16, 1, 32, 2),
 )
 SETTINGS = Settings(steps=4, batch=4, draws=2, warmup=1, log_every=2, validate_every=4, save_every=2, augment=False)
 TOKENIZER = embedded_folder() / "tokenizer.model"
+
+
+@pytest.fixture(autouse=True)
+def shallow_cut(monkeypatch):
+    """In three layers tokens are dropped after the first, and the second is supervised."""
+    monkeypatch.setattr(perception, "CUT", 1)
 
 
 def frames(seed: int, count: int = 6, acts: bool = True) -> dict[str, np.ndarray]:

@@ -51,15 +51,16 @@ def equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def main(folder: Path) -> None:
+def two_steps(folder: Path):
+    """What two steps on all devices make of the last layer's weights."""
     config = dataclasses.replace(get_config("mini_libero"), model=tiny())
     demos = [demo(9, 0), demo(6, 1)]
     made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
     settings = dataclasses.replace(SETTINGS, steps=2, augment=False, fsdp=True)
     params, _ = imitation.imitate(tiny(), made, draw_params(tiny()), settings, folder)
-    np.save(folder / "w.npy", params["action_out_proj"]["kernel"])
-    print(len(jax.devices()))
+    return params["action_out_proj"]["kernel"]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    np.save(Path(sys.argv[1]) / "w.npy", two_steps(Path(sys.argv[1])))
+    print(len(jax.devices()))

@@ -1,7 +1,7 @@
-"""One of several processes that train the tiny model as one: `train_hosts.py FOLDER STOP [COORDINATOR HOSTS HOST]`.
+"""One of several processes that train the tiny model as one: `train_hosts.py FOLDER STOP COORDINATOR HOSTS HOST`.
 
 Batches end at step STOP, where the run can be gone on with.
-The averaged parameters are FOLDER/w.npz; only the first host writes.
+The averaged parameters are FOLDER/w.npz; only the first host writes. A process that is alone calls `train`.
 """
 
 import dataclasses
@@ -31,10 +31,8 @@ class Until(imitation.Demonstrations):
         return itertools.islice(super().batches(seed, start), self.stop - start)
 
 
-if __name__ == "__main__":
-    folder, stop = Path(sys.argv[1]), int(sys.argv[2])
-    if len(sys.argv) > 3:
-        hosts.join(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+def train(folder: Path, stop: int) -> int:
+    """The step at which training ended."""
     config = dataclasses.replace(get_config("mini_libero"), model=tiny())
     demos = [demo(9, 0), demo(6, 1)]
     made = data.make_samples(demos, config, data.norm_stats(demos), Tokenizer(DATA / "toy_sentencepiece.model", 200))
@@ -46,4 +44,9 @@ if __name__ == "__main__":
         np.savez(folder / "w.npz", **flatten_dict(params, sep="/"))
         saved = flatten_dict(load_params(folder / "checkpoint", tiny()), sep="/")
         assert all(np.array_equal(saved[name], leaf) for name, leaf in flatten_dict(params, sep="/").items())
-    print(step)
+    return step
+
+
+if __name__ == "__main__":
+    hosts.join(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    print(train(Path(sys.argv[1]), int(sys.argv[2])))
