@@ -45,10 +45,13 @@ def connected(address: str | None, **options: Any) -> Iterator[None]:
         return
     _reach(address or "")
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
-    environment = {} if address else {"runtime_env": {"env_vars": variables}}
+    environment = {}
+    if not address:  # processes of this machine, as without Ray: no nicer than this one
+        environment = {"runtime_env": {"env_vars": variables}, "_system_config": {"worker_niceness": 0}}
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            ray.init(address, namespace="safe_pruner", logging_level="WARNING", **environment, **options)
+            # without "local" it would join any cluster that runs on this machine
+            ray.init(address or "local", namespace="safe_pruner", logging_level="WARNING", **environment, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         text = " ".join(str(error).split())
         if "ersion mismatch" in text:
