@@ -52,10 +52,10 @@ def test_request_to_actions_equals_openpi(golden, discrete):
 
 
 def test_embedded_policy_needs_nothing_but_the_package():
-    policy = load_policy(EMBEDDED, pruner=safe(), prompt_lengths=(32,))
+    policy = load_policy(EMBEDDED, pruner=safe(), prompt_lengths=(16,))
     config = policy.engine.config
     assert config == get_config(EMBEDDED).model and config.replace(image_size=224, temperature=1.0) == mini()
-    request = policy.transform.example(np.random.default_rng(0))
+    request = policy.transform.example(np.random.default_rng(0)) | {"prompt": "pick up the cream cheese"}
     session = policy.session()
     first, second = session.infer(request), session.infer(request)
     assert first["pruning"]["keyframe"] and not second["pruning"]["keyframe"]
