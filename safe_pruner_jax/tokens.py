@@ -99,22 +99,27 @@ def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") 
     Returns:
       [n] float32; dead tokens have 0. Without alive rows or tokens everything is 0.
     """
-    heads = visual_attention(logits, alive, over)
+    probs = _visual(logits, alive, over)
+    probs = probs.reshape(-1, *probs.shape[-2:])
     weight = rows.astype(jnp.float32)
-    s = (weight[:, None] * heads).sum(0) / jnp.maximum(weight.sum(), 1.0)
+    s = (weight[None, :, None] * probs).sum((0, 1)) / (len(probs) * jnp.maximum(weight.sum(), 1.0))
     return jnp.where(alive, s, 0.0)
 
 
 def visual_attention(logits: Array, alive: Array, over: str) -> Array:
     """Head-mean attention of every row to the visual tokens, arguments as in `saliency`: [R, n] float32."""
+    probs = _visual(logits, alive, over)
+    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
+
+
+def _visual(logits: Array, alive: Array, over: str) -> Array:
+    """Attention of every head and row to the visual tokens, as in `saliency`: [..., R, n] float32."""
     n = alive.shape[0]
     logits = logits.astype(jnp.float32)
     if over == "visual":
         # a huge number, not -inf: with no token alive the row stays finite, and its sum over rows is zeroed later
-        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
-    else:
-        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
-    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
+        return jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
+    return jax.nn.softmax(logits, axis=-1)[..., :n]
 
 
 def budget(keep: float, n: int) -> int:
@@ -178,12 +183,24 @@ def table(f: Callable[[int], int], n: int) -> Array:
 
 
 def best(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
-    """The `count` best tokens (int32 scalar, at most k) in k slots; score, alive and result as in `top_k`."""
-    chosen = jax.lax.top_k(_comparable(score, alive), k)[1].astype(jnp.int32)
-    kept = (jnp.arange(k) < count) & alive[chosen]
-    # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
-    packed = jnp.sort(chosen * 2 + kept.astype(jnp.int32))
-    return packed // 2, (packed % 2).astype(bool)
+    """The `count` best tokens (int32 scalar, at most k) in k slots; score, alive and result as in `top_k`.
+
+    Counted and not sorted: a GPU counts the pairs of a few hundred tokens in one launch each, and sorts in several.
+    """
+    place, slots = jnp.arange(score.shape[0], dtype=jnp.int32), jnp.arange(k, dtype=jnp.int32)[:, None]
+    order = jax.lax.optimization_barrier(_integer(_comparable(score, alive)))  # else it is made anew for every pair
+    earlier = place[None, :] < place[:, None]
+    rank = (order[None, :] > order[:, None] - earlier.astype(jnp.int32)).sum(1, dtype=jnp.int32)
+    upto = ((rank < k)[None, :] & ~(place[None, :] > place[:, None])).sum(1, dtype=jnp.int32)
+    index = (upto[None, :] <= slots).sum(1, dtype=jnp.int32)
+    kept = ((rank < count) & alive)[None, :] & (upto[None, :] == slots + 1)
+    return index, kept.any(1)
+
+
+def _integer(x: Array) -> Array:
+    """int32 in the order of float32 x without NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _comparable(score: Array, alive: Array) -> Array:

@@ -37,7 +37,7 @@ from safe_pruner_jax.analysis import (
 )
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.analysis.rows import read_rows
-from safe_pruner_jax.bench import launches
+from safe_pruner_jax.bench import launch_tables, launches
 from safe_pruner_jax.bench.picture import bars
 from safe_pruner_jax.evaluation.figures import success_by_flops, success_by_keep
 from safe_pruner_jax.evaluation.records import read_records
@@ -95,7 +95,7 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
 def ladder() -> Figure:
     """Control steps compiled for an H100, change by change, from benchmarks/results."""
     results = FOLDER.parents[1] / "benchmarks" / "results"
-    changes = ("before", "savings", "kernels")
+    changes = launch_tables.CHANGES
     reports = {name: json.loads((results / f"launches_pi05_{name}.json").read_text()) for name in changes}
     return launches.ladder(reports, "h100")
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_programs import by_kernel
 from tiny_engine import close
 
 from safe_pruner_jax.engine import autotune
 from safe_pruner_jax.model import config as sizes
-from safe_pruner_jax.model import expert_kernels, gemma, kernels, pi0, quantisation, siglip, vision_kernels
+from safe_pruner_jax.model import gemma, kernels, pi0, quantisation, siglip, vision_kernels
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig
+from safe_pruner_jax.model.expert import action_saliency
 from safe_pruner_jax.model.params import init_params
 
 
@@ -106,20 +108,29 @@ def test_visual_tokens_with_the_kernel_are_those_without(model):
     assert not vision_kernels.supports(config.replace(image_size=42))  # nine tokens: no block divides them
 
 
-# fewer than a block; the last block reaches back; split among blocks, of which the last reaches back
-@pytest.mark.parametrize("keys", [41, 100, 544])
-def test_a_chunk_by_whole_layers_is_that_without(keys):
-    """The kernel needs the norms stacked, and late layers take XLA's path."""
+def expert(action_dim=8):
+    """A small model and parameters of it."""
     layer = GemmaConfig(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
-    config = sizes.mini(prefix=layer, expert=layer, vision=SiglipConfig(16, 1, 32, 2), image_size=56, action_horizon=4)
-    params = init_params(jax.random.key(0), config)
+    vision = SiglipConfig(16, 1, 32, 2)
+    config = sizes.mini(prefix=layer, expert=layer, vision=vision, image_size=56, action_horizon=4)
+    config = config.replace(action_dim=action_dim)
     # at openpi's zeros the adaptive norms close every branch, and any kernel would pass
     opened = lambda path, a: a + 0.3 * draw(3, *a.shape) if "Dense_0" in jax.tree_util.keystr(path) else a
-    params = jax.tree_util.tree_map_with_path(opened, params)
-    prepare = jax.jit(pi0.prepare, static_argnums=1, static_argnames="num_steps")
+    return config, jax.tree_util.tree_map_with_path(opened, init_params(jax.random.key(0), config))
+
+
+prepare = jax.jit(pi0.prepare, static_argnums=1, static_argnames="num_steps")
+
+
+# fewer than a block; the last block reaches back; split among blocks, of which the last reaches back
+# and actions of numbers that the kernels `enter` and `leave` take, or not
+@pytest.mark.parametrize(("keys", "action_dim"), [(41, 8), (100, 16), (544, 32)])
+def test_a_chunk_by_whole_layers_is_that_without(keys, action_dim):
+    """The kernel needs the norms stacked; late layers take XLA's path."""
+    config, params = expert(action_dim)
     seen = jnp.broadcast_to(jnp.arange(keys)[None, None] < keys - 5, (2, 1, keys))
     segments = tuple(gemma.Segment(draw(i, 2, keys, 1, 16), draw(i + 9, 2, keys, 1, 16), seen) for i in range(3))
-    prefix, noise = pi0.Prefix(segments, jnp.full(2, keys - 5)), draw(20, 2, 4, 8)
+    prefix, noise = pi0.Prefix(segments, jnp.full(2, keys - 5)), draw(20, 2, 4, action_dim)
     late = {"visual_alive": jnp.ones((2, 32), bool), "late_layers": (1,)}
 
     def run(config, given):
@@ -136,30 +147,31 @@ def test_a_chunk_by_whole_layers_is_that_without(keys):
     assert calls(config.replace(kernels=(kernels.LAYER,))) == 0  # without stacked norms it stays out
 
 
+@pytest.mark.parametrize("dead", [0, 70, 128])
+def test_what_the_actions_see_is_saliency_of_the_layers_logits(dead):
+    """The decision of `safe`: layers up to the cut, of which the last one's attention to visual tokens is all."""
+    config, params = expert(action_dim=16)
+    keys, n = 140, 128
+    alive = jnp.arange(n)[None] >= jnp.array([[0], [dead]])
+    seen = jnp.concatenate([alive, jnp.ones((2, keys - n), bool)], axis=1)[:, None]
+    segments = tuple(gemma.Segment(draw(i, 2, keys, 1, 16), draw(i + 9, 2, keys, 1, 16), seen) for i in range(2))
+    prefix, noise = pi0.Prefix(segments, seen[:, 0].sum(1)), draw(20, 2, 4, 16)
+    weights = prepare(params, config, num_steps=3)
+    tokens = pi0.suffix_tokens(weights, config, noise[:, 0], noise, None)
+    _, logits, _ = pi0.expert_layers(weights, config, tokens, prefix, weights.schedule.first_mods, (1,))
+    want = pi0.action_saliency(config, logits[1], alive)
+    fused = config.replace(kernels=(kernels.LAYER,), savings=("stacked",))
+    made = prepare(params, fused, num_steps=3)
+    close(action_saliency(made, fused, noise, prefix, alive, fused.kernels), want, 1e-6)
+    assert action_saliency(made, fused, noise, prefix, alive, ()) is None
+    assert action_saliency(made, fused, noise, prefix, alive[:, :100], fused.kernels) is None
+
+
 @pytest.mark.parametrize("name", kernels.NAMES)
 def test_a_gpu_compiler_takes_them(name):
-    """Down to Triton's own language, for π0.5's sizes: as far as it goes without a GPU."""
-    q, kv = jnp.zeros((1, 10, 8, 256), "bfloat16"), jnp.zeros((1, 576, 1, 256), "bfloat16")
-    own = kv[:, :10]
-    programs = {
-        kernels.VISION: lambda: vision_kernels.attend(jnp.zeros((2, 256, 3, 16, 72), "bfloat16"), interpret=False),
-        kernels.ATTENTION: lambda: kernels.attention(
-            q, kv, kv, jnp.ones((1, 576), bool), own, own, jnp.ones((1, 10, 10), bool), interpret=False
-        ),
-        kernels.GATED_MLP: lambda: kernels.gated_mlp(q[0, :, 0].repeat(4, 1), w, interpret=False),
-        kernels.LAYER: lambda: expert_kernels.layer(
-            expert, weights, rows, (angles, angles), np.eye(16, dtype=np.int32), prefix, norms, 0, interpret=False
-        ),
-    }
-    w, expert = jnp.zeros((1024, 8192), "bfloat16"), GemmaConfig(1024, 18, 4096, 8, 1, 256)
-    rows, angles = jnp.zeros((1, 16, 1024), "bfloat16"), jnp.zeros((1, 16, 1, 128))
-    prefix = gemma.Segment(kv[:, :544], kv[:, :544], jnp.ones((1, 1, 544), bool))
-    norms = gemma.Stacked(jnp.zeros((18, 2, 3, 1024)))
-    sizes_of = {"qkv": (1024, 2560), "out": (2048, 1024), "gate_up": (1024, 8192), "down": (4096, 1024)}
-    matrices = {name: jnp.zeros(shape, "bfloat16") for name, shape in sizes_of.items()}
-    weights = gemma.LayerWeights(gain1=None, gain2=None, **matrices)
-    text = jax.jit(programs[name]).trace().lower(lowering_platforms=("cuda",)).as_text()
-    assert "triton" in text
+    """Down to Triton's own language, for π0.5's sizes; to machine code for every target in test_aot.py."""
+    for program, shape in by_kernel()[name]:
+        assert "triton" in jax.jit(program).trace(shape).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def ticks(gain):

@@ -8,11 +8,12 @@ Nothing is run, so nothing is timed: `modelled` turns launches into times, with 
 """
 
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safe_pruner_jax.bench.targets import Target, TargetError
 from safe_pruner_jax.bench.thunks import Sequence
 from safe_pruner_jax.engine import xla
 from safe_pruner_jax.engine.engine import Engine
-from safe_pruner_jax.engine.programs import embed, finish, shallow
+from safe_pruner_jax.engine.programs import embed, shallow
 from safe_pruner_jax.model import kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.policy.policy import layout_of, pack
@@ -82,12 +83,34 @@ def device(to: Target) -> Any:
     if plugin != jax.__version__:
         hint = f"pip install {PLUGIN}=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
         raise TargetError(f"target {to.name}: expected {PLUGIN} {jax.__version__} as jax, got {plugin}; {hint}")
+    # a chip that LLVM does not know ends the process, not the compilation: another process tries a small program
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from safe_pruner_jax.bench import aot; aot.smallest(sys.stdin.read())",
+    ]
+    tried = subprocess.run(command, input=to.config_text(), capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise TargetError(f"target {to.name}: this jax has no compiler for it ({_reason(tried.stderr)})")
+    return _first_device(to.config_text())
+
+
+def _first_device(config_text: str) -> Any:
     jax.config.update("jax_platforms", "cpu")  # a GPU that is there stays out of it
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=to.config_text(), topology="1x1x1")
-    except Exception as error:  # whatever the plugin calls it
-        raise TargetError(f"target {to.name}: this jax has no compiler for it ({first_line(error)})") from error
-    return topology.devices[0]
+    return topologies.get_topology_desc(platform="cuda", target_config=config_text, topology="1x1x1").devices[0]
+
+
+def smallest(config_text: str) -> None:
+    """Compiles a small program for a target's configuration, or ends this process as it ends the compiler."""
+    there = jax.ShapeDtypeStruct((8,), "float32", sharding=SingleDeviceSharding(_first_device(config_text)))
+    jax.jit(lambda x: x + 1).lower(there).compile(compiler_options=QUICK)
+
+
+def _reason(stderr: str) -> str:
+    """Why a compiler ended, in one line: what LLVM calls the reason, else the last line that is no stack trace."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and "***" not in line]
+    reasons = [line.split("Reason: ")[1] for line in lines if "Reason: " in line]
+    return (reasons or lines[-1:] or ["it ends without a word"])[0][:200]
 
 
 def first_line(error: Exception) -> str:
@@ -152,20 +175,20 @@ def programs(
     host = pack([example] * robots, layout_of(example, config))
     control = _shapes(engine.init(tuple(range(robots)), views))
     inputs, cut = _shapes(host), engine.plan.cut
-    whole = lambda w, c, i: shallow(config, engine.pruner, w, c, i, None)
+    decide = lambda w, c, i: engine.shallow.program(w, c, i, None)
     with kernels.compiled():  # jax keeps what it has traced, interpreted kernels too
-        carry = jax.eval_shape(whole, weights, control, inputs)
+        carry = jax.eval_shape(lambda w, c, i: shallow(config, engine.pruner, w, c, i, None), weights, control, inputs)
     before = range(cut.layer if cut else 0)
     out = {
         "vision": Program(lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),
         "before": Program(
             lambda w, i: pi0.prefix_layers(w, config, embed(w, config, i), before)[:2], (weights, inputs)
         ),
-        "decision": Program(whole, (weights, control, inputs)),
-        "full": Program(partial(finish, config, engine.pruner, False), (weights, carry)),
+        "decision": Program(decide, (weights, control, inputs)),
+        "full": Program(engine.second[False].program, (weights, carry)),
     }
     if cut is not None:
-        out["pruned"] = Program(partial(finish, config, engine.pruner, True), (weights, carry))
+        out["pruned"] = Program(engine.second[True].program, (weights, carry))
     return out
 
 

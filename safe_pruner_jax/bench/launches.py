@@ -29,6 +29,8 @@ COLOURS = {"launch": "#0072b2", "memory": "#e69f00", "products": "#d55e00"}
 
 OPENPI = "openpi"
 
+EXTENDED = "extended from few layers to the model's"
+
 
 def compile_for(args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
     """Compiles every program for every target.
@@ -50,7 +52,7 @@ def compile_for(args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
             logger.warning("%s", error)
             rows[name] = str(error)
     return {
-        "kind": "compiled, not run; times are modelled",
+        "kind": "compiled, not run; times are modelled" + (f"; {EXTENDED}" if args.extend else ""),
         "assumptions": {"least_us": list(LEAST_US)} | dataclasses.asdict(Assumptions(dtype=config.dtype)),
         "targets": rows,
     }
@@ -59,15 +61,19 @@ def compile_for(args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
 def _for_target(to: Target, args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
     gpu = aot.device(to)
     out: dict[str, Any] = {"target": dataclasses.asdict(to), "programs": {}, "failed": {}}
-    chosen = {"views": args.views, "prompt": args.prompt, "num_steps": args.num_steps}
     for robots, pruner, keep in itertools.product(args.batches, args.pruners, args.keeps):
-        for name, program in aot.programs(config, pruner, keep=keep, robots=robots, **chosen).items():
+        chosen = {"keep": keep, "robots": robots, "views": args.views, "prompt": args.prompt}
+        chosen |= {"num_steps": args.num_steps}
+        sizes = _few_layers(config) if args.extend else (config,)
+        compiled = [aot.programs(size, pruner, **chosen) for size in sizes]
+        for name in compiled[0]:
             full_name = program_name(name, pruner, keep, robots)
             if full_name in out["programs"] or full_name in out["failed"]:
                 continue
             say(f"{to.name}: {full_name}")
             try:
-                out["programs"][full_name] = row(aot.compiled(gpu, program), to, config.dtype)
+                low, *high = [row(aot.compiled(gpu, programs[name]), to, config.dtype) for programs in compiled]
+                out["programs"][full_name] = extended(low, high[0], _layers_left(config, name)) if high else low
             except TargetError as error:
                 logger.warning("target %s: %s: %s", to.name, full_name, error)
                 out["failed"][full_name] = str(error)
@@ -78,6 +84,48 @@ def _for_target(to: Target, args: Bench, config: Pi0Config, say: Say) -> dict[st
         except TargetError as error:
             logger.warning("%s", error)
             out["failed"][OPENPI] = str(error)
+    return out
+
+
+LAYERS, BLOCKS = 4, 1
+"""Layers of the language model and blocks of the vision tower that are compiled, with `Bench.extend`, and one more."""
+
+
+def _few_layers(config: Pi0Config) -> tuple[Pi0Config, Pi0Config]:
+    def small(more: int) -> Pi0Config:
+        vision = dataclasses.replace(config.vision, depth=BLOCKS + more)
+        return config.with_depth(LAYERS + more).replace(vision=vision)
+
+    return small(0), small(1)
+
+
+def _layers_left(config: Pi0Config, name: str) -> int:
+    """How often a program of the model has what one of a layer (or block) more has: the second halves have no tower."""
+    second = {programs[-1] for programs in STEPS.values()}
+    return config.depth - LAYERS if name in second else config.vision.depth - BLOCKS
+
+
+def extended(low: dict[str, Any], high: dict[str, Any], more: int) -> dict[str, Any]:
+    """The row of a program that has `more` times what the second of two has beyond the first.
+
+    Temporaries are the second's: layers use the same ones, one after the other.
+    """
+    out = dict(high)
+    grow = lambda a, b: a + more * (b - a)
+    for key in ("outside", "per_denoise_step", "launches", "argument_bytes", "bytes", "macs"):
+        out[key] = grow(low[key], high[key])
+    if len(low["graphs"]) == len(high["graphs"]):
+        out["graphs"] = list(map(grow, low["graphs"], high["graphs"]))
+    out["modelled_s"] = {
+        us: {part: grow(low["modelled_s"][us][part], there[part]) for part in there}
+        for us, there in high["modelled_s"].items()
+    }
+    out["loop_modelled_s"] = {
+        us: grow(low["loop_modelled_s"][us], there) for us, there in high["loop_modelled_s"].items()
+    }
+    for key in ("kinds", "loop_kinds"):
+        out[key] = {k: grow(low[key].get(k, 0), high[key].get(k, 0)) for k in {**high[key], **low[key]}}
+    out["compile_s"] = round(low["compile_s"] + high["compile_s"], 1)
     return out
 
 
@@ -155,7 +203,7 @@ def table(report: dict[str, Any]) -> str:
         if isinstance(found, str):
             text += f"{found}\n\n"
             continue
-        text += f"{found['target']['title']}, compiled and not run:\n\n" + _programs(found["programs"])
+        text += f"{found['target']['title']}, {report['kind']}:\n\n" + _programs(found["programs"])
         text += "\nWhole control steps there, modelled:\n\n" + _steps(found["programs"])
         text += "".join(f"\n{name}: {program}: {why}\n" for program, why in found["failed"].items()) + "\n"
     return text

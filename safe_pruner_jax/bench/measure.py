@@ -59,6 +59,8 @@ class Bench:
       openpi_variant: "dummy" takes openpi's test sizes, to try things out.
       compile_for: GPUs (h100, h200, rtx4090, rtx5090, orin, thor) that the programs are compiled for instead of being
         run here: launches, memory and a modelled time. Takes jax's CUDA plugin (extra `aot`) and no GPU.
+      extend: with `compile_for`, compile the model with few layers and with one more, and extend what that one has to
+        the model's depth: minutes instead of hours, and the same launches, since layers are alike.
       savings: what programs do for fewer launches, names of `model.config.SAVINGS`; None: what pays on the platform.
       kernels: with `compile_for`, names of `model.config.KERNELS` that programs are compiled with; here they are chosen
         by measurement.
@@ -82,6 +84,7 @@ class Bench:
     openpi_python: str | None = None
     openpi_variant: str = ""
     compile_for: tuple[str, ...] = ()
+    extend: bool = False
     savings: tuple[Saving, ...] | None = None
     kernels: tuple[str, ...] = ()
     out: Path = Path("out/bench")

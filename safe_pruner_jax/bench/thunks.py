@@ -15,7 +15,8 @@ from pathlib import Path
 
 from safe_pruner_jax.bench.hlo import Cost, Program, parse
 
-THUNKS = "*thunk_sequence_after_thunk_passes.txt"
+THUNKS = ("*thunk_sequence_after_thunk_passes.txt", "*thunk_sequence.txt")
+"""The first is not written for a program so small that no pass changed it."""
 METADATA = "*thunk_metadata.txt"
 PROGRAM = "*gpu_after_optimizations.txt"
 
@@ -89,10 +90,11 @@ def read(folder: Path) -> Sequence:
     Raises:
       DumpError: no such dump.
     """
-    lists = sorted(folder.glob(THUNKS), key=lambda path: path.stat().st_size)
-    if not lists:
+    pattern = next((p for p in THUNKS if any(folder.glob(p))), None)
+    if pattern is None:
         raise DumpError("expected XLA's list of thunks, got none; this jax does not write it, use another version")
-    prefix = lists[-1].name.split(THUNKS.strip("*"))[0]
+    lists = sorted(folder.glob(pattern), key=lambda path: path.stat().st_size)
+    prefix = lists[-1].name.split(pattern.strip("*"))[0]
     one = lambda pattern: next(folder.glob(prefix + pattern)).read_text(encoding="utf-8")
     names = {int(number): name for name, number in _INFO.findall(one(METADATA))}
     return sequence(lists[-1].read_text(encoding="utf-8"), names, parse(one(PROGRAM)))

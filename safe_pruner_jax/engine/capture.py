@@ -33,6 +33,8 @@ class Rows(pi0.Rows):
 
     def in_slots(self, x: Array, n: int) -> Array:
         """x [B, k, ...] of the visual rows → [B, n, ...], 0 where nobody runs."""
+        if self.slots.shape[1] == n:  # slots ascend, so that these are all of them, each in its place
+            return jnp.where(self.alive.reshape(*self.alive.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
         return jax.vmap(partial(spread, n=n))(x, self.slots, self.alive)
 
     def select(self, index: Array, alive: Array, rows: Array | None, n: int) -> "Rows":

@@ -23,7 +23,7 @@ from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine.capture import captured_shape
 from safe_pruner_jax.engine.programs import Carry, finish, shallow
 from safe_pruner_jax.engine.state import ControlState, Inputs
-from safe_pruner_jax.engine.xla import jit
+from safe_pruner_jax.engine.xla import Step
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.guidance import Guide
@@ -74,9 +74,9 @@ class Engine:
         self.weights, self.config = weights, config
         self.plan = pruner.plan.for_depth(config.depth)
         self.pruner = replace(pruner, plan=self.plan)
-        self.shallow = jit(partial(shallow, config, self.pruner))
+        self.shallow = Step(partial(shallow, config, self.pruner))
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
-        self.second = {pruned: jit(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
+        self.second = {pruned: Step(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
         self._blank = cache(self._make_blank)  # one per number of cameras
 

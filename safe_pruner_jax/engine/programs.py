@@ -17,7 +17,7 @@ from flax import struct
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.engine.capture import everybody, patches, read
 from safe_pruner_jax.engine.state import ControlState, Inputs, visual_slots
-from safe_pruner_jax.model import kernels, pi0
+from safe_pruner_jax.model import expert, kernels, pi0
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.model.guidance import Guide
@@ -118,11 +118,13 @@ def _evidence(
     """
     n = hidden.shape[1]
     alive = embedded.mask[:, :n]
-    kept_history = (control.since_full != NO_HISTORY) & (control.alive == alive).all(1)
+    known = (control.since_full != NO_HISTORY)[:, None] & (control.alive == alive)
+    since = jnp.where(known, control.since_full[:, None] + 1, NO_HISTORY).min(1)  # a step with a history counts from 1
+    kept_history = since != NO_HISTORY
     past_only = lambda a: jnp.where(kept_history.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0)
     camera = jnp.repeat(jnp.arange(inputs.images.shape[1], dtype=jnp.int32), config.tokens_per_camera)
     return Evidence(
-        since_full=jnp.where(kept_history, control.since_full + 1, NO_HISTORY).astype(jnp.int32),
+        since_full=since,
         visual=embedded.x[:, :n],
         alive=alive,
         running=alive,
@@ -157,15 +159,19 @@ def _action_saliency(
     actions = tuple(c.layer for c in plan.capture if c.rows == "action" and c.layer is not None)
     if not actions:
         return {}
-    first = jax.tree.map(lambda a: a[0], weights.schedule)
-    tokens = pi0.suffix_tokens(weights, config, state, noise, first.mix)
     upto = prefix.replace(segments=prefix.segments[: max(actions) + 1])
     use = tuple(name for name in config.kernels if name != kernels.ATTENTION)  # which wants other keys
-    _, expert, _ = pi0.expert_layers(weights, config, tokens, upto, first.mods, actions, use=use)
+    if {(c.layer, c.over) for c in plan.capture if c.rows == "action"} == {(max(actions), "visual")}:
+        at_once = expert.action_saliency(weights, config, noise, upto, alive, use)
+        if at_once is not None:
+            return {max(actions): lambda over: at_once}
+    mods, mix = weights.schedule.first_mods, weights.schedule.mix
+    tokens = pi0.suffix_tokens(weights, config, state, noise, None if mix is None else mix[0])
+    _, seen, _ = pi0.expert_layers(weights, config, tokens, upto, mods, actions, use=use)
     rows = jnp.ones((noise.shape[0], config.action_horizon), bool)
 
     def of(layer: int, over: str) -> Array:
-        source = expert[layer][:, :, -config.action_horizon :]
+        source = seen[layer][:, :, -config.action_horizon :]
         return jax.vmap(partial(saliency, over=over))(source, rows, alive)
 
     return {layer: partial(of, layer) for layer in actions}

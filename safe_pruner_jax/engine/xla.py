@@ -1,6 +1,7 @@
 """How this package's large programs are compiled: `jax.jit` with the options that are faster on this machine.
 
     step = jit(program)
+    step = Step(program)                    for one that hands on some of its arguments
 
 On a CPU XLA hands matrix products to YNNPACK, which on the widths of π0.5 is slower than XLA's own (Eigen) product: by
 a third for the ten rows of the expert, by up to a half for the prefix (docs/performance.md). The environment variable
@@ -16,10 +17,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import struct
 
 from safe_pruner_jax.model.config import SAVINGS, Saving
 
@@ -75,6 +78,36 @@ class _Program:
 def jit(program: Callable, **how: Any) -> Callable:
     """`jax.jit(program, **how)` with `options`; of its other methods there is `lower`."""
     return _Program(program, how) if options() else jax.jit(program, **how)
+
+
+@struct.dataclass
+class _Given:
+    """In place of an output that is the argument's leaf number `place`."""
+
+    place: int = struct.field(pytree_node=False)
+
+
+class Step:
+    """A program (weights, *given) compiled by `jit`, without a copy of what it hands on as it was given.
+
+    XLA copies an argument that is an output, too: a launch each, and for a memory of unit tokens megabytes.
+    """
+
+    def __init__(self, program: Callable):
+        self.program = partial(_without_given, program)
+        self._compiled: Any = jit(self.program)
+        self.lower = self._compiled.lower
+
+    def __call__(self, weights: Any, *given: Any) -> Any:
+        """What the program returns."""
+        leaves = jax.tree.leaves(given)
+        filled = lambda a: leaves[a.place] if isinstance(a, _Given) else a
+        return jax.tree.map(filled, self._compiled(weights, *given), is_leaf=lambda a: isinstance(a, _Given))
+
+
+def _without_given(program: Callable, weights: Any, *given: Any) -> Any:
+    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(given))}
+    return jax.tree.map(lambda a: _Given(places[id(a)]) if id(a) in places else a, program(weights, *given))
 
 
 logger = logging.getLogger(__name__)

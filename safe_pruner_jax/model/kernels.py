@@ -16,7 +16,7 @@ They give no logits and have no derivative: a layer whose logits are wanted, and
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,19 @@ def online(q: Array, k: Array, v: Array, seen: Array | None, carry: tuple) -> tu
     return out * old[:, None] + more, now, total * old + weights.sum(axis=1)
 
 
+def softmax_pass(q: Array, blocks: int, read: Callable[[Array], tuple[Array, Array, Array | None]]) -> tuple:
+    """What `online` makes of q [X, H] and blocks 0, 1, … of keys; `read` gives a block's (k, v, seen)."""
+    rows, width = q.shape
+    start = (jnp.zeros((rows, width), jnp.float32), jnp.full(rows, LOW, jnp.float32), jnp.zeros(rows, jnp.float32))
+    return lax.fori_loop(0, blocks, lambda i, carry: online(q, *read(i), carry), start)
+
+
+def gelu(x: Array) -> Array:
+    """`jax.nn.gelu` of float32 in its tanh form; tanh(a) = 1 - 2 / (exp(2a) + 1), which no compiler has to look up."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * (1.0 - 1.0 / (jnp.exp(2.0 * inner) + 1.0))
+
+
 def _attention(
     q_ref: Ref,
     k_ref: Ref,
@@ -124,14 +137,12 @@ def _attention(
     keys: int,
 ) -> None:
     q = q_ref[...]
-    rows, width = q.shape
 
-    def block(i: Array, carry: tuple) -> tuple:
+    def block(i: Array) -> tuple:
         at = pl.ds(i * KEYS, KEYS)
-        return online(q, k_ref[at, :], v_ref[at, :], seen_ref[at][None, :] != 0, carry)
+        return k_ref[at, :], v_ref[at, :], seen_ref[at][None, :]
 
-    start = (jnp.zeros((rows, width), jnp.float32), jnp.full(rows, LOW, jnp.float32), jnp.zeros(rows, jnp.float32))
-    carry = lax.fori_loop(0, keys // KEYS, block, start)
+    carry = softmax_pass(q, keys // KEYS, block)
     out, _, total = online(q, own_k_ref[...], own_v_ref[...], own_seen_ref[...] != 0, carry)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
 
@@ -185,7 +196,7 @@ def attention(
         out_shape=jax.ShapeDtypeStruct((B, K, X, H), q.dtype),
         compiler_params=TRITON,
         interpret=run_interpreted(interpret),
-    )(x, heads(k), heads(v), seen.astype(jnp.int32), *own, allowed)
+    )(x, heads(k), heads(v), seen, *own, allowed)
     return out[:, :, : R * G].reshape(B, K, R, G, H).swapaxes(1, 2).reshape(B, R, N * H)
 
 
@@ -208,11 +219,7 @@ def _gated(x_ref: Ref, gate_ref: Ref, up_ref: Ref, *rest: Ref) -> None:
     gate, up = lax.fori_loop(0, depth // COLUMNS, block, (zero, zero))
     if scales:
         gate, up = (a * scale[...][None, :] for a, scale in zip((gate, up), scales, strict=True))
-    # gelu in its tanh form, as jax.nn.gelu has it
-    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    # tanh(a) = 1 - 2 / (exp(2a) + 1), which no compiler has to look up
-    gelu = gate * (1.0 - 1.0 / (jnp.exp(2.0 * inner) + 1.0))
-    out_ref[...] = (gelu * up).astype(out_ref.dtype)
+    out_ref[...] = (gelu(gate) * up).astype(out_ref.dtype)
 
 
 def gated_mlp(x: Array, gate_up: Matrix, *, interpret: bool | None = None) -> Array:

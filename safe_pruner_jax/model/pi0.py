@@ -23,6 +23,8 @@ from safe_pruner_jax.model import gemma, kernels, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.expert import (
     Prefix,
+    by_kernels,
+    euler,
     expert_layers,
     inside_of,
     padded,
@@ -226,7 +228,8 @@ def sample(
     share = jnp.asarray(np.where(np.arange(s) >= first, 1.0 / (s - first), 0.0), jnp.float32)
     late = jnp.zeros((noise.shape[0], len(late_layers), visual_alive.shape[1])) if late_layers else None
     use = config.kernels if guide is None else ()  # a guided step is differentiated
-    inside = inside_of(config, prefix, config.savings if guide is None else ())
+    rows = kernels.ROWS if by_kernels(weights, config, weights.schedule.mods, use) else None
+    inside = inside_of(config, prefix, config.savings if guide is None else (), rows)
     if kernels.ATTENTION in use:
         prefix = prefix.replace(segments=tuple(map(padded, prefix.segments)))
 
@@ -236,17 +239,22 @@ def sample(
         if isinstance(at.mods, gemma.Stacked):  # one row of the schedule, read once: XLA would slice it in every layer
             at = at.replace(mods=jax.lax.optimization_barrier(at.mods))
 
+        how = {"logits_of": late_layers, "use": use, "inside": inside.replace(rooms=rooms)}
+
         def flow(x: Array) -> tuple[Array, tuple]:
-            how = {"logits_of": late_layers, "use": use, "inside": inside.replace(rooms=rooms)}
             v, *more = velocity(weights, config, prefix, state, x, at, **how)
             return v, tuple(more)
 
-        v, (logits, rooms) = flow(x) if guide is None else guided(flow, x, at.times, guide)
+        if guide is None:
+            x, logits, rooms = euler(weights, config, prefix, state, x, at, dt=-1.0 / s, **how)
+        else:
+            v, (logits, rooms) = guided(flow, x, at.times, guide)
+            x = x + (-1.0 / s) * v
         if late_layers:
             now = [_late(config, logits[i], visual_alive, (columns or {}).get(i), late_over) for i in late_layers]
             # a step without weight may not bring in its NaN either
             late = late + jnp.where(share > 0, share * jnp.stack(now, axis=1), 0.0)
-        return (x + (-1.0 / s) * v, late, rooms), None
+        return (x, late, rooms), None
 
     (actions, late, _), _ = jax.lax.scan(step, (noise, late, inside.rooms), (weights.schedule, share))
     return actions, late

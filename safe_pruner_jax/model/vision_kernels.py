@@ -13,12 +13,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 
 from safe_pruner_jax.arrays import Array
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.model.kernels import LOW, TRITON, Ref, load, online, run_interpreted, store
+from safe_pruner_jax.model.kernels import TRITON, Ref, load, run_interpreted, softmax_pass, store
 
 TOKENS = 64
 """Queries of a block, and keys that it reads at a time; fewer where an image has fewer."""
@@ -40,13 +39,11 @@ def _attend_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, *, width: i
     # openpi rounds √head_dim to the activation dtype before dividing
     q = (q.astype(jnp.float32) / float(np.sqrt(width).astype(q.dtype))).astype(q.dtype)
 
-    def block(i: Array, carry: tuple) -> tuple:
+    def block(i: Array) -> tuple:
         at = (pl.ds(i * keys, keys), slice(None))
-        return online(q, load(k_ref, at, columns), load(v_ref, at, columns), None, carry)
+        return load(k_ref, at, columns), load(v_ref, at, columns), None
 
-    top = jnp.full(q.shape[0], LOW, jnp.float32)
-    start = (jnp.zeros(q.shape, jnp.float32), top, jnp.zeros(q.shape[0], jnp.float32))
-    out, _, total = lax.fori_loop(0, k_ref.shape[0] // keys, block, start)
+    out, _, total = softmax_pass(q, k_ref.shape[0] // keys, block)
     store(out_ref, (rows, slice(None)), (out / total[:, None]).astype(out_ref.dtype), columns)
 
 

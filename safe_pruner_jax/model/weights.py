@@ -23,16 +23,30 @@ class Schedule:
     Args:
       times: [s] float32 flow times, 1 is noise and 0 is data.
       cond: [s, W] the condition of the adaptive norms (π0.5), else None.
-      mods: per layer `Modulation` of [s, 3W] (π0.5), or with the saving "stacked" `Stacked` [s, L, 2, 3, W]; else None.
-      final: [s, 3W] modulation of the final norm (π0.5), or `Stacked` [s, 3, W]; else None.
+      mods: per layer `Modulation` of [s, 3W] (π0.5), or with the saving "stacked" `Stacked` [s, L+1, 2, 3, W], behind
+        the layers the final norm twice; else None.
+      final: [s, 3W] modulation of the final norm (π0.5, if not stacked), else None; see `last`.
       mix: [s, W] what time adds to every action token (π0), else None.
     """
 
     times: Array
     cond: Array | None
     mods: tuple[gemma.Modulation, ...] | gemma.Stacked | None
-    final: Array | gemma.Stacked | None
+    final: Array | None
     mix: Array | None
+
+    @property
+    def last(self) -> Array | gemma.Stacked | None:
+        """Modulation of the final norm, wherever it lies."""
+        return gemma.Stacked(self.mods.values[..., -1, 0, :, :]) if isinstance(self.mods, gemma.Stacked) else self.final
+
+    @property
+    def first_mods(self) -> tuple[gemma.Modulation, ...] | gemma.Stacked | None:
+        """`mods` at the first flow time; `Stacked` ones are the first of [s·(L+1), 2, 3, W], which takes no copy."""
+        if isinstance(self.mods, gemma.Stacked):
+            values = self.mods.values
+            return gemma.Stacked(values.reshape(-1, *values.shape[-3:]))
+        return jax.tree.map(lambda a: a[0], self.mods)
 
 
 @struct.dataclass
@@ -149,10 +163,9 @@ def schedule(params: Params, config: Pi0Config, times: Sequence[float] | np.ndar
     mods = tuple(map(gemma.Modulation, by_layer(modulate, *attn), by_layer(modulate, *mlp)))
     final = modulate(*map(read, last))
     if "stacked" in config.savings:
-        rows = [jnp.stack([_widened(m.attn), _widened(m.mlp)], axis=-3) for m in mods]
-        return Schedule(
-            jnp.asarray(times), cond, gemma.Stacked(jnp.stack(rows, -4)), gemma.Stacked(_widened(final)), None
-        )
+        norms = [(m.attn, m.mlp) for m in mods] + [(final, final)]
+        rows = [jnp.stack([_widened(a), _widened(b)], axis=-3) for a, b in norms]
+        return Schedule(jnp.asarray(times), cond, gemma.Stacked(jnp.stack(rows, -4)), None, None)
     return Schedule(jnp.asarray(times), cond, mods, final, None)
 
 

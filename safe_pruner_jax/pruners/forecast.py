@@ -13,7 +13,7 @@ def unit(z: Array) -> Array:
     """Z̃: rows of z [n, d] in float32 with L2 norm 1; a zero row stays zero."""
     z = z.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True))
-    return z / jnp.where(norm > 0, norm, 1.0)
+    return z / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)  # the least root of a square is far above it
 
 
 def correspondence(z: Array, reference: Array, alive: Array, camera: Array | None = None) -> Array:
@@ -28,11 +28,17 @@ def correspondence(z: Array, reference: Array, alive: Array, camera: Array | Non
     Returns:
       [n] int32; of equal similarities the lowest index. Without any candidate: 0.
     """
+    return nearest(z, reference, alive, camera)[0]
+
+
+def nearest(z: Array, reference: Array, alive: Array, camera: Array | None = None) -> tuple[Array, Array]:
+    """`correspondence`, and how similar [n] float32: -inf without a candidate, NaN where z or a candidate holds one."""
     similarity = jnp.matmul(z, reference.T, precision=jax.lax.Precision.HIGHEST)
     candidate = jnp.broadcast_to(alive[None, :], similarity.shape)
     if camera is not None:
         candidate &= camera[:, None] == camera[None, :]
-    return jnp.argmax(jnp.where(candidate, similarity, -jnp.inf), axis=-1).astype(jnp.int32)
+    similarity = jnp.where(candidate, similarity, -jnp.inf)
+    return jnp.argmax(similarity, axis=-1).astype(jnp.int32), similarity.max(-1)
 
 
 def forecast(s: Array, match: Array, alive: Array) -> Array:

@@ -132,12 +132,15 @@ def safe(
         state = _after_a_full_pass(state, e)
         tokens = e.visual if features == "Z" else e.hidden
         z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
-        pi = forecast.correspondence(z, state.reference, e.alive, e.camera if match == "camera" else None)
+        pi, similar = forecast.nearest(z, state.reference, e.alive, e.camera if match == "camera" else None)
         remembered = jnp.concatenate([state.shallow[None]] * first + [state.late if plan.remember else e.late])
         late, expected = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
         k = forecast.kappa(tested, expected)
         score = shallow + weight * late.mean(0) if released else forecast.fuse(shallow, late, weight)
-        keyframe = (e.since_full == NO_HISTORY) | ~finite(score, tested, z, e.visual, state.reference, state.shallow)
+        # a token that is not finite, now or at the keyframe, shows in the similarities: they alone are looked at
+        seen = (score, tested, state.shallow, jnp.where(jnp.isnan(similar), similar, 0.0))
+        unseen = () if features == "Z" and pool == 1 else (e.visual,)
+        keyframe = (e.since_full == NO_HISTORY) | ~finite(*seen, *unseen)
         keyframe |= ~(k >= threshold) if every is None else e.since_full >= every
         if max_age is not None:
             keyframe |= e.since_full >= max_age
@@ -146,9 +149,8 @@ def safe(
             candidates = among_the_best(score, e.alive, _widened(keep, pool, n))
             score = max_min(e.visual, candidates, budget(keep, n), neighbour=2)
         index, alive = top_k(score, e.alive, keep, camera=e.camera, per_camera=per_camera)
-        k = jnp.where(e.since_full == NO_HISTORY, jnp.nan, k)
         reference, remembered = jnp.where(keyframe, z, state.reference), jnp.where(keyframe, tested, state.shallow)
-        late = jnp.where(jnp.isfinite(state.late), state.late, 0.0)
+        late = jnp.where(jnp.isfinite(state.late), state.late, 0.0) if plan.remember else state.late
         return SafeState(reference, remembered, late, (z, tested)), Selection(index, alive, keyframe, score, k)
 
     return Pruner("safe", plan, init, step)
@@ -172,13 +174,16 @@ def _plan(
 
 
 def _after_a_full_pass(state: SafeState, e: Evidence) -> SafeState:
-    """The state with what the last step left behind, if that ran in full; without history the late saliency is 0."""
+    """The state with what the last step left behind, if that ran in full; without history saliency is 0, and κ NaN."""
     full = e.since_full == 1
     reference, shallow = jax.tree.map(
         lambda new, old: jnp.where(full, new, old), state.latest, (state.reference, state.shallow)
     )
-    late = jnp.where(e.since_full == NO_HISTORY, 0.0, state.late)
-    late = jnp.where(full, jnp.stack(e.past), late) if e.past else late
+    history = e.since_full != NO_HISTORY
+    shallow = jnp.where(history, shallow, 0.0)
+    late = state.late
+    if e.past:
+        late = jnp.where(full, jnp.stack(e.past), jnp.where(history, late, 0.0))
     return state.replace(reference=reference, shallow=shallow, late=late)
 
 

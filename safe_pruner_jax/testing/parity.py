@@ -140,7 +140,7 @@ def quantities(
         tokens = pi0.suffix_tokens(weights, config, inputs.state, x_t, at.mix)
         h, *_ = pi0.expert_layers(weights, config, tokens, prefix, at.mods)
         out[f"suffix_tokens_{name}"] = tokens
-        out[f"suffix_out_{name}"] = gemma.rms_norm(h, weights.final_gain, at.final)[0]
+        out[f"suffix_out_{name}"] = gemma.rms_norm(h, weights.final_gain, at.last)[0]
         out[f"v_{name}"] = pi0.velocity(weights, config, prefix, inputs.state, x_t, at)[0]
         if config.pi05:
             out[f"adarms_cond_{name}"] = jnp.broadcast_to(at.cond, (x_t.shape[0], at.cond.shape[-1]))
