@@ -99,27 +99,22 @@ def saliency(logits: Array, rows: Array, alive: Array, *, over: str = "visual") 
     Returns:
       [n] float32; dead tokens have 0. Without alive rows or tokens everything is 0.
     """
-    probs = _visual(logits, alive, over)
-    probs = probs.reshape(-1, *probs.shape[-2:])
+    heads = visual_attention(logits, alive, over)
     weight = rows.astype(jnp.float32)
-    s = (weight[None, :, None] * probs).sum((0, 1)) / (len(probs) * jnp.maximum(weight.sum(), 1.0))
+    s = (weight[:, None] * heads).sum(0) / jnp.maximum(weight.sum(), 1.0)
     return jnp.where(alive, s, 0.0)
 
 
 def visual_attention(logits: Array, alive: Array, over: str) -> Array:
     """Head-mean attention of every row to the visual tokens, arguments as in `saliency`: [R, n] float32."""
-    probs = _visual(logits, alive, over)
-    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
-
-
-def _visual(logits: Array, alive: Array, over: str) -> Array:
-    """Attention of every head and row to the visual tokens, as in `saliency`: [..., R, n] float32."""
     n = alive.shape[0]
     logits = logits.astype(jnp.float32)
     if over == "visual":
         # a huge number, not -inf: with no token alive the row stays finite, and its sum over rows is zeroed later
-        return jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
-    return jax.nn.softmax(logits, axis=-1)[..., :n]
+        probs = jax.nn.softmax(jnp.where(alive, logits[..., :n], jnp.finfo(jnp.float32).min), axis=-1)
+    else:
+        probs = jax.nn.softmax(logits, axis=-1)[..., :n]
+    return probs.reshape(-1, *probs.shape[-2:]).mean(0)
 
 
 def budget(keep: float, n: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 from importlib import util
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from kernel_programs import by_kernel
 from safe_pruner_jax.bench import aot
 from safe_pruner_jax.bench import launches as counted
 from safe_pruner_jax.bench.hlo import Cost
+from safe_pruner_jax.bench.launch_tables import tables
 from safe_pruner_jax.bench.measure import Bench
 from safe_pruner_jax.bench.modelled import Assumptions, launch_time, sequence_time
 from safe_pruner_jax.bench.targets import FOLDER, TargetError, known, target
@@ -170,6 +172,16 @@ def test_few_layers_are_extended_to_the_models(monkeypatch):
     want = counted.row(done([8] * (5 + 2 * 18), [16] * 18), target("h100"), "bfloat16")
     assert programs["pruned, safe 0.2"]["launches"] == want["launches"] == 41 + 180
     assert programs["pruned, safe 0.2"]["modelled_s"]["1.5 µs"] == pytest.approx(want["modelled_s"]["1.5 µs"])
+
+
+def test_the_page_has_the_tables_of_the_records():
+    """scripts/make_tables.py writes them."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    made = tables(root / "benchmarks" / "results")
+    assert set(made) == {"ladder", "parts", "targets"}
+    for name, table in made.items():
+        assert f"<!-- table: {name} -->\n\n{table.strip()}\n\n<!-- end -->" in page, name
 
 
 # ----------------------------------------------------------------------------------------------------------- the guard

@@ -76,26 +76,16 @@ def parts(programs: dict[str, Any]) -> str:
 
 
 def targets(found: dict[str, Any]) -> str:
-    """Whole steps of every target and batch; a line where there is none."""
+    """Pruned steps of every target and batch; a line where this jax has no compiler."""
     lines: list[list[Any]] = []
     for name, entry in found.items():
         if isinstance(entry, str):
-            lines.append([f"{name}: {entry.partition(': ')[2]}", *[None] * 7])
+            lines.append([f"{name}: {entry.partition(': ')[2].partition(' (')[0]}", *[None] * (2 + len(US))])
             continue
-        rows = steps(entry["programs"])
+        rows = {step: row for step, row in steps(entry["programs"]).items() if step.startswith("pruned")}
         for step, row in rows.items():
-            kind, _, how = step.partition(", ")
-            if kind != "pruned":
-                continue
-            robots = how.partition("×")[2] or "1"
-            same = [k for k in rows if k.startswith("full") and (k.partition("×")[2] or "1") == robots]
-            full = rows[same[0]] if same else None
-            ratio = _seconds(full) / _seconds(row) if full else None
-            counts = (row["launches"], full and full["launches"])
-            times = (*_ms(row), full and _ms(full)[0], ratio and f"{ratio:.2f}")
-            lines.append([entry["target"]["title"], robots, *counts, *times])
-    columns = ["GPU", "robots", "launches, pruned", "keyframe", *(f"ms pruned at {us}" for us in US)]
-    return markdown([*columns, f"ms keyframe at {US[0]}", "ratio"], lines)
+            lines.append([entry["target"]["title"], step.partition("×")[2] or "1", row["launches"], *_ms(row)])
+    return markdown(["pruned step", "robots", "launches", *(f"ms at {us}" for us in US)], lines)
 
 
 def _only(programs: dict[str, Any], kind: str) -> str:
@@ -104,10 +94,6 @@ def _only(programs: dict[str, Any], kind: str) -> str:
 
 def _ms(row: dict[str, Any]) -> list[str]:
     return [f"{1e3 * sum(row['modelled_s'][us].values()):.1f}" for us in US]
-
-
-def _seconds(row: dict[str, Any]) -> float:
-    return sum(row["modelled_s"][US[0]].values())
 
 
 def _phases(programs: dict[str, Any]) -> dict[str, dict[str, Any]]:
