@@ -40,7 +40,7 @@ from safe_pruner_jax.cli.arguments import parse
 from safe_pruner_jax.cli.evaluate import Evaluate
 from safe_pruner_jax.cluster.connect import connected
 from safe_pruner_jax.cluster.crew import Nodes
-from safe_pruner_jax.cluster.evaluate import identity, load
+from safe_pruner_jax.cluster.evaluate import load
 from safe_pruner_jax.cluster.serve import service
 from safe_pruner_jax.evaluation.crew import Crew, Message, Processes
 from safe_pruner_jax.evaluation.evaluate import episodes, play
@@ -48,7 +48,7 @@ from safe_pruner_jax.evaluation.records import Record, RecordFile
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.evaluation.sources import Source, local, noise_of
 from safe_pruner_jax.libero.simulator import provenance
-from safe_pruner_jax.policy.identity import Configuration
+from safe_pruner_jax.policy.identity import Configuration, identity
 from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.robots.configs import replan_of
 from safe_pruner_jax.serving import pack, unpack

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from safe_pruner_jax.cluster.connect import read_replicas, require_ray
 from safe_pruner_jax.engine.xla import default_folder, keep_programs
 from safe_pruner_jax.policy.fleet import Fleet
-from safe_pruner_jax.policy.identity import SERVED, local_device
+from safe_pruner_jax.policy.identity import SERVED, identity, local_device
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Checkpoint, Embedded, EnvMode, Method, Model
 from safe_pruner_jax.robots.configs import get_config, replan_of
@@ -105,8 +105,6 @@ def load_fleet(args: Serve, method: Method) -> Fleet:
 
 def load_identity(args: Serve, method: Method) -> dict[str, Any]:
     """What identifies the policy of a replica, as its node has it."""
-    from safe_pruner_jax.cluster.evaluate import identity
-
     return identity(args.describe(args.env.name, method, anywhere=True).as_json())
 
 

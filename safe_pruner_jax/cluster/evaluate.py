@@ -4,13 +4,10 @@ The driver knows the policy by its configuration alone; weights are read where t
 driver, in its own file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import jax
-
-from safe_pruner_jax import __version__
 from safe_pruner_jax.cluster.connect import ClusterError, connected, room
 from safe_pruner_jax.cluster.crew import Nodes
 from safe_pruner_jax.evaluation.evaluate import play
@@ -18,16 +15,10 @@ from safe_pruner_jax.evaluation.records import Record, RecordFile
 from safe_pruner_jax.evaluation.sources import Cost, Source, local
 from safe_pruner_jax.evaluation.workers import Job
 from safe_pruner_jax.libero.simulator import provenance
-from safe_pruner_jax.policy.identity import METHOD, MODEL, Configuration
+from safe_pruner_jax.policy.identity import Configuration, identity
 from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.pruners import make
 from safe_pruner_jax.robots.configs import get_config
-
-
-def identity(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same on every node: model, checkpoint, method, and the versions that compute them."""
-    chosen = {key: configuration[key] for key in (*MODEL, *METHOD) if key != "rtc"}
-    return chosen | {"safe_pruner_jax": __version__, "jax": jax.__version__}
 
 
 def load(model: Model, method: Method, batch: int, seed: int) -> tuple[dict[str, Any], Source]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from safe_pruner_jax import __version__
 from safe_pruner_jax.pruners import Pruner
 from safe_pruner_jax.robots.configs import CONFIGS, get_config
 from safe_pruner_jax.robots.robots import LIBERO
@@ -94,6 +95,12 @@ def checkpoint_fingerprint(folder: str | os.PathLike, note: str = "") -> str:
                 file.seek(-end, os.SEEK_END)
                 digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def identity(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same on every node: model, checkpoint, method, and the versions that compute them."""
+    chosen = {key: configuration[key] for key in (*MODEL, *METHOD) if key != "rtc"}
+    return chosen | {"safe_pruner_jax": __version__, "jax": jax.__version__}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
