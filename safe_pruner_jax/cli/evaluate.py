@@ -66,9 +66,9 @@ class Evaluate(Model):
 
 def run_evaluate(args: Evaluate, method: Method) -> int | None:
     """Plays what the records file does not have."""
-    _check_tasks(args)
+    shard, tasks = read_shard(args.shard, os.environ), _tasks(args)
     args, config, source, method = _configuration(args, method)
-    jobs = _jobs(args)
+    jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=shard, **_protocol(args))
     with RecordFile(args.out, config) as file:
         try:
             if args.on == "ray":
@@ -85,22 +85,15 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
 
 
 def _tasks(args: Evaluate) -> Sequence[int]:
-    return args.tasks or range(num_tasks(args.suite))
-
-
-def _check_tasks(args: Evaluate) -> None:
-    read_shard(args.shard, os.environ)
-    for task in _tasks(args):
+    """The tasks, all of which can be loaded."""
+    tasks = args.tasks or range(num_tasks(args.suite))
+    for task in tasks:
         load_task(args.suite, task)
+    return tasks
 
 
 def _protocol(args: Evaluate) -> dict[str, Any]:
     return {"replan": args.replan, "max_steps": args.max_steps, "delay": args.delay, "rtc": args.rtc}
-
-
-def _jobs(args: Evaluate) -> list[Job]:
-    shard = read_shard(args.shard, os.environ)
-    return evaluate.episodes(args.suite, _tasks(args), args.trials, shard=shard, **_protocol(args))
 
 
 def _configuration(args: Evaluate, method: Method) -> tuple[Evaluate, Configuration, sources.Source | None, Method]:
