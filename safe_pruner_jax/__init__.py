@@ -41,7 +41,7 @@ _HOME = {
     "get_config": "robots.configs",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

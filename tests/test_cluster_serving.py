@@ -112,6 +112,19 @@ def test_a_node_that_is_killed_takes_nothing_with_it_silently(cluster):
             robot.close()
 
 
+def test_the_board_is_on_the_head_node(cluster):
+    import ray
+
+    from safe_pruner_jax.cluster.connect import head
+    from safe_pruner_jax.cluster.serve import _board
+
+    places = set()
+    for _ in range(6):  # by chance it would be there one time in three
+        with _board() as board:
+            places.add(ray.get(board.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())))
+    assert places == {head()}
+
+
 def test_replicas_come_with_robots_and_leave_after_their_last_answer(cluster):
     terms = Terms(drain_s=30)
     options = {"replicas": (1, 2), "cores": 2, "robots": 2, "scale_s": (0.5, 1.0), "terms": terms}

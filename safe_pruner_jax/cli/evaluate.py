@@ -15,10 +15,11 @@ from safe_pruner_jax.evaluation.shards import read_shard
 from safe_pruner_jax.evaluation.workers import Job
 from safe_pruner_jax.libero.env import load_task, num_tasks
 from safe_pruner_jax.libero.simulator import provenance
-from safe_pruner_jax.libero.suites import package
+from safe_pruner_jax.libero.suites import LIMITS, package, parent
 from safe_pruner_jax.policy.identity import Configuration
 from safe_pruner_jax.policy.spec import Method, Model
-from safe_pruner_jax.robots.configs import replan_of
+from safe_pruner_jax.pruners.checks import require
+from safe_pruner_jax.robots.configs import CONFIGS, replan_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def run_evaluate(args: Evaluate, method: Method) -> int | None:
     """Plays what the records file does not have."""
     shard, tasks = read_shard(args.shard, os.environ), _tasks(args)
     args, config, source, method = _configuration(args, method)
+    _check(args, config.policy)
     jobs = evaluate.episodes(args.suite, tasks, args.trials, shard=shard, **_protocol(args))
     with RecordFile(args.out, config) as file:
         try:
@@ -90,6 +92,20 @@ def _tasks(args: Evaluate) -> Sequence[int]:
     for task in tasks:
         load_task(args.suite, task)
     return tasks
+
+
+def _check(args: Evaluate, policy: str) -> None:
+    """Numbers with which no episode could be played; `args.replan` is known by now."""
+    for name in ("trials", "workers", "batch", "replan"):
+        require(getattr(args, name) >= 1, name, "at least 1", getattr(args, name))
+    require(args.delay >= 0, "delay", "at least 0", args.delay)
+    limit = LIMITS[parent(args.suite)]
+    require(args.max_steps is None or 1 <= args.max_steps <= limit, "max_steps", f"1 to {limit}", args.max_steps)
+    if policy in CONFIGS:
+        chunk, least = CONFIGS[policy].model.action_horizon, max(args.replan, args.delay) + args.delay
+        got = args.replan if not args.delay else (args.replan, args.delay)
+        hint = f"a chunk of {policy} has {chunk} actions"
+        require(least <= chunk, "replan, delay", f"max(replan, delay) + delay of at most {chunk}", got, hint)
 
 
 def _protocol(args: Evaluate) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safe_pruner_jax.cli.films import LIVE, Film, Infer, evaluated, films, observed
 from safe_pruner_jax.evaluation.records import Record, latest, read_records
@@ -74,7 +75,8 @@ def run_export(args: Export, method: Method) -> None:
             f"data: expected demonstrations or calls, got both ({calls[0]} is of calls); export them apart"
         )
     config = get_config(args.named("LIBERO")[0])
-    replan = _replan(args, config)
+    records = {source: _finished(source) for source in args.data if source.endswith(RECORDS)}
+    replan = _replan(args, config, records)
     fps = args.fps or (max(1, round(RATE / replan)) if calls else RATE)
     watched = args.watch or any(source.startswith(LIVE) or source.endswith(RECORDS) for source in args.data)
     if args.attention and not watched:
@@ -93,7 +95,8 @@ def run_export(args: Export, method: Method) -> None:
         if source.partition("://")[0] in SERVERS:
             return observed(source, read_key(args.api_key_file), config)
         if source.endswith(RECORDS):
-            return evaluated(_records(source, args, method, replan), config, replan, robot)
+            _check_evaluation(source, records[source], args.describe("LIBERO", method).as_json() | {"replan": replan})
+            return evaluated(records[source], config, replan, robot)
         return films(source, config, replan, robot if watched else None)
 
     with Writer(args.out, fps, config.robot.name) as writer:
@@ -115,11 +118,10 @@ def _is_of_calls(source: str) -> bool:
     return server or source.startswith(LIVE) or Path(source).is_dir() or source.endswith((SUFFIX, RECORDS))
 
 
-def _replan(args: Export, config: PolicyConfig) -> int:
+def _replan(args: Export, config: PolicyConfig, records: Mapping[str, list[Record]]) -> int:
     if args.replan is not None:
         return args.replan
-    records = (_finished(source)[0] for source in args.data if source.endswith(RECORDS))
-    return next((record.configuration["replan"] for record in records), config.replan)
+    return next((episodes[0].configuration["replan"] for episodes in records.values()), config.replan)
 
 
 def _finished(file: str) -> list[Record]:
@@ -129,14 +131,11 @@ def _finished(file: str) -> list[Record]:
     return records
 
 
-def _records(file: str, args: Export, method: Method, replan: int) -> list[Record]:
-    """The episodes of an evaluation that can be played again; it has to be one of these arguments."""
-    records = _finished(file)
-    here = args.describe("LIBERO", method).as_json() | {"replan": replan}
+def _check_evaluation(file: str, records: list[Record], here: Mapping[str, Any]) -> None:
+    """Its episodes can be played again: the evaluation is one of these arguments."""
     evaluation = records[0].configuration
     keys = (*METHOD, "policy", "checkpoint", "replan")
     if changes := differences({key: evaluation.get(key) for key in keys}, {key: here[key] for key in keys}):
         raise ValueError(f"{file}: expected the policy and method of its evaluation, got {'; '.join(changes)}")
     if evaluation.get("delay") or evaluation.get("rtc"):
         raise ValueError(f"{file}: expected an evaluation without --delay and --rtc, got one with; export another")
-    return records

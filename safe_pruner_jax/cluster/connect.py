@@ -12,6 +12,10 @@ REACH_S = 5.0
 """Seconds in which a cluster's port must be reached; Ray itself would go on trying for minutes."""
 
 
+HEAD = "node:__internal_head__"
+"""Resource of the head node, which Ray itself gives it."""
+
+
 class ClusterError(RuntimeError):
     """A cluster that cannot be used; the message says what to do."""
 
@@ -94,7 +98,7 @@ def read_replicas(text: str) -> tuple[int, int]:
 def head() -> str | None:
     """Id of the head node, in hexadecimal."""
     nodes = require_ray().nodes()
-    return next((n["NodeID"] for n in nodes if n["Alive"] and "node:__internal_head__" in n["Resources"]), None)
+    return next((n["NodeID"] for n in nodes if n["Alive"] and HEAD in n["Resources"]), None)
 
 
 def alive(node: str) -> bool:

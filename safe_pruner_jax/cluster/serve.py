@@ -23,10 +23,9 @@ from ray import serve
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from safe_pruner_jax.cluster.board import Board
-from safe_pruner_jax.cluster.connect import connected, head, room
+from safe_pruner_jax.cluster.connect import HEAD, connected, head, room
 from safe_pruner_jax.cluster.replica import Service
 from safe_pruner_jax.serving import Access, ServerError
 from safe_pruner_jax.serving.backend import Backend, SessionMaker
@@ -240,10 +239,12 @@ def _running() -> int:
 
 
 def _beside_the_controller() -> dict[str, Any]:
-    """Where the board runs: on the head node, without which there is no service either."""
-    node = head()
-    affinity = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
-    return {"num_cpus": 0, **affinity}
+    """Where the board runs: on the head node, without which there is no service either.
+
+    As a resource, which only that node has: Ray takes a soft affinity for a wish, and a node that dies with its replica
+    and the board would take with it who was there.
+    """
+    return {"num_cpus": 0} | ({"resources": {HEAD: 0.001}} if head() else {})
 
 
 def _await_room(least: int, cores: int, room_s: float) -> dict[str, Any]:
