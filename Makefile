@@ -7,12 +7,13 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test tests test-pinned test-cluster test-aot docs docs-serve wheel lint format libero setup setup-pinned clean
+.PHONY: help demo test tests test-pinned test-nightly test-nightly-pinned test-cluster test-aot docs docs-serve wheel lint format libero setup setup-pinned clean
 
 help:
 	@echo "make demo         serve the embedded policy, drive it with the real openpi client in LIBERO, show the result"
-	@echo "make test         lint and tests on the newest jax (sets up .venv and the LIBERO simulator)"
-	@echo "make test-pinned  tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
+	@echo "make test         lint and quick tests on the newest jax (sets up .venv and the LIBERO simulator)"
+	@echo "make test-pinned  quick tests on openpi's pins: jax 0.5.3, flax 0.10.2, orbax 0.11.13, numpy 1.26"
+	@echo "make test-nightly broader and slower tests on the newest jax; test-nightly-pinned on openpi's pins"
 	@echo "make test-cluster evaluation and serving on a Ray cluster of three nodes on this machine"
 	@echo "make test-aot     launches of a control step, compiled for a GPU that need not be there"
 	@echo "make docs         the site, in out/site; make docs-serve shows it while you write"
@@ -24,14 +25,24 @@ demo: libero
 
 test: lint tests
 
+# tests of rooms of their own have targets of their own, and a browser is not everywhere
+ELSEWHERE := not ray and not aot$(if $(BROWSER),, and not browser)
 tests: libero
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(if $(BROWSER),,-m "not browser and not ray and not aot") $(ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "not nightly and $(ELSEWHERE)" $(ARGS)
+
+test-nightly: libero
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "nightly and $(ELSEWHERE)" $(ARGS)
 
 # the model, the pruners and serving run on openpi's pins; what does not is marked `newest`, and what those warn of is
 # theirs; openpi's client connects outside a `with`, hundreds of times, which websockets deprecates
 PINNED_WARNINGS := -W default -W "ignore:connect() must be used:DeprecationWarning"
+PYTEST_PINNED = $(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) $(PINNED_WARNINGS)
+ON_PINS := not libero and not newest and not ray and not aot
 test-pinned: $(PINNED)/.ready
-	$(PINNED)/bin/python -m pytest $(PYTEST_FLAGS) $(PINNED_WARNINGS) -m "not libero and not newest and not ray and not aot" $(ARGS)
+	$(PYTEST_PINNED) -m "not nightly and $(ON_PINS)" $(ARGS)
+
+test-nightly-pinned: $(PINNED)/.ready
+	$(PYTEST_PINNED) -m "nightly and $(ON_PINS)" $(ARGS)
 
 # three Ray nodes on loopback, two of which play LIBERO; nightly, since Ray alone takes 340 MB
 test-cluster: $(VENV)/.ray libero

@@ -70,7 +70,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    import tiers
+
+    config.stash[tiers.COLLECTED] = list(items)  # before any is left out
     if "PYTEST_XDIST_WORKER" in os.environ:
         import workers
 
@@ -104,14 +107,14 @@ def large_workers_forget_their_programs():
 def ref():
     import tiny_engine
 
-    return tiny_engine.reference()
+    return tiny_engine.small()
 
 
 @pytest.fixture(scope="session")
 def weights():
     import tiny_engine
 
-    return tiny_engine.prepared()
+    return tiny_engine.small_weights()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import small
+from tiers import at_night
 from tiny_engine import FakeTransform, close, compilations, example, inputs_of, poisoned, same
 
 from safe_pruner_jax.engine.engine import Engine
@@ -37,11 +38,11 @@ def test_only_a_full_pass_replaces_what_is_remembered(alone):
         else:
             same(remembered(after), remembered(before))
     late = np.asarray(alone[0][1].late[0])
-    assert late.shape == (3, 512)
+    assert late.shape == (3, 32)
     close(late.sum(1), np.ones(3))
     one_camera = np.asarray(alone[5][1].late[0])
-    close(one_camera[:, :256].sum(1), np.ones(3))
-    assert not one_camera[:, 256:].any()
+    close(one_camera[:, :16].sum(1), np.ones(3))
+    assert not one_camera[:, 16:].any()
 
 
 def test_a_fresh_state_forgets_and_a_seed_repeats(ref, engine, scenes, alone):
@@ -70,7 +71,7 @@ def test_noise_is_drawn_as_openpi_draws_it(ref, engine, scenes):
         np.testing.assert_array_equal(jax.random.key_data(control.key[0]), jax.random.key_data(rng))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.5, *at_night(0.0)])
 def test_the_temperature_scales_the_noise_that_is_drawn_and_no_other(ref, weights, scenes, temperature):
     engine = Engine(weights, ref.config.replace(temperature=temperature), PRUNERS["safe"](keep=0.2))
     inputs, own = inputs_of(ref.config, example(ref.config, scenes["a"])), np.ones((1, 10, 32), np.float32)
@@ -82,10 +83,10 @@ def test_the_temperature_scales_the_noise_that_is_drawn_and_no_other(ref, weight
 
 def test_what_does_not_fit_the_model_is_refused(ref, weights):
     make = lambda **choices: Engine(weights, ref.config, PRUNERS["safe"](**choices))
-    with pytest.raises(ValueError, match="keep: expected at most 512 visual tokens"):
-        make(keep=513).init((0,), 2)
-    assert make(keep=513).init((0,), 3).alive.shape == (1, 768)
-    assert make(keep=512).init((0, 1), 2).alive.shape == (2, 512)
+    with pytest.raises(ValueError, match="keep: expected at most 32 visual tokens"):
+        make(keep=33).init((0,), 2)
+    assert make(keep=33).init((0,), 3).alive.shape == (1, 48)
+    assert make(keep=32).init((0, 1), 2).alive.shape == (2, 32)
     with pytest.raises(ValueError, match="cut: expected a layer index below the model's depth 4, got 4"):
         make(cut=4)
     for late in ((4,), (-5,), (0, 7)):
@@ -102,7 +103,7 @@ def test_evidence_that_is_not_finite_makes_a_keyframe(ref, engine, scenes, where
         actions, control, info = bad.step(control, inputs)
         assert not np.isfinite(actions).all()
         index = np.asarray(info.selection.index[0])
-        assert ((index >= 0) & (index < 512)).all() and (np.diff(index) > 0).all()
+        assert ((index >= 0) & (index < 32)).all() and (np.diff(index) > 0).all()
         if where != "after the cut":  # there the evidence before the cut is still good
             assert info.keyframe[0]
     _, control, info = engine.step(control, inputs)
@@ -115,7 +116,7 @@ def test_evidence_that_is_not_finite_makes_a_keyframe(ref, engine, scenes, where
 # π0
 
 
-@pytest.mark.parametrize("queries", ["action", "text", "last"])
+@pytest.mark.parametrize("queries", ["action", *at_night("text", "last")])
 def test_pi0_runs_with_its_state_token(queries):
     config = small(pi05=False)
     weights = jax.jit(partial(pi0.prepare, config=config, num_steps=3))(draw_params(config))

@@ -87,6 +87,7 @@ def test_a_server_that_dies_is_reported_with_its_log(demo, tmp_path):
 # --------------------------------------------------------------------------------------------- with the simulator
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_the_demo_shows_keyframes_and_pruned_steps_and_leaves_files(tmp_path):
     # γ = -1: every call after the warm start is pruned, whatever the weights

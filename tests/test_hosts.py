@@ -53,6 +53,7 @@ def curve(folder: Path) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row}
 
 
+@pytest.mark.nightly
 def test_two_hosts_learn_what_one_does_and_a_run_changes_hands(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(one, SETTINGS.steps, 1) == [SETTINGS.steps]

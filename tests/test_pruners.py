@@ -10,6 +10,7 @@ from oracles.algorithm_1 import algorithm_1
 from oracles.forecasts import slow_unit
 from oracles.selection import slow_top_k
 from synthetic import case, episode, kept, play, put
+from tiers import by_day
 
 from safe_pruner_jax.pruners import PRUNERS, Capture, Cut, Plan, make
 from safe_pruner_jax.pruners import warm as warm_start
@@ -17,7 +18,9 @@ from safe_pruner_jax.pruners.base import finite
 
 
 @pytest.mark.parametrize(
-    ("law", "case"), laws.PAIRS, ids=lambda value: value.__name__ if callable(value) else str(value)
+    ("law", "case"),
+    by_day(laws.is_quick, laws.PAIRS),
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_law(law, case):
     law(case)

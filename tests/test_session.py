@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny_engine import SLOTS, BadRequest, FakeTransform, close, compilations, example, poisoned
+from tiny_engine import SLOTS, BadRequest, FakeTransform, close, compilations, example, inputs_of, poisoned
 
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.robots.robots import RequestError
@@ -40,11 +40,11 @@ def test_a_reply_has_openpis_keys_and_says_what_was_pruned(policy, ask, alone):
         pruning = reply["pruning"]
         assert set(pruning) == {"kept", "alive", "keyframe", "kappa", "index", "views", "text"}
         assert (len(pruning["views"]), pruning["text"]) == (2, SLOTS)
-        assert pruning["alive"] == 512 and pruning["kept"] == len(pruning["index"])
+        assert pruning["alive"] == 32 and pruning["kept"] == len(pruning["index"])
         assert type(pruning["keyframe"]) is bool
         assert pruning["index"].dtype == np.int32 and (np.diff(pruning["index"]) > 0).all()
-    assert first["pruning"]["keyframe"] and first["pruning"]["kept"] == 512 and first["pruning"]["kappa"] is None
-    assert not second["pruning"]["keyframe"] and second["pruning"]["kept"] == 102
+    assert first["pruning"]["keyframe"] and first["pruning"]["kept"] == 32 and first["pruning"]["kappa"] is None
+    assert not second["pruning"]["keyframe"] and second["pruning"]["kept"] == 6
     assert 0.988 < second["pruning"]["kappa"] <= 1.0001
 
 
@@ -53,13 +53,15 @@ def test_a_policy_can_keep_its_thoughts_to_itself(engine, ref, ask):
     assert set(quiet.session().infer(ask())) == {"actions", "context", "policy_timing"}
 
 
-def test_a_policy_that_decides_nothing_times_the_whole(full_engine, ref, ask, golden_examples):
+def test_a_policy_that_decides_nothing_times_the_whole(full_engine, ref, ask, scenes):
     session = Policy(full_engine, FakeTransform(ref.config), prompt_lengths=(SLOTS,)).session()
-    request = FakeTransform.request(golden_examples[0])
-    reply = session.infer(request, noise=ref.arrays["in/noise"][0].astype(np.float64))
+    noise = ref.arrays["in/noise"]
+    reply = session.infer(ask(), noise=noise[0].astype(np.float64))
     assert set(reply["policy_timing"]) == {"infer_ms"}
-    close(reply["actions"], ref.arrays["out_posemb64/b1/actions"][0, :, :7])
-    assert (reply["pruning"]["kept"], reply["pruning"]["keyframe"], reply["pruning"]["kappa"]) == (512, True, None)
+    inputs = inputs_of(ref.config, example(ref.config, scenes["a"]))
+    want, _, _ = full_engine.step(full_engine.init((0,), 2), inputs, jax.device_put(noise[:1]))
+    close(reply["actions"], want[0, :, :7])
+    assert (reply["pruning"]["kept"], reply["pruning"]["keyframe"], reply["pruning"]["kappa"]) == (32, True, None)
 
 
 def started_afresh(reply):

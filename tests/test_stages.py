@@ -154,6 +154,7 @@ def test_align_learns_and_goes_on_where_it_was(folder, tmp_path):
         np.testing.assert_array_equal(leaf, flatten_dict(again, sep="/")[name])
 
 
+@pytest.mark.nightly
 def test_all_stages_end_in_a_checkpoint_without_heads(folder, tmp_path):
     from safe_pruner_jax.model.checkpoint import load_params
 

@@ -1,9 +1,12 @@
 """openpi's small π0.5 in an engine, compiled once per process, and the scenes and robots it is tried on.
 
-Test modules share these by calling them; the layout is two cameras and 48 prompt slots.
+Test modules share these by calling them; the layout is two cameras and 48 prompt slots. The engine sees pictures of 56
+pixels, 16 tokens per camera, with every fourth row and column of the model's positions; only what is compared with
+openpi's numbers sees openpi's own pictures.
 """
 
 import copy
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +23,8 @@ from safe_pruner_jax.testing import parity
 from safe_pruner_jax.tokens import PrefixLayout
 
 DATA = Path(__file__).parent / "data"
-SLOTS = 48
-CUT = 2
+SLOTS, TOKENS = 48, 16
+CUT, GAMMA = 2, 0.988
 compilations = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compilations.append(event) if event.endswith("backend_compile_duration") else None
@@ -44,22 +47,44 @@ def reference():
     return parity.load_reference(DATA / "openpi_pi05_tiny.npz")
 
 
+def prepare(ref):
+    """The weights of a reference, prepared."""
+    return jax.jit(lambda p: pi0.prepare(p, ref.config))(ref.params)
+
+
 @cache
 def prepared():
+    """The weights of openpi's model."""
+    return prepare(reference())
+
+
+@cache
+def small():
+    """The same model on pictures of 56 pixels; `arrays` are openpi's and do not fit it, but for `in/noise`."""
+    ref = reference()
+    image = ref.params["PaliGemma"]["img"]
+    table = image["pos_embedding"].reshape(1, ref.config.grid, ref.config.grid, -1)[:, 2::4, 2::4]
+    image = image | {"pos_embedding": table.reshape(1, TOKENS, -1)}
+    params = ref.params | {"PaliGemma": ref.params["PaliGemma"] | {"img": image}}
+    return dataclasses.replace(ref, config=ref.config.replace(image_size=56), params=params)
+
+
+@cache
+def small_weights():
     """Its weights."""
-    return jax.jit(lambda p: pi0.prepare(p, reference().config))(reference().params)
+    return prepare(small())
 
 
 @cache
 def safe_engine():
     """SAFE on prompt rows, so that κ does not depend on the noise: the same frame has κ = 1, another scene 0.976."""
-    pruner = PRUNERS["safe"](keep=0.2, cut=CUT, threshold=0.988, queries="text")
-    return Engine(prepared(), reference().config, pruner)
+    pruner = PRUNERS["safe"](keep=0.2, cut=CUT, threshold=GAMMA, queries="text")
+    return Engine(small_weights(), small().config, pruner)
 
 
 @cache
 def two_scenes():
-    """Two scenes [camera, 224, 224, 3], and the first with a bright square that wanders."""
+    """Two scenes [camera, 56, 56, 3], and the first with a bright square that wanders."""
     with np.load(DATA / "safe_tiny_text.npz") as file:
         a = file["frames"][0]
     b = np.stack([reference().arrays[f"in/image/{c}"][1] for c in reference().config.cameras[:2]])
@@ -68,7 +93,8 @@ def two_scenes():
         square = a.copy()
         square[0, 40 * i : 40 * i + 28, 56:98] = 230
         squares.append(square)
-    return {"a": a, "b": b} | {f"a{i}": s for i, s in enumerate(squares)}
+    named = {"a": a, "b": b} | {f"a{i}": s for i, s in enumerate(squares)}
+    return {name: np.ascontiguousarray(scene[:, 2::4, 2::4]) for name, scene in named.items()}
 
 
 def example(config, images, *, mask=(True, True), length=37, seed=0):
@@ -90,7 +116,7 @@ def inputs_of(config, *examples, cameras=2, slots=SLOTS):
 @cache
 def lone_robot():
     """One robot through quiet steps, a scene cut and a lost camera: every control state and info."""
-    config, scenes, engine = reference().config, two_scenes(), safe_engine()
+    config, scenes, engine = small().config, two_scenes(), safe_engine()
     control, out = engine.init((7,), 2), []
     plan = [("a", True), ("a0", True), ("a1", True), ("b", True), ("b", True), ("b", False), ("b", False), ("b", True)]
     for frame, second in plan:
