@@ -89,15 +89,33 @@ def resident_bytes() -> int:
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
 
 
+def collect_garbage() -> int:
+    """Memory of this process when what is garbage has gone back to the system."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    return resident_bytes()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def large_workers_forget_their_programs():
     """Programs of earlier modules are most of a worker's memory; who needs one again reads it from the disk."""
     yield
     if resident_bytes() > LARGE:
         jax.clear_caches()
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
+        collect_garbage()
+
+
+SWEPT = pytest.StashKey[int]()
+
+
+@pytest.fixture(autouse=True)
+def closed_simulators_go(pytestconfig):
+    """One has half a gigabyte in cycles, which the rare collections here would leave for many tests."""
+    yield
+    swept, now = pytestconfig.stash.get(SWEPT, 0), resident_bytes()
+    grown = now > max(LARGE, swept + 300_000_000)
+    pytestconfig.stash[SWEPT] = collect_garbage() if grown else min(swept, now)
 
 
 # --- openpi's small π0.5 in an engine ----------------------------------------------------------------------

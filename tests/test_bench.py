@@ -180,6 +180,7 @@ def stand_in(tmp_path: Path, program: str) -> str:
     return str(python)
 
 
+@pytest.mark.nightly
 def test_the_command_measures_and_leaves_table_figure_and_numbers(tiny_libero, tmp_path, capsys):
     python = stand_in(tmp_path, STAND_IN)
     options = {"keeps": (0.25,), "pruners": ("safe",), "batches": (1, 2), "rounds": 2, "prompt": 9}
@@ -232,6 +233,7 @@ def test_bad_choices_are_told_before_anything_is_made(tiny_libero, tmp_path, mon
     assert weights_bytes(sizes.pi05()) == pytest.approx(6.7e9, rel=0.05)
 
 
+@pytest.mark.nightly
 def test_ablations_compare_equal_results(tiny, tiny_libero, tmp_path, capsys):
     file = Path(__file__).parents[1] / "benchmarks" / "ablations.py"
     spec = importlib.util.spec_from_file_location("ablations", file)

@@ -51,6 +51,7 @@ def test_what_is_proposed_is_near_the_budget_and_within_it(b, monkeypatch):
     assert len(budget.figure(points, chosen, b).axes) == 1
 
 
+@pytest.mark.nightly
 def test_on_the_embedded_policy_a_proposal_is_within_a_tenth_of_its_budget(tmp_path):
     """Settings are played on the recording inside the package; the second budget reuses what the first has played."""
     args = COMMANDS["analyze calibrate"].arguments(budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded())

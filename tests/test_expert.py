@@ -108,6 +108,7 @@ def dark(env, monkeypatch):
     return env
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_the_expert_takes_over_where_a_policy_has_led(dark):
     asked = []
@@ -141,6 +142,7 @@ def test_without_pushes_nothing_is_drawn():
     assert not any(push().any() for _ in range(9)) and generator.random() == np.random.default_rng(0).random()
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_the_expert_comes_back_after_pushes(dark):
     straight, _ = demonstrate(dark, 3)
@@ -161,6 +163,7 @@ class Solver:
         return {"actions": self.expert.act()[None]}
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_an_object_that_is_already_in_the_hand_is_not_put_down(dark):
     solver, found = Solver(dark), {}
@@ -175,6 +178,7 @@ def test_an_object_that_is_already_in_the_hand_is_not_put_down(dark):
     assert demo is not None and demo.actions[0, 6] == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_nothing_is_recorded_when_the_policy_needs_no_help(dark):
     demo, steps = demonstrate(dark, 3, before=led_by(Solver(dark), steps=(250, 250), replan=1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_programs import by_kernel
+from tiers import at_night
 from tiny_engine import close
 
 from safe_pruner_jax.engine import autotune
@@ -23,7 +24,7 @@ def draw(i, *shape, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kv_heads", "keys", "rows"), [(1, 128, 10), (2, 64, 5), (1, 192, 16)])
+@pytest.mark.parametrize(("kv_heads", "keys", "rows"), [(2, 64, 5), *at_night((1, 128, 10), (1, 192, 16))])
 def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
     B, N, H = 2, 4, 16
     q, k, v = draw(0, B, rows, N, H, dtype=dtype), *(draw(i, B, keys, kv_heads, H, dtype=dtype) for i in (1, 2))
@@ -44,7 +45,7 @@ def test_attention_is_that_of_the_model(dtype, kv_heads, keys, rows):
 
 
 @pytest.mark.parametrize("to", [None, "int8"])
-@pytest.mark.parametrize("shape", [(1, 10, 64), (3, 11, 128), (40, 64)])
+@pytest.mark.parametrize("shape", [(3, 11, 128), *at_night(((1, 10, 64),), ((40, 64),))])
 def test_gated_mlp_is_that_of_the_model(to, shape):
     x, w = draw(0, *shape), draw(1, shape[-1], 2 * 192) * shape[-1] ** -0.5
     w = w if to is None else quantisation.scaled(w, to)
@@ -89,7 +90,7 @@ def test_denoise_steps_with_kernels_are_those_without(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tokens", "width"), [(16, 5), (64, 72), (192, 16)])
+@pytest.mark.parametrize(("tokens", "width"), [(64, 72), *at_night((16, 5), (192, 16))])
 def test_attention_of_the_tower_is_that_of_the_model(dtype, tokens, width):
     qkv = draw(0, 2, tokens, 3, 2, width, dtype=dtype)
     got, want = vision_kernels.attend(qkv), siglip._attend(qkv)
@@ -124,7 +125,7 @@ prepare = jax.jit(pi0.prepare, static_argnums=1, static_argnames="num_steps")
 
 # fewer than a block; the last block reaches back; split among blocks, of which the last reaches back
 # and actions of numbers that the kernels `enter` and `leave` take, or not
-@pytest.mark.parametrize(("keys", "action_dim"), [(41, 8), (100, 16), (544, 32)])
+@pytest.mark.parametrize(("keys", "action_dim"), [(41, 8), *at_night((100, 16), (544, 32))])
 def test_a_chunk_by_whole_layers_is_that_without(keys, action_dim):
     """The kernel needs the norms stacked; late layers take XLA's path."""
     config, params = expert(action_dim)
@@ -147,7 +148,7 @@ def test_a_chunk_by_whole_layers_is_that_without(keys, action_dim):
     assert calls(config.replace(kernels=(kernels.LAYER,))) == 0  # without stacked norms it stays out
 
 
-@pytest.mark.parametrize("dead", [0, 70, 128])
+@pytest.mark.parametrize("dead", [70, *at_night(0, 128)])
 def test_what_the_actions_see_is_saliency_of_the_layers_logits(dead):
     """The decision of `safe`: layers up to the cut, of which the last one's attention to visual tokens is all."""
     config, params = expert(action_dim=16)

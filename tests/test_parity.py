@@ -1,6 +1,7 @@
 """openpi's stored numbers, the oracle's episodes, and a model of other sizes computed here with plain NumPy."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from oracles.numpy_pi0 import NumpyPi0
+from tiers import at_night, by_day
 
 from safe_pruner_jax.model.params import param_shapes
 from safe_pruner_jax.testing import parity
@@ -18,6 +20,8 @@ from safe_pruner_jax.testing import parity
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 MODELS = ("openpi_pi05_tiny", "openpi_pi05_tiny_bf16", "openpi_pi0_tiny")
+BY_DAY = {("openpi_pi05_tiny", "b2"), ("openpi_pi05_tiny_bf16", "b1"), ("openpi_pi0_tiny", "b2")}
+"""The first row of b2 is b1, and bfloat16 is slow on a CPU."""
 NO_EFFECT = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/key/bias"
 """Shifts all logits of a query row alike, so softmax removes it."""
 
@@ -29,14 +33,18 @@ def failures(rows):
 # The stored references
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_stored_quantity_is_openpis(name):
+@pytest.mark.parametrize(("name", "batch"), by_day(BY_DAY.__contains__, itertools.product(MODELS, ("b1", "b2"))))
+def test_every_stored_quantity_is_openpis(name, batch, monkeypatch):
     path = DATA / f"{name}.npz"
+    ref = parity.load_reference(path)
+    assert set(ref.meta["batch_cases"]) == {"b1", "b2"}
+    one = ref.meta | {"batch_cases": {batch: ref.meta["batch_cases"][batch]}}
+    monkeypatch.setattr(parity, "load_reference", lambda _: dataclasses.replace(ref, meta=one))
     rows = parity.check_model(path)
     assert not failures(rows)
     compared = {f"{r.case}/{r.quantity}" for r in rows}
     with np.load(path) as file:
-        stored = [key for key in file.files if key.startswith("out")]
+        stored = [key for key in file.files if key.startswith("out") and f"/{batch}/" in key]
     assert stored
     for key in stored:
         variant, case, quantity = key.split("/", 2)
@@ -50,7 +58,7 @@ def test_every_stored_quantity_is_openpis(name):
         assert {"posemb/f64_rounded", "posemb/t"} <= compared
 
 
-@pytest.mark.parametrize("queries", ["action", "text"])
+@pytest.mark.parametrize("queries", ["action", *at_night("text")])
 def test_safe_plays_the_oracles_episode(queries):
     path = DATA / f"safe_tiny_{queries}.npz"
     rows = parity.check_episode(DATA / "openpi_pi05_tiny.npz", path)
@@ -174,7 +182,7 @@ def test_numpy_agrees_on_a_model_of_other_sizes(other, model):
         assert all(0.2 < file[f"out/both/{name}"].std() < 5 for name in ("kv_k", "kv_v", "v_t1", "v_t05", "actions"))
 
 
-@pytest.mark.parametrize("model", ["pi05", "pi0"])
+@pytest.mark.parametrize("model", ["pi05", *at_night("pi0")])
 def test_a_change_of_any_parameter_is_noticed(other, model, monkeypatch):
     ref = parity.load_reference(other[model])
     flat = traverse_util.flatten_dict(ref.params, sep="/")

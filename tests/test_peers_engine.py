@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import at_night, by_day
 
 from safe_pruner_jax.engine.engine import Engine, Inputs
 from safe_pruner_jax.model import gemma, pi0
@@ -241,7 +242,7 @@ def test_merged_tokens_are_means_of_what_was_dropped(engines):
 # Laws of the whole step
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", by_day(("vla_cache", "sparsevlm").__contains__, CHOICES))
 def test_every_robot_of_a_batch_equals_the_robot_alone(engines, name):
     engine = engines(name)
     batch = list(play(engine, (0, 2)))
@@ -287,7 +288,7 @@ def test_the_second_episode_compiles_and_copies_nothing(engines, name):
     assert len(compilations) == before and False in kinds
 
 
-@pytest.mark.parametrize("pi05", [True, False])
+@pytest.mark.parametrize("pi05", [True, *at_night(False)])
 @pytest.mark.parametrize("name", sorted(PRUNERS))
 def test_what_is_carried_keeps_its_shapes(name, pi05):
     """In bfloat16, for both models, with every factory's defaults; shapes only."""

@@ -19,6 +19,7 @@ def maker():
         yield made
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_asked_every_ten_steps_the_law_solves_a_shuffled_scene(maker):
     maker.placements.shuffle(2)
@@ -89,6 +90,7 @@ def test_frames_of_scenes_have_labels_that_agree_with_one_another(maker, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_a_demonstration_is_the_law_with_noise(maker):
     frames = maker.demonstration(2)
@@ -97,6 +99,7 @@ def test_a_demonstration_is_the_law_with_noise(maker):
     assert frames["actions"][0, 0, 6] == -1 and (frames["actions"][:, :, 6] == 1).any()
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_coarse_pictures_are_those_of_evaluation_but_for_details():
     pictures = []
@@ -133,6 +136,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
         scenes.read(tmp_path / "torn.npz")
 
 
+@pytest.mark.nightly
 def test_a_shuffled_suite_has_its_parents_tasks_in_other_places():
     task = load_task("libero_object_shuffled", 1)
     assert (task.language, task.index) == (load_task("libero_object", 1).language, 1)

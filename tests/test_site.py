@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import by_day
 
 from safe_pruner_jax.cli import main as cli
 
@@ -53,7 +54,12 @@ def test_every_command_runs_here_or_says_what_it_needs():
 RUN = [(page, command) for page in PAGES for mark, commands in blocks(page) if mark == "run" for command in commands]
 
 
-@pytest.mark.parametrize(("page", "command"), RUN, ids=lambda value: getattr(value, "stem", value))
+def is_quick(case: tuple[Path, str]) -> bool:
+    """Analyses compile much; by day `test_words.py` reads their commands, and `test_new_pruner.py` runs its script."""
+    return not case[1].startswith(("openpi analyze", "openpi diagnose", "python docs/new_pruner.py"))
+
+
+@pytest.mark.parametrize(("page", "command"), by_day(is_quick, RUN), ids=lambda value: getattr(value, "stem", value))
 def test_commands_that_need_nothing_run(page, command, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(command)

@@ -225,6 +225,7 @@ def test_a_model_of_full_width_trains_with_the_same_step():
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
 
 
+@pytest.mark.nightly
 def test_two_devices_give_the_result_of_one(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     run = subprocess.run(

@@ -15,9 +15,7 @@ COLLECTED = pytest.StashKey[list]()
 
 def at_night(*cases: Any) -> list:
     """The cases for `parametrize`, run at night only; a tuple is the values of several arguments."""
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases
-    ]
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
 
 
 def by_day(quick: Callable[[Any], bool], cases: Iterable[Any]) -> list:
