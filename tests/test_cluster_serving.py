@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import toy_service as toy
@@ -12,7 +13,8 @@ from fake_server import get
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from prometheus_client.parser import text_string_to_metric_families
 from ray_cluster import WAIT_S, free_port, until
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
+from websockets.sync.client import connect
 
 from safe_pruner_jax.serving import Access, ServerError, Terms
 
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning"),
 ]
 
+DATA = Path(__file__).parent / "data"
 KEY = "a-key-for-tests-only"
 AUTHORIZED = {"Authorization": f"Api-Key {KEY}"}
 
@@ -196,6 +199,17 @@ def test_health_readiness_and_metrics_of_each_and_of_all(cluster):
         assert samples(port, "/metrics", "keyframe_share") == {(): pytest.approx(0.5)}
         for robot in robots:
             robot.close()
+
+
+def test_tls_with_openpis_client(cluster, monkeypatch):
+    files = str(DATA / "tls_cert.pem"), str(DATA / "tls_key.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", files[0])
+    with serving(cluster, tls_files=files) as port:
+        client = WebsocketClientPolicy("wss://127.0.0.1", port, api_key=KEY)
+        assert client.infer({"robot_id": "one"})["actions"][0, 0] == 1
+        client._ws.close()
+        with pytest.raises((EOFError, OSError, InvalidMessage)):  # nobody talks in the clear
+            connect(f"ws://127.0.0.1:{port}", additional_headers=AUTHORIZED)
 
 
 def test_a_second_service_on_the_cluster_is_one_line(cluster):
