@@ -54,6 +54,10 @@ def test_a_cell_is_a_pruner_with_arguments_that_evaluate_takes():
     for name, cell in zip(names, warm, strict=True):
         _, method = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
         assert method.make().name == name and method.choices["warm_start"] == 3
+    _, tuned, *grid = sweep.cells(sweep.Sweep(methods=("safe:keep=0.3,warm_start=1", "fastv:cut=2"), keeps=(0.2, 0.1)))
+    _, method = parse(Evaluate, ["--suite", "libero_object", *tuned.arguments], "openpi evaluate")
+    assert (method.choices["keep"], method.choices["warm_start"]) == (0.3, 1)
+    assert [cell.name for cell in grid] == ["fastv-cut2-keep0.2", "fastv-cut2-keep0.1"]
 
 
 def test_finished_cells_are_skipped_and_all_shards_are_reported(tmp_path, capsys):

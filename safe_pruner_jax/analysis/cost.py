@@ -9,6 +9,7 @@ step with its result on the host, against the step that keeps every token in the
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from safe_pruner_jax.engine.state import Inputs
 from safe_pruner_jax.figures.theme import band, colour, form, grid, legend, look, markdown
 from safe_pruner_jax.model import pi0
 from safe_pruner_jax.model.config import Pi0Config
-from safe_pruner_jax.policy.policy import layout_of, pack
+from safe_pruner_jax.policy.policy import Policy, layout_of, pack
 from safe_pruner_jax.pruners import PRUNERS, Pruner
 from safe_pruner_jax.robots.transforms import Example
 from safe_pruner_jax.timing import WARM_UP, Step, interleave, ratio
@@ -51,6 +52,15 @@ def closed_form(config: Pi0Config, layout: PrefixLayout, keep: float, cut: int, 
         row[name] = count(pruned, True)
         row[f"{name}_speedup"] = count(plain, False) / row[name]
     return row
+
+
+def shares(policy: Policy, request: dict[str, Any]) -> tuple[float, float]:
+    """Multiply-adds of a keyframe and of a pruned step of a policy's method, as shares of the step without pruning."""
+    config, steps = policy.engine.config, len(policy.engine.weights.schedule.times)
+    layout = layout_of(policy.transform.prepare(request)[0], config)
+    count = lambda plan, pruned: exact_flops(config, plan, layout, pruned=pruned, num_steps=steps).total
+    plain, method = count(PRUNERS["full"]().plan, False), policy.engine.pruner.plan
+    return count(method, False) / plain, count(method, True) / plain
 
 
 def measure(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from safe_pruner_jax.analysis import cost
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.evaluation.rollout import ARM
@@ -45,9 +46,12 @@ def measure(policy: Policy, calls: Iterable[Call], reference: np.ndarray) -> Row
 
     Returns:
       "calls"; "errors" per call, in standard deviations; "keyframes", the calls that ran every token; "kept", tokens
-      after the last cut, mean over the calls; "switched", steps at which the gripper is told otherwise; "steps".
+      after the last cut, and "flops", multiply-adds as a share of the full step's, means over the calls; "switched",
+      steps at which the gripper is told otherwise; "steps".
     """
+    calls = list(calls)
     actions, decisions = actions_of(policy, calls, reference.shape[1])
+    whole, pruned = cost.shares(policy, calls[0].request)
     sigma = policy.transform.stats["actions"].std[:ARM]
     error = (actions - reference)[..., :ARM] / np.maximum(sigma, 1e-6)
     return {
@@ -55,13 +59,15 @@ def measure(policy: Policy, calls: Iterable[Call], reference: np.ndarray) -> Row
         "errors": rounded(np.sqrt(np.square(error).mean((1, 2)))),
         "keyframes": [t for t, pruning in enumerate(decisions) if pruning["keyframe"]],
         "kept": float(np.mean([pruning["kept"] for pruning in decisions])),
+        "flops": float(np.mean([whole if pruning["keyframe"] else pruned for pruning in decisions])),
         "switched": int((np.sign(actions[..., ARM]) != np.sign(reference[..., ARM])).sum()),
         "steps": int(reference.shape[0] * reference.shape[1]),
     }
 
 
 def summary(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, float | None]]:
-    """(method, keep) → its numbers over all episodes (`table`); "pruned" and "p90" are None without a pruned call."""
+    """(method, keep) → its numbers over all episodes (`table`); "pruned" and "p90" are None without a pruned call,
+    "flops" in rows that were measured before it was."""
     groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["method"], row["keep"]].append(row)
@@ -70,10 +76,14 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, float | No
         errors = np.concatenate([row["errors"] for row in group])
         keyframe = np.concatenate([np.isin(np.arange(row["calls"]), row["keyframes"]) for row in group])
         total = lambda name, group=group: sum(row[name] for row in group)
+        mean = lambda name, group=group: (
+            sum(row[name] * row["calls"] for row in group) / sum(row["calls"] for row in group)
+        )
         rms = lambda e: float(np.sqrt(np.square(e).mean())) if e.size else None
         summaries[key] = {
             "calls": len(errors),
-            "kept": sum(row["kept"] * row["calls"] for row in group) / len(errors),
+            "kept": mean("kept"),
+            "flops": mean("flops") if all("flops" in row for row in group) else None,
             "keyframes": float(keyframe.mean()),
             "rms": rms(errors),
             "pruned": rms(errors[~keyframe]),
@@ -96,13 +106,24 @@ def by_call(rows: Sequence[Row]) -> dict[tuple[str, float], dict[int, float]]:
 
 def table(rows: Sequence[Row]) -> str:
     """Every method at every share kept; errors in standard deviations of the commands."""
-    columns = ["method", "keep", "kept tokens", "keyframes", "error, all calls", "pruned calls", "90 %", "gripper"]
+    columns = [
+        "method",
+        "keep",
+        "kept tokens",
+        "keyframes",
+        "multiply-adds",
+        "error, all calls",
+        "pruned calls",
+        "90 %",
+        "gripper",
+    ]
     lines = [
         [
             method,
             f"{keep:.0%}",
             f"{s['kept']:.1f}",
             f"{s['keyframes']:.1%}",
+            form(s["flops"], "{:.3f}×"),
             f"{s['rms']:.3f}",
             form(s["pruned"], "{:.3f}"),
             form(s["p90"], "{:.3f}"),

@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, overlap, recall
+from safe_pruner_jax.analysis import calibrate, cost, deviation, forecast, kappa, overlap, recall, tune
 from safe_pruner_jax.analysis.budget import read_budget
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.analysis.trace import Trace, Watch
@@ -33,7 +32,7 @@ from safe_pruner_jax.cli.recordings import (
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy, layout_of
-from safe_pruner_jax.policy.spec import Method
+from safe_pruner_jax.policy.spec import Method, split_method
 from safe_pruner_jax.pruners import PRUNERS, factory
 from safe_pruner_jax.pruners.checks import require
 
@@ -147,10 +146,13 @@ class Actions(OnRequests):
       methods: names of pruners, with choices after a colon: safe:pool=1.5,queries=text. What is not written out is as
         `openpi serve` would have it for this policy.
       keeps: shares of the visual tokens kept.
+      budget: 0.8x of the multiply-adds of the full step, keyframes included: the best setting of each method within it,
+        among its choices and shares, is told as well.
     """
 
     methods: tuple[str, ...] = ("safe", "vla_pruner", "fastv", "random")
     keeps: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1)
+    budget: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,8 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
 def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> None:
     """`openpi analyze actions`: one part of the file per episode, method and share kept."""
     only_libero(args, "actions")
+    budget = read_budget(args.budget) if args.budget is not None else None
+    require(budget is None or budget.kind == "flops", "budget", "a share of the multiply-adds, 0.8x", args.budget)
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
     fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), args.replan)
     methods = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]
@@ -234,14 +238,14 @@ def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> Non
                     file.add(parts[-1], [{"method": name, "keep": keep} | row])
         rows = [row for row in file.rows() if row["part"] in parts]
     leave(args.out, "actions", deviation.table(rows), deviation.figure(rows))
+    if budget is not None:
+        leave(args.out, "tune", tune.table(rows, budget.value))
 
 
 def _method(text: str, keep: float) -> Method:
     """What "name" or "name:choice=value,choice=value" asks for, at a share kept."""
-    name, _, rest = text.partition(":")
+    name, texts = split_method(text)
     defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
-    parts = re.split(r",(?=\w+=)", rest) if rest else []
-    texts = {key: text for key, _, text in (part.partition("=") for part in parts)}
     if "keep" not in defaults or not texts.keys() <= defaults.keys() - {"keep"}:
         chosen = ", ".join(key for key in defaults if key != "keep")
         choices = chosen if "keep" in defaults else "none: it keeps everything"

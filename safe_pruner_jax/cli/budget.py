@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from safe_pruner_jax.analysis import budget, calibrate, deviation
+from safe_pruner_jax.analysis import budget, calibrate, cost, deviation
 from safe_pruner_jax.analysis.budget import Budget
 from safe_pruner_jax.analysis.rows import Row, Rows
 from safe_pruner_jax.cli.recordings import Load, OnEpisodes, leave, logger, recordings
-from safe_pruner_jax.engine.flops import exact_flops
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
-from safe_pruner_jax.policy.policy import Policy, layout_of
+from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Method
 from safe_pruner_jax.pruners import factory, make
 
@@ -52,16 +51,7 @@ class Plays:
         calls = self._episodes[name]()
         if name not in self._references:
             self._references[name] = deviation.actions_of(self._policy(), calls, self._args.replan)[0]
-        return budget.play(pruned, calls, self._references[name], costs(pruned, calls[0].request))
-
-
-def costs(policy: Policy, request: dict[str, Any]) -> tuple[float, float]:
-    """Multiply-adds of a keyframe and of a pruned step, as shares of the step without pruning."""
-    config, steps = policy.engine.config, len(policy.engine.weights.schedule.times)
-    layout = layout_of(policy.transform.prepare(request)[0], config)
-    count = lambda plan, pruned: exact_flops(config, plan, layout, pruned=pruned, num_steps=steps).total
-    plain, method = count(make("full").plan, False), policy.engine.pruner.plan
-    return count(method, False) / plain, count(method, True) / plain
+        return budget.play(pruned, calls, self._references[name], cost.shares(pruned, calls[0].request))
 
 
 def settle(plays: Plays, proposal: Mapping[str, Any], thresholds: Mapping[float, float], args: Any, b: Budget) -> Any:

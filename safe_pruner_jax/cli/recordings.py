@@ -133,9 +133,13 @@ def _driver(policy: Load) -> Callable[[dict], dict]:
     return lambda request: session().infer(request)
 
 
-def leave(out: Path, name: str, table: str, figure: Figure) -> None:
-    """Writes and prints the table, draws the figure."""
+def leave(out: Path, name: str, table: str, figure: Figure | None = None) -> None:
+    """Writes and prints the table, draws the figure if there is one."""
     (out / f"{name}.md").write_text(table, encoding="utf-8")
-    figure.savefig(out / f"{name}.png")
+    if figure is not None:
+        figure.savefig(out / f"{name}.png")
     print(table, end="")
-    print(f"\nrows are in {out}, this table and its figure in {out / name}.md and .png")
+    what = (
+        f"this table in {out / name}.md" if figure is None else f"this table and its figure in {out / name}.md and .png"
+    )
+    print(f"\nrows are in {out}, {what}")

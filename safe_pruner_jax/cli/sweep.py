@@ -27,6 +27,7 @@ from safe_pruner_jax.evaluation.records import RecordsError, read_records
 from safe_pruner_jax.evaluation.shards import read_shard
 from safe_pruner_jax.libero.env import num_tasks
 from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
+from safe_pruner_jax.policy.spec import split_method
 from safe_pruner_jax.pruners import PRUNERS
 from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.pruners.baselines import BASELINES
@@ -47,7 +48,8 @@ class Sweep:
       methods: names of pruners; `safe-paper` (features Z, λ = 0.5, no pool: the paper's; γ and warm start as
         calibrated), `safe-topk` (the best tokens and no pool), `safe-shallow` (λ = 0, "w/o forecast"), `safe-every` (a
         keyframe at a fixed interval, "w/o division") and `random-warm`, `fastv-warm`, `divprune-warm`, `sparsevlm-warm`
-        (three full calls first, as in `vla_pruner`); `full` is always played.
+        (three full calls first, as in `vla_pruner`); choices after a colon, fastv:warm_start=1, of which `keep` takes
+        the place of `keeps`; `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell; "slurm" the part of this task of a job array.
       out: folder; one records file per cell and shard in it, then the report.
@@ -100,13 +102,17 @@ def cells(sweep: Sweep) -> list[Cell]:
     choices["safe-topk"] = ("--pruner=safe", "--pruner.pool", "1.0")
     choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
     choices |= {f"{name}-warm": (f"--pruner={name}", "--pruner.warm-start", "3") for name in MEMORYLESS}
-    if unknown := set(sweep.methods) - set(choices):
+    methods = [split_method(method) for method in sweep.methods]
+    if unknown := {name for name, _ in methods} - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
-    pairs = [(method, keep) for method in sweep.methods for keep in sweep.keeps]
-    result = [
-        Cell(f"{m.replace('/', '-')}-keep{keep:g}", (*choices[m], "--pruner.keep", f"{keep:g}")) for m, keep in pairs
-    ]
-    return [Cell("full", ("--pruner=full",)), *result]
+    result = [Cell("full", ("--pruner=full",))]
+    for name, given in methods:
+        keep = given.pop("keep", None)
+        label = "-".join([name.replace("/", "-"), *(f"{key}{value}" for key, value in given.items())])
+        options = [part for key, value in given.items() for part in (f"--pruner.{key.replace('_', '-')}", value)]
+        for share in (f"{keep:g}" for keep in sweep.keeps) if keep is None else [keep]:
+            result.append(Cell(f"{label}-keep{share}", (*choices[name], *options, "--pruner.keep", share)))
+    return result
 
 
 def records_file(sweep: Sweep, cell: Cell) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import logging
+import re
 from typing import Any, Literal
 
 from safe_pruner_jax import pruners
@@ -68,6 +69,22 @@ class Method:
     def make(self) -> pruners.Pruner:
         """The pruner; raises ValueError for a choice out of range."""
         return pruners.make(self.name, **self.choices)
+
+
+def split_method(text: str) -> tuple[str, dict[str, str]]:
+    """Name and choices of "name" or "name:choice=value,choice=value"; values are not read yet.
+
+    >>> split_method("safe:late_layers=(0,-1),pool=1.5")
+    ('safe', {'late_layers': '(0,-1)', 'pool': '1.5'})
+
+    Raises:
+      ValueError: a choice without a value.
+    """
+    name, _, rest = text.partition(":")
+    parts = [part.partition("=") for part in re.split(r",(?=\w+=)", rest)] if rest else []
+    if wrong := [key for key, sign, _ in parts if not sign]:
+        raise ValueError(f"methods: expected NAME:choice=value,…, got {text} ({wrong[0]} has no value)")
+    return name, {key: value for key, _, value in parts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
