@@ -6,8 +6,10 @@ Three worked instances. LIBERO has two cameras of three and a prompt of 23 token
 order, so positions stay monotone after the gather.
 """
 
+import contextlib
+import contextvars
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -180,10 +182,40 @@ def table(f: Callable[[int], int], n: int) -> Array:
 def best(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
     """The `count` best tokens (int32 scalar, at most k) in k slots; score, alive and result as in `top_k`.
 
-    Counted and not sorted: a GPU counts the pairs of a few hundred tokens in one launch each, and sorts in several.
+    Inside `counting` they are counted, else sorted; the result is the same to the last slot.
     """
+    return (_by_counting if _counting.get() else _by_sorting)(_comparable(score, alive), alive, k, count)
+
+
+_counting = contextvars.ContextVar("top-K by counting", default=False)
+
+
+@contextlib.contextmanager
+def counting(on: bool) -> Iterator[None]:
+    """Inside, programs are traced with a top-K by counting, if it is on: for `Pi0Config.savings`.
+
+    A GPU counts the pairs of a few hundred tokens in one launch each, and sorts in several; a CPU is faster at sorting.
+    """
+    token = _counting.set(on)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
+def _by_sorting(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
+    """`best` of a comparable score."""
+    chosen = jax.lax.top_k(score, k)[1].astype(jnp.int32)
+    kept = (jnp.arange(k) < count) & alive[chosen]
+    # sort the slots, carrying `kept` along: slots are < n, so one integer holds both
+    packed = jnp.sort(chosen * 2 + kept.astype(jnp.int32))
+    return packed // 2, (packed % 2).astype(bool)
+
+
+def _by_counting(score: Array, alive: Array, k: int, count: Array) -> tuple[Array, Array]:
+    """`best` of a comparable score."""
     place, slots = jnp.arange(score.shape[0], dtype=jnp.int32), jnp.arange(k, dtype=jnp.int32)[:, None]
-    order = jax.lax.optimization_barrier(_integer(_comparable(score, alive)))  # else it is made anew for every pair
+    order = jax.lax.optimization_barrier(_integer(score))  # else it is made anew for every pair
     earlier = place[None, :] < place[:, None]
     rank = (order[None, :] > order[:, None] - earlier.astype(jnp.int32)).sum(1, dtype=jnp.int32)
     upto = ((rank < k)[None, :] & ~(place[None, :] > place[:, None])).sum(1, dtype=jnp.int32)

@@ -212,6 +212,8 @@ def launches(gpu, depth, blocks, names, savings=None, kernels=()):
     config = config.replace(savings=xla.savings("gpu") if savings is None else savings, kernels=kernels)
     own = aot.programs(config, num_steps=2)
     runs = {name: aot.compiled(gpu, own[name]).sequence for name in names}
+    one_graph = "graph" in config.savings
+    assert {name: run.starts == 1 for name, run in runs.items()} == dict.fromkeys(names, one_graph), runs["pruned"]
     counted = lambda name, run: sum(launch.times for launch in run.loop) if name == "pruned" else run.total
     return {name: counted(name, run) for name, run in runs.items()}
 

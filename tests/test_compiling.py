@@ -28,6 +28,31 @@ def test_an_option_that_this_jax_does_not_know_is_left_out(fresh, monkeypatch):
     assert xla.jit(jnp.sin)(0.0) == 0
 
 
+def test_a_graph_is_for_gpus_that_know_it(fresh, monkeypatch):
+    """Options of a platform that is not here are read all the same, so this machine says what its jax knows."""
+    monkeypatch.delenv("SAFE_PRUNER_XLA", raising=False)
+    assert xla.options("gpu") == {} and "xla_gpu_enable_command_buffer" not in xla.options("cpu", graph=True)
+    known, unknown = {"xla_gpu_enable_triton_gemm": True}, {"xla_gpu_no_such_option": True}
+    for wanted, expected in ((known, known), (unknown, {})):
+        xla.options.cache_clear()
+        monkeypatch.setattr(xla, "GRAPH", wanted)
+        assert xla.options("gpu", graph=True) == expected
+    xla.options.cache_clear()
+    monkeypatch.setattr(xla, "GRAPH", known)
+    monkeypatch.setenv("SAFE_PRUNER_XLA", "default")
+    assert xla.options("gpu", graph=True) == {}
+
+
+def test_what_a_step_hands_on_does_not_leave_its_program():
+    program = lambda weights, a, b: {"sum": weights + a["x"], "kept": a["x"], "also": (b, a["x"])}
+    arguments = (jnp.ones(3), {"x": jnp.arange(3.0)}, jnp.zeros(2))
+    plain, handing = (xla.Step(program, savings) for savings in ((), ("arguments",)))
+    outputs = [len(jax.tree.leaves(step.lower(*arguments).out_info)) for step in (plain, handing)]
+    assert outputs == [4, 1]
+    assert handing(*arguments)["also"][0] is arguments[2]
+    jax.tree.map(np.testing.assert_array_equal, handing(*arguments), plain(*arguments))
+
+
 def test_a_program_is_the_same_outside_and_inside_another():
     x, w = (jnp.asarray(np.random.default_rng(i).standard_normal((64, 64)), jnp.float32) for i in range(2))
     program = xla.jit(lambda x, w: jnp.tanh(x @ w))

@@ -195,6 +195,14 @@ def test_the_tuner_keeps_what_is_faster(model, caplog):
     assert chosen.kernels == () and {f.verdict for f in found.values()} == {"slower"}
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(1.5, ("rotation", "graph")), (1.01, ("rotation",))])
+def test_the_tuner_leaves_out_a_graph_that_is_no_faster(model, gain, kept):
+    config, weights = model
+    config = config.replace(savings=("rotation", "graph"), kernels=kernels.NAMES)  # nothing but the graph is tried
+    chosen, found = autotune.tuned(weights, config, 41, clock=ticks(gain))
+    assert chosen.savings == kept and set(found) == {"graph"}
+
+
 def test_the_tuner_leaves_out_what_breaks_or_lies(model, caplog, monkeypatch):
     config, weights = model
 

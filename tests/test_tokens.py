@@ -1,6 +1,7 @@
 """Layouts, saliency (Eq. 1-2) and top-K against loops written from the paper's text, in float64."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from oracles.selection import slow_budget, slow_saliency, slow_top_k
 
 from safe_pruner_jax import tokens
-from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, budget, check_keep, gather, smallest_layout, top_k
+from safe_pruner_jax.tokens import (
+    PROMPT_LENGTHS,
+    PrefixLayout,
+    budget,
+    check_keep,
+    counting,
+    gather,
+    smallest_layout,
+    top_k,
+)
 
 CAMERAS = ("base", "left", "right")
 HUGE = -2.3819763e38  # what the model writes where a key is masked
@@ -83,6 +93,14 @@ def test_saliency_shows_non_finite_logits():
 # top-K
 
 COMPILED_TOP_K = jax.jit(top_k, static_argnums=2, static_argnames="per_camera")
+
+
+@partial(jax.jit, static_argnums=2, static_argnames="per_camera")
+def counted_top_k(score, alive, keep, **cameras):
+    with counting(True):
+        return top_k(score, alive, keep, **cameras)
+
+
 N, KEEPS, RESERVED = 12, (0.5, 1.0, 5), (2, 40)  # few: each pair is a program
 
 
@@ -162,6 +180,22 @@ def test_top_k_takes_signed_zeros_as_equal():
 def test_top_k_of_an_empty_budget_is_empty():
     index, chosen = COMPILED_TOP_K(np.ones(12, np.float32), np.ones(12, bool), 0.01)
     assert index.shape == chosen.shape == (0,)
+
+
+@given(ranking())
+def test_counting_chooses_what_sorting_does(drawn):
+    """The same slots in the same order, dead ones that fill up included."""
+    score, alive, keep = drawn
+    for sorted_, counted in zip(COMPILED_TOP_K(score, alive, keep), counted_top_k(score, alive, keep), strict=True):
+        np.testing.assert_array_equal(sorted_, counted)
+
+
+def test_counting_and_sorting_are_different_programs():
+    """Otherwise the test above would compare one with itself."""
+    texts = [
+        run.lower(np.ones(N, np.float32), np.ones(N, bool), 0.5).as_text() for run in (COMPILED_TOP_K, counted_top_k)
+    ]
+    assert ["sort" in text for text in texts] == [True, False]
 
 
 def test_gather_takes_each_robots_own_rows():

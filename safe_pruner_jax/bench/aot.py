@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_le
 
 @dataclass(frozen=True)
 class Program:
-    """A function and the shapes that it is compiled for."""
+    """A function, the shapes that it is compiled for, and XLA's options."""
 
     function: Callable
     arguments: tuple
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def compiled(gpu: Any, program: Program, options: dict[str, Any] | None = None) -> Compiled:
+def compiled(gpu: Any, program: Program) -> Compiled:
     """Compiles a program and reads what it launches.
 
     Args:
       gpu: from `device`.
       program: what.
-      options: of XLA; None: those that the engine sets on a GPU.
 
     Raises:
       TargetError: it does not compile for this GPU; in one line.
     """
-    options = xla.options("gpu") if options is None else options
     place = SingleDeviceSharding(gpu)
     put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
     start = time.perf_counter()
@@ -137,7 +137,7 @@ def compiled(gpu: Any, program: Program, options: dict[str, Any] | None = None) 
         try:
             with kernels.compiled():
                 lowered = jax.jit(program.function).lower(*jax.tree.map(put, program.arguments))
-            done = lowered.compile(compiler_options=DUMP | QUICK | {"xla_dump_to": folder} | options)
+            done = lowered.compile(compiler_options=DUMP | QUICK | {"xla_dump_to": folder} | dict(program.options))
         except Exception as error:  # the compiler's own errors have no common type
             raise TargetError(f"does not compile for {gpu.device_kind}: {first_line(error)}") from error
         memory = done.memory_analysis()
@@ -179,16 +179,15 @@ def programs(
     with kernels.compiled():  # jax keeps what it has traced, interpreted kernels too
         carry = jax.eval_shape(lambda w, c, i: shallow(config, engine.pruner, w, c, i, None), weights, control, inputs)
     before = range(cut.layer if cut else 0)
+    of = partial(Program, options=xla.options("gpu", graph="graph" in config.savings))
     out = {
-        "vision": Program(lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),
-        "before": Program(
-            lambda w, i: pi0.prefix_layers(w, config, embed(w, config, i), before)[:2], (weights, inputs)
-        ),
-        "decision": Program(decide, (weights, control, inputs)),
-        "full": Program(engine.second[False].program, (weights, carry)),
+        "vision": of(lambda w, i: pi0.embed_images(w, config, i.images), (weights, inputs)),
+        "before": of(lambda w, i: pi0.prefix_layers(w, config, embed(w, config, i), before)[:2], (weights, inputs)),
+        "decision": of(decide, (weights, control, inputs)),
+        "full": of(engine.second[False].program, (weights, carry)),
     }
     if cut is not None:
-        out["pruned"] = Program(engine.second[True].program, (weights, carry))
+        out["pruned"] = of(engine.second[True].program, (weights, carry))
     return out
 
 

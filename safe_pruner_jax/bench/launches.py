@@ -112,7 +112,7 @@ def extended(low: dict[str, Any], high: dict[str, Any], more: int) -> dict[str, 
     """
     out = dict(high)
     grow = lambda a, b: a + more * (b - a)
-    for key in ("outside", "per_denoise_step", "launches", "argument_bytes", "bytes", "macs"):
+    for key in ("outside", "per_denoise_step", "launches", "starts", "argument_bytes", "bytes", "macs"):
         out[key] = grow(low[key], high[key])
     if len(low["graphs"]) == len(high["graphs"]):
         out["graphs"] = list(map(grow, low["graphs"], high["graphs"]))
@@ -148,6 +148,7 @@ def row(done: aot.Compiled, to: Target, dtype: str) -> dict[str, Any]:
         "launches": s.total,
         "graphs": s.graphs,
         "loop_in_graph": s.loop_in_graph,
+        "starts": s.starts,
         "argument_bytes": done.argument_bytes,
         "temporary_bytes": done.temporary_bytes,
         "bytes": total("bytes"),
@@ -192,7 +193,7 @@ def steps(programs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _sum(*rows: dict[str, Any]) -> dict[str, Any]:
     last = rows[-1]
     times = {us: {k: sum(r["modelled_s"][us][k] for r in rows) for k in COLOURS} for us in last["modelled_s"]}
-    added = {k: sum(r[k] for r in rows) for k in ("launches", "outside", "bytes", "macs")}
+    added = {k: sum(r[k] for r in rows) for k in ("launches", "outside", "starts", "bytes", "macs") if k in last}
     return added | {"per_denoise_step": last["per_denoise_step"], "modelled_s": times}
 
 
@@ -210,13 +211,13 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _programs(programs: dict[str, Any]) -> str:
-    columns = ["program", "launches outside the loop", "per denoise step", "in all", "CUDA graphs"]
+    columns = ["program", "launches outside the loop", "per denoise step", "in all", "CUDA graphs", "host starts"]
     columns += ["arguments, GB", "temporaries, MB", "moved, GB", "10⁹ multiply-adds"]
     lines = []
     for name, r in programs.items():
         graphs = f"{len(r['graphs'])}" + (", the loop in one" if r["loop_in_graph"] else "")
         sizes = [f"{r['argument_bytes'] / 1e9:.2f}", f"{r['temporary_bytes'] / 1e6:.0f}", f"{r['bytes'] / 1e9:.2f}"]
-        counts = [r["outside"], r["per_denoise_step"] or None, r["launches"], graphs]
+        counts = [r["outside"], r["per_denoise_step"] or None, r["launches"], graphs, r["starts"]]
         lines.append([name, *counts, *sizes, f"{r['macs'] / 1e9:.0f}"])
     return markdown(columns, lines)
 

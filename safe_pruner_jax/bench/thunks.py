@@ -3,6 +3,7 @@
     sequence = read(folder)                     of the one program dumped there
     sequence.outside, sequence.loop             launches outside the denoise loop, and of one turn of it
     sequence.graphs                             CUDA graphs, and how many launches each holds
+    sequence.starts                             what the host starts: graphs, and what is in none
 
 A thunk is what the host, or a CUDA graph, starts: a kernel, a product of a library, a copy. Names, grids and nesting
 come from the dump of the thunks, bytes and products from the instruction that each was made of (`hlo`).
@@ -61,6 +62,7 @@ class Sequence:
       turns: of the denoise loop.
       graphs: CUDA graphs: launches in each, a loop's counted once.
       loop_in_graph: whether the denoise loop as a whole is in a graph, so that the host starts it once.
+      starts: what the host starts in a run of the program: graphs, and launches that are in none.
     """
 
     outside: list[Launch] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Sequence:
     turns: int = 0
     graphs: list[int] = field(default_factory=list)
     loop_in_graph: bool = False
+    starts: int = 0
 
     @property
     def total(self) -> int:
@@ -170,6 +173,7 @@ def _visit(
         if node.kind == "kCommandBuffer":
             how["graph"] = True
             if not graph:
+                out.starts += times * (out.turns if inside else 1)
                 out.graphs.append(sum(c.kind not in CONTAINERS for c in _walk(node.children)))
         elif node.kind == "kWhile":
             trips = _trips(node, names, program)
@@ -180,6 +184,7 @@ def _visit(
         if node.kind in CONTAINERS:
             _visit(node.children, out, names, program, **how)
         else:
+            out.starts += 0 if graph else times * (out.turns if inside else 1)
             (out.loop if inside else out.outside).append(_launch(node, names, program, times))
 
 

@@ -1,4 +1,4 @@
-"""Which kernels a device should use: measured where the program is going to run, at warm-up.
+"""Which kernels a device should use, and whether programs are CUDA graphs: measured at warm-up where they will run.
 
 config, found = tuned(weights, config, keys=560)      found: {"attention": Finding("used", gain=1.3), …}
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_pruner_jax.arrays import Array
+from safe_pruner_jax.engine import xla
 from safe_pruner_jax.model import expert_kernels, kernels, pi0, vision_kernels
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
@@ -32,10 +33,13 @@ AGREE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 ROUNDS = 15
 
+GRAPH = "graph"
+"""The one of `Pi0Config.savings` that is measured, too: what the host saves by it depends on the driver."""
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a kernel.
+    """What became of a kernel, or of the graph.
 
     Args:
       verdict: "used", "slower", "differs" or "failed".
@@ -53,10 +57,11 @@ def tuned(
 ) -> tuple[Pi0Config, dict[str, Finding]]:
     """The configuration with the kernels that are faster here, tried one after the other on what they are part of.
 
-    That is the denoise loop, and for the vision tower's kernel the tower.
+    That is the denoise loop, and for the vision tower's kernel the tower. At last the loop with these is tried as one
+    CUDA graph, if the configuration has it.
 
     Args:
-      weights, config: the model; kernels it already names are kept.
+      weights, config: the model; kernels it already names are kept, a graph that is not faster is not.
       keys: prefix slots.
       robots: rows of a batch.
       clock: seconds.
@@ -72,22 +77,38 @@ def tuned(
             continue
         candidate = config.replace(kernels=(*config.kernels, name))
         program, arguments = (_tokens, pictures) if name == kernels.VISION else (_actions, chunk)
-        run = [jax.jit(partial(program, c)) for c in (config, candidate)]
-        try:
-            finding = _compare(run, weights, arguments, AGREE[config.dtype], clock)
-        except Exception as error:  # whatever the compiler of a device calls it
-            finding = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
-        if finding.verdict == "used":
-            config = candidate
-        findings[name] = finding
-        logger.log(
-            logging.WARNING if finding.verdict in ("failed", "differs") else logging.INFO,
-            "kernel %s: %s%s",
-            name,
-            finding.verdict,
-            f" ({finding.why})" if finding.why else f", {finding.gain or 0:.2f} times as fast as XLA",
-        )
+        findings[name] = _tried(f"kernel {name}", program, (config, candidate), weights, arguments, clock=clock)
+        config = candidate if findings[name].verdict == "used" else config
+    if GRAPH in config.savings:
+        without = config.replace(savings=tuple(name for name in config.savings if name != GRAPH))
+        findings[GRAPH] = _tried("one CUDA graph", _actions, (without, config), weights, chunk, clock=clock)
+        config = config if findings[GRAPH].verdict == "used" else without
     return config, findings
+
+
+def _tried(
+    what: str,
+    program: Callable,
+    configs: tuple[Pi0Config, Pi0Config],
+    weights: pi0.Weights,
+    arguments: tuple,
+    *,
+    clock: Clock,
+) -> Finding:
+    """What becomes of the second of two configurations of a program, logged in one line."""
+    run = [xla.jit(partial(program, c), graph=GRAPH in c.savings) for c in configs]
+    try:
+        finding = _compare(run, weights, arguments, AGREE[configs[0].dtype], clock)
+    except Exception as error:  # whatever the compiler of a device calls it
+        finding = Finding("failed", why=(str(error) or type(error).__name__).splitlines()[0])
+    logger.log(
+        logging.WARNING if finding.verdict in ("failed", "differs") else logging.INFO,
+        "%s: %s%s",
+        what,
+        finding.verdict,
+        f" ({finding.why})" if finding.why else f", {finding.gain or 0:.2f} times as fast as without",
+    )
+    return finding
 
 
 def on_gpu(weights: pi0.Weights, config: Pi0Config) -> tuple[Pi0Config, dict[str, Finding]]:

@@ -74,9 +74,10 @@ class Engine:
         self.weights, self.config = weights, config
         self.plan = pruner.plan.for_depth(config.depth)
         self.pruner = replace(pruner, plan=self.plan)
-        self.shallow = Step(partial(shallow, config, self.pruner))
+        self.shallow = Step(partial(shallow, config, self.pruner), config.savings)
         self._take, self._merge = jax.jit(_take), jax.jit(_merge)
-        self.second = {pruned: Step(partial(finish, config, self.pruner, pruned)) for pruned in (False, True)}
+        second = lambda pruned: Step(partial(finish, config, self.pruner, pruned), config.savings)
+        self.second = {pruned: second(pruned) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
         self._blank = cache(self._make_blank)  # one per number of cameras
 

@@ -22,7 +22,7 @@ from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.gemma import Segment
 from safe_pruner_jax.model.guidance import Guide
 from safe_pruner_jax.pruners.base import NO_HISTORY, Capture, Evidence, Plan, Pruner, Selection, State
-from safe_pruner_jax.tokens import saliency
+from safe_pruner_jax.tokens import counting, saliency
 
 
 @struct.dataclass
@@ -91,7 +91,8 @@ def shallow(
     captured = tuple(action[c.layer](c.over) if c.rows == "action" else see(c) for c in plan.capture)
 
     evidence = _evidence(config, control, inputs, embedded, x[:, :n], key=keys[:, 1]).replace(saliency=captured)
-    state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
+    with counting("counting" in config.savings):
+        state, selection = jax.vmap(pruner.step)(control.pruner, evidence)
     control = control.replace(pruner=state, since_full=evidence.since_full, alive=rows.alive, key=keys[:, 0])
     return Carry(
         rows=embedded.replace(x=x),
@@ -268,5 +269,6 @@ def _deep(config: Pi0Config, pruner: Pruner, pruned: bool, weights: pi0.Weights,
                 hidden=rows.in_slots(x[:, : rows.slots.shape[1]], n),
                 saliency=tuple(map(see, captures)),
             )
-            state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
+            with counting("counting" in config.savings):
+                state, selection = jax.vmap(lambda s, e, i=i: pruner.later(s, e, i))(state, evidence)
     return _Deep(segments, past, state, columns, rows.in_slots(rows.alive, n))

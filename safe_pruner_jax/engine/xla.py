@@ -1,11 +1,11 @@
 """How this package's large programs are compiled: `jax.jit` with the options that are faster on this machine.
 
     step = jit(program)
-    step = Step(program)                    for one that hands on some of its arguments
+    step = Step(program, config.savings)    a half of a control step, with what it saves
 
 On a CPU XLA hands matrix products to YNNPACK, which on the widths of π0.5 is slower than XLA's own (Eigen) product: by
 a third for the ten rows of the expert, by up to a half for the prefix (docs/performance.md). The environment variable
-SAFE_PRUNER_XLA=default leaves everything to XLA. On a GPU nothing is set.
+SAFE_PRUNER_XLA=default leaves everything to XLA. On a GPU the two halves of a control step are CUDA graphs (`GRAPH`).
 
     keep_programs(default_folder())         before anything is compiled
 
@@ -29,9 +29,8 @@ from safe_pruner_jax.model.config import SAVINGS, Saving
 CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Options of a CPU program: no product goes to YNNPACK."""
 
-
-GPU: dict[str, Any] = {}
-"""Options of a GPU program."""
+GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"}
+"""Options of a GPU program that is one CUDA graph: XLA's own list, and loops. Drivers before CUDA 12.3 ignore them."""
 
 
 def savings(platform: str | None = None) -> tuple[Saving, ...]:
@@ -44,18 +43,22 @@ def savings(platform: str | None = None) -> tuple[Saving, ...]:
 
 
 @functools.cache
-def options(platform: str | None = None) -> dict[str, Any]:
-    """Options of XLA for a platform, "cpu" or "gpu", by default this machine's; none where this jax knows none."""
+def options(platform: str | None = None, graph: bool = False) -> dict[str, Any]:
+    """Options of XLA for a platform, "cpu" or "gpu", by default this machine's; none where this jax knows none.
+
+    Args:
+      platform: what compiles.
+      graph: whether a GPU program is one CUDA graph, loops inside.
+    """
     platform = platform or jax.default_backend()
+    wanted = CPU if platform == "cpu" else GRAPH if graph else {}
     if os.environ.get("SAFE_PRUNER_XLA") == "default":
         return {}
-    if platform != "cpu":
-        return GPU
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=CPU).lower(0.0).compile()
-    except Exception:  # an older jax: it does not know the option, and has no YNNPACK
+    try:  # options of a platform that is not here are read all the same
+        jax.jit(lambda x: x + 1, compiler_options=wanted).lower(0.0).compile()
+    except Exception:  # an older jax: it has no YNNPACK, or takes no list of commands
         return {}
-    return CPU
+    return wanted
 
 
 def upright(dtype: str) -> bool:
@@ -66,8 +69,8 @@ def upright(dtype: str) -> bool:
 class _Program:
     """A program with options of its own, which jax takes at the top level only: inside another it has none."""
 
-    def __init__(self, program: Callable, how: dict[str, Any]):
-        self._outside, self._inside = jax.jit(program, compiler_options=options(), **how), jax.jit(program, **how)
+    def __init__(self, program: Callable, chosen: dict[str, Any], how: dict[str, Any]):
+        self._outside, self._inside = jax.jit(program, compiler_options=chosen, **how), jax.jit(program, **how)
         self.lower = self._outside.lower
 
     def __call__(self, *arguments: Any) -> Any:
@@ -75,9 +78,10 @@ class _Program:
         return (self._inside if inside else self._outside)(*arguments)
 
 
-def jit(program: Callable, **how: Any) -> Callable:
+def jit(program: Callable, graph: bool = False, **how: Any) -> Callable:
     """`jax.jit(program, **how)` with `options`; of its other methods there is `lower`."""
-    return _Program(program, how) if options() else jax.jit(program, **how)
+    chosen = options(graph=graph)
+    return _Program(program, chosen, how) if chosen else jax.jit(program, **how)
 
 
 @struct.dataclass
@@ -88,14 +92,15 @@ class _Given:
 
 
 class Step:
-    """A program (weights, *given) compiled by `jit`, without a copy of what it hands on as it was given.
+    """A program (weights, *given) compiled by `jit`, with those of `Pi0Config.savings` that concern a whole program.
 
-    XLA copies an argument that is an output, too: a launch each, and for a memory of unit tokens megabytes.
+    With "arguments" nothing that leaves it as it was given is copied: XLA copies an argument that is an output, too, a
+    launch each, and for a memory of unit tokens megabytes. With "graph" it is one CUDA graph.
     """
 
-    def __init__(self, program: Callable):
-        self.program = partial(_without_given, program)
-        self._compiled: Any = jit(self.program)
+    def __init__(self, program: Callable, savings: tuple[str, ...]):
+        self.program = partial(_without_given, program) if "arguments" in savings else program
+        self._compiled: Any = jit(self.program, graph="graph" in savings)
         self.lower = self._compiled.lower
 
     def __call__(self, weights: Any, *given: Any) -> Any:

@@ -13,16 +13,19 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 KERNELS = ("attention", "gated_mlp", "layer", "vision")
 """Names that `Pi0Config.kernels` may hold, see `model.kernels`."""
 
-Saving = Literal["stacked", "room", "rotation", "vision"]
+Saving = Literal["stacked", "room", "rotation", "vision", "counting", "arguments", "graph"]
 
-SAVINGS: tuple[Saving, ...] = ("stacked", "room", "rotation", "vision")
+SAVINGS: tuple[Saving, ...] = ("stacked", "room", "rotation", "vision", "counting", "arguments", "graph")
 """Names that `Pi0Config.savings` may hold: what makes a GPU launch less and computes the same.
 
 * stacked: the adaptive norms of all layers in one array with 1 + scale in it (`gemma.Stacked`);
 * room: a layer's own keys and values are written behind the prefix's, with one mask for all steps (`model.room`);
 * rotation: angles of the action rows once per chunk and not per denoise step;
 * vision: the tower's MLP is padded to a width that products like, once, when weights are prepared, and q, k, v are
-  turned in one.
+  turned in one;
+* counting: the best tokens are counted and not sorted (`tokens.best`);
+* arguments: what a program hands on as it was given does not leave it, since XLA would copy it (`engine.xla.Step`);
+* graph: a program is one CUDA graph, the denoise loop inside (`engine.xla.GRAPH`): as many launches, started at once.
 """
 
 

@@ -237,7 +237,9 @@ def sample(
         x, late, rooms = carry
         at, share = inputs
         if isinstance(at.mods, gemma.Stacked):  # one row of the schedule, read once: XLA would slice it in every layer
-            at = at.replace(mods=jax.lax.optimization_barrier(at.mods))
+            # computed and not copied: XLA leaves a loop whose copies depend on its counter out of CUDA graphs
+            computed = lambda a: jnp.where(at.times >= 0, a, 0.0) if "graph" in config.savings else a
+            at = at.replace(mods=jax.lax.optimization_barrier(jax.tree.map(computed, at.mods)))
 
         how = {"logits_of": late_layers, "use": use, "inside": inside.replace(rooms=rooms)}
 
