@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import small
-from tiers import at_night
+from tiers import at_night, by_day
 from tiny_engine import CUT, SLOTS, close, compilations, example, inputs_of, prepared, reference
 
 from safe_pruner_jax.engine.engine import BATCH_SIZES, Engine, Inputs, batch_size
@@ -164,7 +164,11 @@ def test_a_dead_camera_in_the_layout_is_the_same_as_none(ref, engine, scenes):
 # Pruning
 
 
-@pytest.mark.parametrize("name", sorted(set(PRUNERS) - {"full"}))
+BY_DAY = ("safe", "sparsevlm", "vla_cache")
+"""One cut, several with merged tokens, and reused keys; the others are among them in what they compile."""
+
+
+@pytest.mark.parametrize("name", by_day(BY_DAY.__contains__, sorted(set(PRUNERS) - {"full"})))
 def test_keeping_everything_is_the_full_path(ref, weights, full_engine, scenes, name):
     wanted = {"keep": 1.0, "threshold": -1.0, "window": 1}
     known = inspect.signature(PRUNERS[name]).parameters

@@ -76,6 +76,7 @@ def test_a_fixed_initial_state_is_the_same_after_a_random_one(env):
     np.testing.assert_array_equal(state(), before)
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_a_demonstration_records_the_expert_not_the_noise(env, tmp_path, monkeypatch):
     frames = itertools.count()  # rendering is tests/test_libero.py's subject, and nine tenths of an episode's time

@@ -107,6 +107,7 @@ class Loaded(html.parser.HTMLParser):
             self.addresses.append(named.get("href") or "")
 
 
+@pytest.mark.nightly
 def test_the_site_needs_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         loaded = Loaded()
@@ -114,6 +115,7 @@ def test_the_site_needs_nothing_from_elsewhere(site):
         assert [address for address in loaded.addresses if re.match(r"(https?:)?//", address)] == [], page
 
 
+@pytest.mark.nightly
 def test_search_finds_pages_and_not_the_code(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     places = {entry["location"].partition("#")[0] for entry in index["docs"] if "keyframe" in entry["text"]}
@@ -121,6 +123,7 @@ def test_search_finds_pages_and_not_the_code(site):
     assert not any(entry["location"].startswith("source/") for entry in index["docs"])
 
 
+@pytest.mark.nightly
 def test_every_command_and_equation_is_there(site):
     commands = (site / "commands" / "index.html").read_text(encoding="utf-8")
     assert all(f"openpi {name} --help-all" in commands for name in cli.COMMANDS) and "--serving.max-batch" in commands

@@ -141,6 +141,7 @@ def test_names_are_the_words_in_which_instructions_differ(folder):
     assert len(set(outside)) == 1
 
 
+@pytest.mark.nightly
 def test_align_learns_and_goes_on_where_it_was(folder, tmp_path):
     rows, data = [], scenes(folder)
     start = stages.initial(TINY, len(KINDS))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from demonstrations import demo
 from fake_libero import LIMIT, SOLVED_AFTER, FakeEnv
+from tiers import at_night
 from tiny_policy import moving_scene
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes, play, stride
@@ -101,9 +102,9 @@ def test_a_live_source_is_suite_task_trial(source):
     ("name", "choices"),
     [
         ("safe", SAFE),
-        ("safe", {"cut": 3, "queries": "action", "every": 3}),
+        *at_night(("safe", {"cut": 3, "queries": "action", "every": 3})),
         ("safe", {"cut": 2, "queries": "all", "late": "prefix", "over": "all", "features": "hidden", "every": 3}),
-        ("fastv", {"cut": 1}),
+        *at_night(("fastv", {"cut": 1})),
         ("divprune", {}),
     ],
 )

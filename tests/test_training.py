@@ -248,6 +248,7 @@ def test_a_batch_that_does_not_divide_is_refused(samples, tmp_path, monkeypatch)
 # command
 
 
+@pytest.mark.nightly
 def test_the_command_trains_exports_and_goes_on_at_another_image_size(tmp_path, monkeypatch):
     from safe_pruner_jax.cli.train import Train, run_train
     from safe_pruner_jax.libero import demonstrations

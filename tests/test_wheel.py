@@ -114,6 +114,7 @@ def test_the_version_is_said_once(room, tmp_path):
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_the_wheel_alone_serves_the_embedded_policy(room, tmp_path):
     command = [room / "openpi", "serve", "--pruner=safe", "policy:embedded", "--port", "0", "--prompt-lengths", "16"]
     log = tmp_path / "log"
