@@ -142,6 +142,7 @@ def test_phases_add_up_to_the_step_and_counts_are_those_of_the_plan(tiny):
     assert second is not None and second > 2 * mode.facts["macs"]["expert"] / 10
 
 
+@pytest.mark.nightly
 def test_robots_at_a_keyframe_are_those_asked_for(tiny):
     weights, example = modes.random_weights(tiny), modes.example_of(tiny, 1, 9)
     layout = layout_of(example, tiny)

@@ -14,6 +14,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+from tiers import at_night
 
 from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.robots.configs import get_config
@@ -136,7 +137,8 @@ if sys.orig_argv[1:4] == ["-m", "safe_pruner_jax", "serve"]:
 
 @pytest.mark.libero
 @pytest.mark.parametrize(
-    ("number", "code", "real"), [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGKILL, -9, False)]
+    ("number", "code", "real"),
+    [(signal.SIGINT, 130, True), *at_night((signal.SIGTERM, 143, False)), (signal.SIGKILL, -9, False)],
 )
 def test_no_server_outlives_the_demo(number, code, real, tmp_path):
     """Ctrl-C among servers that load; the other signals among stand-ins, since it is the demo that ends them."""

@@ -71,6 +71,7 @@ def model():
     return config, prepared(jax.random.key(0))
 
 
+@pytest.mark.nightly
 def test_denoise_steps_with_kernels_are_those_without(model):
     config, weights = model
     keys = 41  # not a multiple of a block

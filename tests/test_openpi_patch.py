@@ -51,8 +51,8 @@ def test_unpruned_it_gives_openpis_own_actions(openpi):
 
 
 def test_without_noise_it_draws_what_openpi_draws():
-    full = prune(openpi_standin.Policy(rng=jax.random.key(3)), "full", prompt_lengths=PROMPTS)
-    openpi = openpi_standin.Policy(rng=jax.random.key(3))
+    make = lambda: openpi_standin.Policy(sample_kwargs={"num_steps": 2}, rng=jax.random.key(3))
+    full, openpi = prune(make(), "full", prompt_lengths=PROMPTS), make()
     for step in range(2):
         want = openpi.infer(request(0, step))["actions"]
         np.testing.assert_allclose(full.infer(request(0, step))["actions"], want, atol=1e-4 * np.ptp(want))

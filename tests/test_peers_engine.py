@@ -182,7 +182,7 @@ def evidence(captures, carry, h, running, text, logits):
     return carry.evidence.replace(running=running, hidden=hidden, saliency=tuple(out))
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", by_day(("specprune", "vla_cache", "sparsevlm").__contains__, CHOICES))
 def test_pruning_is_masking_at_every_cut(engines, name):
     """Kept tokens keep their positions, merged ones take their centre's, dropped ones leave or keep their old keys."""
     engine, pruned = engines(name), 0
@@ -356,6 +356,7 @@ def test_saliency_of_rows_is_saliency_of_slots(engines):
         close(got[0], -(p * np.log(p)).sum(1).mean(), 1e-4)
 
 
+@pytest.mark.nightly
 def test_late_saliency_over_all_keys_is_the_models_own(weights):
     """Eq. 1 renormalises over visual keys; over all keys a layer that hardly looks at images has little of it."""
     sums = {}
