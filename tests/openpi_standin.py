@@ -2,6 +2,7 @@
 openpi's source has, without openpi."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,15 @@ class Composite:
         return data
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def step(config, num_steps: int, params, observed: tuple, state, noise):
+    """Actions of openpi's prefix and sampler."""
+    weights = pi0.prepare(params, config, num_steps=num_steps)
+    rows = pi0.embed_prefix(weights, config, *observed)
+    _, segments, _ = pi0.prefix_layers(weights, config, rows, range(config.depth))
+    return pi0.sample(weights, config, pi0.Prefix(segments, rows.count), state, noise)[0]
+
+
 class Policy:
     """openpi's interface. `infer` runs openpi's prefix and sampler with every slot, dead or not, and no engine."""
 
@@ -94,20 +104,17 @@ class Policy:
         return self._io.finish(outputs["actions"], SimpleNamespace(state=outputs["state"]))
 
     def infer(self, obs: dict, *, noise: np.ndarray | None = None) -> dict:
-        """openpi's control step, without jit."""
+        """openpi's control step."""
         inputs, c = self._input_transform(obs), self._config
         self._rng, key = jax.random.split(self._rng)
         if noise is None:
             noise = jax.random.normal(key, (1, c.action_horizon, c.action_dim))
         noise = jnp.asarray(noise).reshape(1, c.action_horizon, c.action_dim)
-        weights = pi0.prepare(self._params, c, num_steps=self._sample_kwargs.get("num_steps", 10))
-        images = jnp.stack([inputs["image"][name] for name in c.cameras])[None]
-        cameras = jnp.array([[bool(inputs["image_mask"][name]) for name in c.cameras]])
-        prompt = (jnp.asarray(inputs[key])[None] for key in ("tokenized_prompt", "tokenized_prompt_mask"))
-        rows = pi0.embed_prefix(weights, c, images, cameras, *prompt)
-        _, segments, _ = pi0.prefix_layers(weights, c, rows, range(c.depth))
-        state = jnp.asarray(inputs["state"])[None]
-        actions, _ = pi0.sample(weights, c, pi0.Prefix(segments, rows.count), state, noise)
+        images = np.stack([inputs["image"][name] for name in c.cameras])[None]
+        cameras = np.array([[bool(inputs["image_mask"][name]) for name in c.cameras]])
+        prompt = (inputs[key][None] for key in ("tokenized_prompt", "tokenized_prompt_mask"))
+        num_steps, state = self._sample_kwargs.get("num_steps", 10), np.asarray(inputs["state"])[None]
+        actions = step(c, num_steps, self._params, (images, cameras, *prompt), state, noise)
         return self._output_transform({"state": inputs["state"], "actions": np.asarray(actions[0])}) | {
             "policy_timing": {"infer_ms": 0.0}
         }
