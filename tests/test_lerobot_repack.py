@@ -131,6 +131,7 @@ def test_analyses_read_a_dataset(folder):
     assert calls[0].request["observation/image"].shape == (64, 64, 3)
 
 
+@pytest.mark.nightly
 def test_a_policy_of_droid_is_analysed_on_its_own_data(tmp_path, monkeypatch, capsys):
     """From the command line, with a tiny π0.5 and statistics of DROID's width."""
     ones = NormStats(*(np.full(8, value) for value in (0.0, 1.0, -1.0, 1.0)))

@@ -1,5 +1,6 @@
 """What programs do for fewer launches computes what they computed without it, alone and together."""
 
+import functools
 import itertools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import observation, prepare, random_tree, small
+from tiers import by_day
 from tiny_engine import close, same
 
 from safe_pruner_jax.engine import xla
@@ -37,15 +39,28 @@ def chunk(config, params, keep=None):
     return actions, maps, rows.x
 
 
-@pytest.mark.parametrize("pi05", [True, False])
-@pytest.mark.parametrize("savings", [*ALONE, SAVINGS], ids="+".join)
+@functools.cache
+def plain(pi05: bool, keep: int | None):
+    """What is computed without any of them."""
+    config = small(pi05)
+    return chunk(config, random_tree(config), keep)
+
+
+CASES = [*itertools.product(ALONE, (True, False)), (SAVINGS, True), (SAVINGS, False)]
+
+
+@pytest.mark.parametrize(
+    ("savings", "pi05"),
+    by_day(lambda case: case[1] or case[0] == SAVINGS, CASES),
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
+)
 def test_a_chunk_is_the_same(savings, pi05):
     config = small(pi05)
     params = random_tree(config)
     if not pi05 and "stacked" in savings:
         savings = tuple(name for name in savings if name != "stacked") or ("room",)  # π0 has no adaptive norms
     for keep in (None, 7):
-        want = chunk(config, params, keep)
+        want = plain(pi05, keep)
         got = chunk(config.replace(savings=savings), params, keep)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert a.shape == b.shape
