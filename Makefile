@@ -23,9 +23,11 @@ help:
 demo: libero
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
-test: lint tests
+# the type checker keeps one core busy: tests begin beside it
+test: libero
+	@$(MAKE) --no-print-directory --jobs=2 lint tests
 
-# tests of rooms of their own have targets of their own, and a browser is not everywhere
+# Ray and the GPU's compiler have targets of their own, and a browser is not everywhere
 ELSEWHERE := not ray and not aot$(if $(BROWSER),, and not browser)
 tests: libero
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "not nightly and $(ELSEWHERE)" $(ARGS)

@@ -80,7 +80,8 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: workers.rank(item.nodeid))  # stable: the order within a module stays
 
 
-LARGE = 1_200_000_000
+LARGE, ROOM = 1_200_000_000, 700_000_000
+"""Bytes of a worker that forgets its programs after a module, and before one that plays in the simulator."""
 
 
 def resident_bytes() -> int:
@@ -97,13 +98,21 @@ def collect_garbage() -> int:
     return resident_bytes()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def large_workers_forget_their_programs():
+def forget_programs(limit: int) -> None:
     """Programs of earlier modules are most of a worker's memory; who needs one again reads it from the disk."""
-    yield
-    if resident_bytes() > LARGE:
+    if resident_bytes() > limit:
         jax.clear_caches()
         collect_garbage()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def large_workers_forget_their_programs(request):
+    """The simulator, its scenes and textures take nearly a gigabyte more."""
+    own = [item for item in request.session.items if item.path == request.path]
+    if any("libero" in item.keywords for item in own):
+        forget_programs(ROOM)
+    yield
+    forget_programs(LARGE)
 
 
 SWEPT = pytest.StashKey[int]()
