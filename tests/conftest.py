@@ -80,8 +80,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: workers.rank(item.nodeid))  # stable: the order within a module stays
 
 
-LARGE, ROOM = 1_200_000_000, 700_000_000
-"""Bytes of a worker that forgets its programs after a module, and before one that plays in the simulator."""
+LARGE, ROOM, GROWTH = 1_200_000_000, 700_000_000, 300_000_000
+"""Bytes of a worker that forgets its programs after a module, and before one that plays in the simulator; and how much
+more than was left the last time is worth another try."""
+
+LEFT = pytest.StashKey[dict[bool, int]]()
+"""Bytes that were left, or fewer, when garbage was last collected, and when programs were forgotten too."""
 
 
 def resident_bytes() -> int:
@@ -90,19 +94,21 @@ def resident_bytes() -> int:
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
 
 
-def collect_garbage() -> int:
-    """Memory of this process when what is garbage has gone back to the system."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    return resident_bytes()
+def shrink(config, limit: int, *, forget: bool) -> None:
+    """Collects garbage where a worker has grown above `limit`.
 
-
-def forget_programs(limit: int) -> None:
-    """Programs of earlier modules are most of a worker's memory; who needs one again reads it from the disk."""
-    if resident_bytes() > limit:
-        jax.clear_caches()
-        collect_garbage()
+    With `forget` the programs of earlier modules go as well: they are most of its memory, and who needs one again reads
+    it from the disk.
+    """
+    left, now = config.stash.setdefault(LEFT, {False: 0, True: 0}), resident_bytes()
+    if now > max(limit, left[forget] + GROWTH):
+        if forget:
+            jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        left[False] = left[forget] = now = resident_bytes()
+    left[False], left[True] = min(left[False], now), min(left[True], now)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,21 +116,16 @@ def large_workers_forget_their_programs(request):
     """The simulator, its scenes and textures take nearly a gigabyte more."""
     own = [item for item in request.session.items if item.path == request.path]
     if any("libero" in item.keywords for item in own):
-        forget_programs(ROOM)
+        shrink(request.config, ROOM, forget=True)
     yield
-    forget_programs(LARGE)
-
-
-SWEPT = pytest.StashKey[int]()
+    shrink(request.config, LARGE, forget=True)
 
 
 @pytest.fixture(autouse=True)
 def closed_simulators_go(pytestconfig):
     """One has half a gigabyte in cycles, which the rare collections here would leave for many tests."""
     yield
-    swept, now = pytestconfig.stash.get(SWEPT, 0), resident_bytes()
-    grown = now > max(LARGE, swept + 300_000_000)
-    pytestconfig.stash[SWEPT] = collect_garbage() if grown else min(swept, now)
+    shrink(pytestconfig, LARGE, forget=False)
 
 
 # --- openpi's small π0.5 in an engine ----------------------------------------------------------------------

@@ -67,7 +67,7 @@ MUTANTS = (
         "pruners/safe.py",
         "~(k >= threshold)",
         "(k < threshold)",
-        "tests/test_temporal.py tests/test_control.py",
+        "tests/test_pruners.py",
     ),
     Mutant(
         "the last prefix layer is remembered",

@@ -1,6 +1,7 @@
 """openpi's stored numbers, the oracle's episodes, and a model of other sizes computed here with plain NumPy."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -162,7 +163,7 @@ def write_reference(path, meta):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    return {model: write_reference(folder / f"{model}.npz", other_meta(model)) for model in ("pi05", "pi0")}
+    return functools.cache(lambda model: write_reference(folder / f"{model}.npz", other_meta(model)))
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +174,11 @@ def shallow(tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["pi05", *at_night("pi0")])
 def test_numpy_agrees_on_a_model_of_other_sizes(other, model):
-    config = parity.load_reference(other[model]).config
+    config = parity.load_reference(other(model)).config
     assert (config.tokens_per_camera, config.depth, config.prefix.num_kv_heads) == (64, 3, 2)
-    rows = parity.check_model(other[model])
+    rows = parity.check_model(other(model))
     assert not failures(rows)
-    with np.load(other[model]) as file:
+    with np.load(other(model)) as file:
         assert {f"{r.case}/{r.quantity}" for r in rows} == {k for k in file.files if k.startswith("out")}
         # the numbers are of a size at which the tolerances mean something
         assert all(0.2 < file[f"out/both/{name}"].std() < 5 for name in ("kv_k", "kv_v", "v_t1", "v_t05", "actions"))
@@ -185,14 +186,14 @@ def test_numpy_agrees_on_a_model_of_other_sizes(other, model):
 
 @pytest.mark.parametrize("model", ["pi05", *at_night("pi0")])
 def test_a_change_of_any_parameter_is_noticed(other, model, monkeypatch):
-    ref = parity.load_reference(other[model])
+    ref = parity.load_reference(other(model))
     flat = traverse_util.flatten_dict(ref.params, sep="/")
     for path in flat:
         # not by a factor: a norm would undo it
         step = 0.02 * np.random.default_rng(1).standard_normal(flat[path].shape).astype(np.float32)
         changed = traverse_util.unflatten_dict(flat | {path: flat[path] + step}, sep="/")
         monkeypatch.setattr(parity, "load_reference", lambda _, p=changed: dataclasses.replace(ref, params=p))
-        assert bool(failures(parity.check_model(other[model]))) == (path != NO_EFFECT), path
+        assert bool(failures(parity.check_model(other(model)))) == (path != NO_EFFECT), path
 
 
 # The command

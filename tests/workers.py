@@ -15,8 +15,10 @@ TOGETHER = {
     **dict.fromkeys(("test_rtc", "test_end_to_end", "test_attention_request", "test_view"), "the policy of ten steps"),
     **dict.fromkeys(("test_fleet", "test_evaluate"), "the policy of two steps"),
     **dict.fromkeys(("test_notebooks", "test_site"), "the embedded policy"),
+    **dict.fromkeys(("test_libero", "test_scenes", "test_expert"), "the simulator"),
 }
-"""Modules that share compiled programs run in one worker; every other module is a group by itself."""
+"""Modules that share compiled programs run in one worker, and so do those that play in the simulator, most of a
+gigabyte that a process keeps; every other module is a group by itself."""
 
 APART = ("test_parity", "test_flops", "test_demo")
 """Modules whose tests share nothing that is dear: each test may run anywhere."""
