@@ -39,6 +39,7 @@ def env():
         yield env
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_the_expert_solves_an_object_task_without_cameras(env):
     env.randomize(0)
@@ -48,6 +49,7 @@ def test_the_expert_solves_an_object_task_without_cameras(env):
     assert success and env.steps < 160
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_random_initial_states_are_not_the_fixed_ones_and_repeat(env):
     objects = slice(10, 17)  # time, 9 robot joints, then the first object's pose
@@ -65,6 +67,7 @@ def test_random_initial_states_are_not_the_fixed_ones_and_repeat(env):
     np.testing.assert_array_equal(env.simulator.get_sim_state(), drawn[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_a_fixed_initial_state_is_the_same_after_a_random_one(env):
     def state():
@@ -186,6 +189,7 @@ def test_nothing_is_recorded_when_the_policy_needs_no_help(dark):
     assert demo is None and steps < 250
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 @pytest.mark.parametrize("goal", [("open", "drawer"), ("on", "butter_1", "floor_bin_region")])
 def test_other_goals_are_refused(env, monkeypatch, goal):

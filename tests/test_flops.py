@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from tiers import at_night
 
 from safe_pruner_jax.engine import flops
 from safe_pruner_jax.engine.engine import Engine, Inputs
@@ -127,10 +128,8 @@ def xla_flops(pi05: bool, name: str) -> dict[bool, float]:
     ("pi05", "name"),
     [
         (True, "safe-action"),
-        (True, "full"),
         (False, "safe-action"),
-        (True, "fastv"),
-        (True, "divprune"),
+        *at_night((True, "full"), (True, "fastv"), (True, "divprune")),
         (True, "sparsevlm"),
         (True, "vla_cache"),
     ],

@@ -184,7 +184,8 @@ def test_numpy_agrees_on_a_model_of_other_sizes(other, model):
         assert all(0.2 < file[f"out/both/{name}"].std() < 5 for name in ("kv_k", "kv_v", "v_t1", "v_t05", "actions"))
 
 
-@pytest.mark.parametrize("model", ["pi05", *at_night("pi0")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["pi05", "pi0"])
 def test_a_change_of_any_parameter_is_noticed(other, model, monkeypatch):
     ref = parity.load_reference(other(model))
     flat = traverse_util.flatten_dict(ref.params, sep="/")

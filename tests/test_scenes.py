@@ -37,6 +37,7 @@ def test_asked_every_ten_steps_the_law_solves_a_shuffled_scene(maker):
     assert [phases.index(phase) for phase in order] == sorted(phases.index(phase) for phase in order)
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_a_label_leaves_the_simulator_as_it_was_and_says_the_same_again(maker):
     maker.placements.shuffle(4)
@@ -58,6 +59,7 @@ def test_a_label_leaves_the_simulator_as_it_was_and_says_the_same_again(maker):
     np.testing.assert_allclose(played(), first, atol=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_no_scene_is_a_fixed_initial_state(maker):
     placements = maker.placements
@@ -71,6 +73,7 @@ def test_no_scene_is_a_fixed_initial_state(maker):
         assert gaps.min() > APART - 0.01  # they settle
 
 
+@pytest.mark.nightly
 @pytest.mark.libero
 def test_frames_of_scenes_have_labels_that_agree_with_one_another(maker, tmp_path):
     frames = maker.scenes(5, 12)

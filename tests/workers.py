@@ -27,12 +27,16 @@ OF_A_CASE = ("test_law", "test_safe_is_algorithm_1")
 """Tests of one pruner, whose programs they share."""
 
 LONGEST = (
-    *("test_demo", "test_engine", "test_control", "test_session", "test_notebooks", "test_site", "test_stages"),
+    # at night; by day there is little of these
+    *("test_demo", "test_budget", "test_notebooks", "test_site", "test_libero", "test_scenes", "test_expert"),
+    *("test_stages", "test_hosts", "test_bench"),
+    # by day
     *("test_analysis", "test_deviation", "test_trace", "test_regions", "test_controls", "test_diagnose"),
-    *("test_training", "test_hosts", "test_peers_engine", "test_bench", "test_promises", "test_expert", "test_scenes"),
-    *("test_parity", "test_budget", "test_rtc", "test_end_to_end", "test_attention_request", "test_view"),
-    *("test_kernels", "test_words", "test_wheel", "test_evaluate_command", "test_fleet", "test_evaluate"),
-    *("test_loading", "test_pruners", "test_libero", "test_lerobot", "test_openpi_patch", "test_pytorch"),
+    *("test_engine", "test_control", "test_session", "test_peers_engine", "test_kernels", "test_training"),
+    *("test_rtc", "test_end_to_end", "test_attention_request", "test_view", "test_evaluate_command"),
+    *("test_fleet", "test_evaluate", "test_promises", "test_parity", "test_openpi_patch", "test_loading"),
+    *("test_model", "test_words", "test_savings", "test_checkpoint", "test_demonstrations", "test_peers"),
+    *("test_flops", "test_precision", "test_ablations", "test_lerobot", "test_pytorch", "test_wheel"),
 )
 """Modules that begin first, so that no worker is left alone with one of them at the end."""
 
