@@ -12,12 +12,12 @@ from kernel_programs import by_kernel
 
 from safe_pruner_jax.bench import aot
 from safe_pruner_jax.bench import launches as counted
-from safe_pruner_jax.bench.hlo import Cost
+from safe_pruner_jax.bench.hlo import Cost, parse
 from safe_pruner_jax.bench.launch_tables import tables
 from safe_pruner_jax.bench.measure import Bench
 from safe_pruner_jax.bench.modelled import Assumptions, launch_time, sequence_time
 from safe_pruner_jax.bench.targets import FOLDER, TargetError, known, target
-from safe_pruner_jax.bench.thunks import Launch, Sequence
+from safe_pruner_jax.bench.thunks import Launch, Sequence, sequence
 from safe_pruner_jax.engine import xla
 from safe_pruner_jax.robots.configs import get_config
 
@@ -172,6 +172,55 @@ def test_few_layers_are_extended_to_the_models(monkeypatch):
     want = counted.row(done([8] * (5 + 2 * 18), [16] * 18), target("h100"), "bfloat16")
     assert programs["pruned, safe 0.2"]["launches"] == want["launches"] == 41 + 180
     assert programs["pruned, safe 0.2"]["modelled_s"]["1.5 µs"] == pytest.approx(want["modelled_s"]["1.5 µs"])
+
+
+def test_a_switch_is_undone_where_it_changes_a_program(monkeypatch):
+    """Of two savings one is in the vision tower alone; the other makes a loop a graph, which only options tell."""
+    monkeypatch.setattr(aot, "device", lambda to: to)
+    shape = (jax.ShapeDtypeStruct((), "float32"),)
+
+    def programs(config, *_, **__):
+        tower = jax.numpy.sin if "vision" in config.savings else jax.numpy.cos
+        loop = lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y * 2, x)
+        options = {"graph": True} if "graph" in config.savings else {}
+        return {"vision": aot.Program(tower, shape, options), "pruned": aot.Program(loop, shape, options)}
+
+    def compiled(gpu, program):
+        if program.function is jax.numpy.cos:
+            raise TargetError("does not compile for h100: no")
+        return done([8] * (2 if program.options else 5))
+
+    monkeypatch.setattr(aot, "programs", programs)
+    monkeypatch.setattr(aot, "compiled", compiled)
+    args = Bench(compile_for=("h100",), keeps=(0.2,), undo=True)
+    config = get_config("pi05_libero").model.replace(savings=("vision", "graph"))
+    entry = counted.compile_for(args, config, lambda what: None)["targets"]["h100"]
+    assert entry["programs"]["pruned, safe 0.2"]["launches"] == 2
+    assert entry["without"]["savings: vision"] == {"vision": "does not compile for h100: no"}
+    assert {name: row["launches"] for name, row in entry["without"]["savings: graph"].items()} == {"pruned": 5}
+
+
+def test_what_the_host_starts():
+    """A graph is one start; what is in none, and what a loop does in every turn, is started each time."""
+    lines = """\
+000: kCommandBuffer [source | sink]
+    001: kCustomKernel [source | sink] a grid: [1, 1, 1] threads: [1, 1, 1]
+    002: kCustomKernel [source | sink] b grid: [1, 1, 1] threads: [1, 1, 1]
+003: kWhile [source | sink]
+condition:
+    004: kCustomKernel [source | sink] c grid: [1, 1, 1] threads: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source | sink]
+        005: kCustomKernel [source | sink] d grid: [1, 1, 1] threads: [1, 1, 1]
+006: kCopy [source | sink] kCopy
+"""
+    ten = """ENTRY %main (x: f32[]) -> f32[] {
+  %w = f32[] while(%x), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"10"}}
+}"""
+    apart = sequence(lines, {3: "w"}, parse(ten))
+    assert (apart.starts, apart.total, apart.loop_in_graph) == (1 + 10 + 1, 2 + 10 * 2 + 1, False)
+    inside = "\n".join(["000: kCommandBuffer [source | sink]", *("    " + line for line in lines.splitlines()[3:-1])])
+    assert (sequence(inside, {3: "w"}, parse(ten)).starts, sequence(inside, {3: "w"}, parse(ten)).turns) == (1, 10)
 
 
 def test_the_page_has_the_tables_of_the_records():

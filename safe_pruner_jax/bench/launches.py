@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from safe_pruner_jax.bench.measure import Bench, Say
 from safe_pruner_jax.bench.modelled import LEAST_US, Assumptions, launches_time, sequence_time
 from safe_pruner_jax.bench.targets import Target, TargetError, target
 from safe_pruner_jax.bench.thunks import Launch, Sequence
+from safe_pruner_jax.bench.undone import undone
 from safe_pruner_jax.figures.theme import form, markdown, panels
 from safe_pruner_jax.model.config import Pi0Config
 
@@ -61,22 +63,32 @@ def compile_for(args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
 def _for_target(to: Target, args: Bench, config: Pi0Config, say: Say) -> dict[str, Any]:
     gpu = aot.device(to)
     out: dict[str, Any] = {"target": dataclasses.asdict(to), "programs": {}, "failed": {}}
-    for robots, pruner, keep in itertools.product(args.batches, args.pruners, args.keeps):
+
+    def programs_of(config: Pi0Config, pruner: str, keep: float, robots: int) -> tuple[dict[str, aot.Program], ...]:
         chosen = {"keep": keep, "robots": robots, "views": args.views, "prompt": args.prompt}
-        chosen |= {"num_steps": args.num_steps}
         sizes = _few_layers(config) if args.extend else (config,)
-        compiled = [aot.programs(size, pruner, **chosen) for size in sizes]
-        for name in compiled[0]:
+        return tuple(aot.programs(size, pruner, num_steps=args.num_steps, **chosen) for size in sizes)
+
+    def compile_row(config: Pi0Config, sizes: tuple[dict[str, aot.Program], ...], name: str) -> dict[str, Any]:
+        low, *high = [row(aot.compiled(gpu, programs[name]), to, config.dtype) for programs in sizes]
+        return extended(low, high[0], _layers_left(config, name)) if high else low
+
+    for robots, pruner, keep in itertools.product(args.batches, args.pruners, args.keeps):
+        sizes = programs_of(config, pruner, keep, robots)
+        for name in sizes[0]:
             full_name = program_name(name, pruner, keep, robots)
             if full_name in out["programs"] or full_name in out["failed"]:
                 continue
             say(f"{to.name}: {full_name}")
             try:
-                low, *high = [row(aot.compiled(gpu, programs[name]), to, config.dtype) for programs in compiled]
-                out["programs"][full_name] = extended(low, high[0], _layers_left(config, name)) if high else low
+                out["programs"][full_name] = compile_row(config, sizes, name)
             except TargetError as error:
                 logger.warning("target %s: %s: %s", to.name, full_name, error)
                 out["failed"][full_name] = str(error)
+    if args.undo:
+        say(f"{to.name}: without each saving and kernel")
+        first = partial(programs_of, pruner=args.pruners[0], keep=args.keeps[0], robots=args.batches[0])
+        out["without"] = undone(config, first, compile_row)
     if args.openpi_python is not None:
         say(f"{to.name}: {OPENPI}")
         try:

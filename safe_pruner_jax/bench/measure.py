@@ -61,6 +61,8 @@ class Bench:
         run here: launches, memory and a modelled time. Takes jax's CUDA plugin (extra `aot`) and no GPU.
       extend: with `compile_for`, compile the model with few layers and with one more, and extend what that one has to
         the model's depth: minutes instead of hours, and the same launches, since layers are alike.
+      undo: with `compile_for`, also compile without each saving and kernel what it changes; of the first method, share
+        and number of robots.
       savings: what programs do for fewer launches, names of `model.config.SAVINGS`; None: what pays on the platform.
       kernels: with `compile_for`, names of `model.config.KERNELS` that programs are compiled with; here they are chosen
         by measurement.
@@ -85,6 +87,7 @@ class Bench:
     openpi_variant: str = ""
     compile_for: tuple[str, ...] = ()
     extend: bool = False
+    undo: bool = False
     savings: tuple[Saving, ...] | None = None
     kernels: tuple[str, ...] = ()
     out: Path = Path("out/bench")

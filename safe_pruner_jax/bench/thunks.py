@@ -62,7 +62,8 @@ class Sequence:
       turns: of the denoise loop.
       graphs: CUDA graphs: launches in each, a loop's counted once.
       loop_in_graph: whether the denoise loop as a whole is in a graph, so that the host starts it once.
-      starts: what the host starts in a run of the program: graphs, and launches that are in none.
+      starts: what the host starts in a run of the program: graphs, and launches that are in none. The condition of a
+        loop is not among them: XLA knows how often it turns.
     """
 
     outside: list[Launch] = field(default_factory=list)
@@ -84,6 +85,7 @@ class _Node:
     text: str
     number: int
     indent: int
+    condition: bool = False
     children: list["_Node"] = field(default_factory=list)
 
 
@@ -120,15 +122,16 @@ def sequence(thunks: str, names: dict[int, str], program: Program) -> Sequence:
 def _tree(text: str) -> list[_Node]:
     """Thunks by indentation; what stands under "condition:" or "body:" belongs to the loop above."""
     top = _Node("", "", -1, -1)
-    stack, offset = [top], 0
+    stack, offset, condition = [top], 0, False
     for line in text.splitlines():
         found = _THUNK.match(line)
         if not found:
+            condition = line.strip() == "condition:"
             continue
         indent = len(found.group(1)) + offset
         while stack[-1].indent >= indent:
             stack.pop()
-        node = _Node(found.group(3), found.group(4).strip(), int(found.group(2)), indent)
+        node = _Node(found.group(3), found.group(4).strip(), int(found.group(2)), indent, condition)
         stack[-1].children.append(node)
         stack.append(node)
     return top.children
@@ -184,7 +187,7 @@ def _visit(
         if node.kind in CONTAINERS:
             _visit(node.children, out, names, program, **how)
         else:
-            out.starts += 0 if graph else times * (out.turns if inside else 1)
+            out.starts += 0 if graph or node.condition else times * (out.turns if inside else 1)
             (out.loop if inside else out.outside).append(_launch(node, names, program, times))
 
 
