@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything docs/performance.md wants from a GPU, part by part; each leaves its files in OUT and can be run alone.
 #
-#   bash benchmarks/gpu.sh OUT [step] [flags] [batches] [precision] [ablations]
+#   bash benchmarks/gpu.sh OUT [step] [savings] [flags] [batches] [precision] [ablations]
 #
 # $PYTHON is the interpreter with this package and jax[cuda12]; $OPENPI_PYTHON one that can import openpi, if there is one.
 set -euo pipefail
 OUT=${1:?expected a folder for the results, got nothing: bash benchmarks/gpu.sh out/gpu}
 shift
-PARTS=${*:-step flags batches precision ablations}
+PARTS=${*:-step savings flags batches precision ablations}
 PYTHON=${PYTHON:-python}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$OUT"
@@ -20,11 +20,18 @@ for part in $PARTS; do
         # shellcheck disable=SC2046
         bench --name step_gpu_bf16 --pruners safe fastv --keeps 0.5 0.3 0.2 0.1 --rounds 30 --quantise int8 fp8 $(beside)
         ;;
+    savings) # the same step with each saving undone, and with none; kernels and the graph are measured each time
+        all="stacked room rotation vision counting arguments graph"
+        for without in $all all; do
+            # shellcheck disable=SC2046
+            bench --name "savings_without_$without" --keeps 0.2 --rounds 20 --no-phases --savings \
+                $([ "$without" = all ] || tr ' ' '\n' <<<"$all" | grep -vx "$without")
+        done
+        ;;
     flags) # the same step under flags that are said to help; the first set is the default
         i=0
         for flags in "" \
-            "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL" \
-            "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL" \
+            "--xla_gpu_command_buffer_unroll_loops=true" \
             "--xla_gpu_enable_triton_gemm=false" \
             "--xla_gpu_autotune_level=4 --xla_gpu_exhaustive_tiling_search=true"; do
             XLA_FLAGS=$flags bench --name "flags_$i" --keeps 0.2 --rounds 20 --no-phases || echo "flags $i: not possible here"
@@ -35,7 +42,7 @@ for part in $PARTS; do
     precision) "$PYTHON" "$HERE/benchmarks/precision.py" --out "$OUT/precision_mini_gpu.json" ;;
     ablations) "$PYTHON" "$HERE/benchmarks/ablations.py" --depth 18 --dtype bfloat16 --out "$OUT/ablations_gpu_bf16.json" ;;
     *)
-        echo "expected step, flags, batches, precision or ablations, got $part" >&2
+        echo "expected step, savings, flags, batches, precision or ablations, got $part" >&2
         exit 2
         ;;
     esac

@@ -84,6 +84,13 @@ MUTANTS = (
         "tests/test_tokens.py",
     ),
     Mutant(
+        "counting gives a tie to the later token",
+        "tokens.py",
+        "earlier = place[None, :] < place[:, None]",
+        "earlier = place[None, :] > place[:, None]",
+        "tests/test_tokens.py",
+    ),
+    Mutant(
         "a mixed batch takes its rows from one program",
         "engine/engine.py",
         "source[rows] = start + np.arange(len(rows))",
