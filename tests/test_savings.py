@@ -117,7 +117,8 @@ def test_savings_are_different_programs():
     """Otherwise the tests above would compare a program with itself."""
     config = small()
     params = random_tree(config)
-    weights = {names: prepare(params, config.replace(savings=names)) for names in [(), *ALONE]}
+    graph = ("stacked", "graph")
+    weights = {names: prepare(params, config.replace(savings=names)) for names in [(), *ALONE, graph]}
     shapes = {names: [a.shape for a in jax.tree.leaves(w)] for names, w in weights.items()}
     assert shapes["stacked",] != shapes[()] and shapes["vision",] != shapes[()]
 
@@ -129,5 +130,5 @@ def test_savings_are_different_programs():
         run = lambda w, p: pi0.sample(w, own, p, jnp.asarray(state), jnp.asarray(noise))
         return jax.jit(run).lower(weights[names], pi0.Prefix(segments, rows.count)).as_text()
 
-    loops = [text(names) for names in [(), ("room",), ("rotation",)]]
+    loops = [text(names) for names in [(), ("room",), ("rotation",), ("stacked",), graph]]
     assert all(a != b for a, b in itertools.combinations(loops, 2))
