@@ -3,7 +3,7 @@
     python tests/mutants.py [NAME …]
 
 Works on a copy of the package; prints a row per mutant, and exits with 1 if one of them survives. A line that is no
-longer in the package is noticed by `test_house.py`. docs/decisions/0013-tests-in-minutes.md has the last table.
+longer in the package is noticed by `test_house.py`. docs/decisions/0023-two-tiers-of-tests.md has the last table.
 """
 
 import os
@@ -89,6 +89,27 @@ MUTANTS = (
         "earlier = place[None, :] < place[:, None]",
         "earlier = place[None, :] > place[:, None]",
         "tests/test_tokens.py",
+    ),
+    Mutant(
+        "queries are not scaled",
+        "model/gemma.py",
+        "_rotate(q, cos_sin) * c.head_dim**-0.5",
+        "_rotate(q, cos_sin)",
+        "tests/test_parity.py",
+    ),
+    Mutant(
+        "a velocity points at the actions",
+        "model/flow.py",
+        "(noise - actions)).mean(-1)",
+        "(actions - noise)).mean(-1)",
+        "tests/test_training.py",
+    ),
+    Mutant(
+        "training goes on with the first batch",
+        "training/loop.py",
+        "source.batches(s.seed, start)",
+        "source.batches(s.seed, 0)",
+        "tests/test_training.py",
     ),
     Mutant(
         "a mixed batch takes its rows from one program",

@@ -138,6 +138,7 @@ def test_an_interval_over_episodes_is_wider_than_over_calls():
     assert together.low < 0 < alone.low
 
 
+@pytest.mark.nightly
 def test_acting_on_all_tokens_is_the_full_pass_and_on_others_is_not(plain_policy):
     policy = plain_policy
     trace = Watch(policy)(moving_scene(steps=2))

@@ -99,6 +99,7 @@ def test_errors_along_the_episode_are_of_pruned_calls_only():
     assert found["safe", 0.2] == pytest.approx({0: 5.0, 1: np.sqrt(12.5), 2: 1.0, 3: 2.0})
 
 
+@pytest.mark.nightly
 def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, capsys):
     write_demos(tmp_path / "butter_demo.hdf5", [demo(seed=s, steps=20, side=56, every=2) for s in range(2)])
     own = {"data": (str(tmp_path / "butter_demo.hdf5"),), "out": tmp_path / "out", "policy": Embedded()}

@@ -106,6 +106,7 @@ def test_nothing_is_read_before_it_is_asked_for(folder):
         second.column("action")
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_dataset(tmp_path):
     """Frames of 30 episodes at 112² are 18 MB; reading them and gathering a batch holds a tenth of that."""
     small = dataclasses.replace(MINI, model=MINI.model.replace(image_size=112, action_horizon=2))

@@ -84,6 +84,7 @@ def test_embedded_parameters_fit_the_package_and_survive_the_trip(tmp_path):
         save_embedded(params, tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_trained_checkpoint_becomes_the_embedded_policy(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("embed", Path(__file__).parents[1] / "scripts" / "embed.py")
     embed = importlib.util.module_from_spec(spec)

@@ -40,6 +40,9 @@ CHOICES = {
     "sparsevlm": {"keep": 0.4, "layers": (1, 3, 4)},
     "divprune": {"keep": 0.3},
 }
+BY_DAY = ("specprune", "vla_cache", "sparsevlm")
+"""Several cuts, reused keys, merged tokens."""
+
 compilations = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compilations.append(event) if event.endswith("backend_compile_duration") else None
@@ -182,7 +185,7 @@ def evidence(captures, carry, h, running, text, logits):
     return carry.evidence.replace(running=running, hidden=hidden, saliency=tuple(out))
 
 
-@pytest.mark.parametrize("name", by_day(("specprune", "vla_cache", "sparsevlm").__contains__, CHOICES))
+@pytest.mark.parametrize("name", by_day(BY_DAY.__contains__, CHOICES))
 def test_pruning_is_masking_at_every_cut(engines, name):
     """Kept tokens keep their positions, merged ones take their centre's, dropped ones leave or keep their old keys."""
     engine, pruned = engines(name), 0
@@ -274,7 +277,7 @@ def test_a_step_may_be_run_in_full_whatever_the_pruner_decides(engines):
     np.testing.assert_array_equal(actions, want)
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", by_day(BY_DAY.__contains__, CHOICES))
 def test_the_second_episode_compiles_and_copies_nothing(engines, name):
     engine = engines(name)
     list(play(engine, (0,)))

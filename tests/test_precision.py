@@ -108,6 +108,7 @@ def test_a_device_without_fp8_takes_int8_and_says_so(monkeypatch, caplog):
     assert "weights stay in bfloat16" in caplog.text
 
 
+@pytest.mark.nightly
 def test_a_policy_loads_with_them_and_records_tell_it():
     policy = load_policy("mini_libero", pruner=safe(keep=0.2), quantise="int8")
     assert isinstance(policy.engine.weights.prefix[0].qkv, Scaled)

@@ -65,6 +65,7 @@ def test_matching_follows_what_moves_and_the_same_slot_does_not():
     assert regions.median(unlabelled, "right") is None
 
 
+@pytest.mark.nightly
 def test_labelled_files_become_rows_a_table_and_a_figure(plain_policy, tmp_path):
     size, rng = plain_policy.engine.config.image_size, np.random.default_rng(0)
     for seed in (1, 2):

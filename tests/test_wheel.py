@@ -108,9 +108,13 @@ def test_the_wheel_is_small_and_has_the_package_alone(wheel):
     assert rooms == {"safe_pruner_jax", "openpi_patch", f"safe_pruner_jax-{__version__}.dist-info"}
 
 
+@pytest.mark.nightly
 def test_the_version_is_said_once(room, tmp_path):
     said = subprocess.run([room / "openpi", "--version"], cwd=tmp_path, env=environment(), capture_output=True)
     assert said.stdout.decode() == f"safe_pruner_jax {__version__}\n" and said.returncode == 0, said.stderr
+
+
+def test_the_citation_has_the_version():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
