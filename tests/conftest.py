@@ -123,7 +123,7 @@ def large_workers_forget_their_programs(request):
 
 @pytest.fixture(autouse=True)
 def closed_simulators_go(pytestconfig):
-    """One has half a gigabyte in cycles, which the rare collections here would leave for many tests."""
+    """One leaves much in cycles, and the rare collections here would leave it for many tests."""
     yield
     shrink(pytestconfig, LARGE, forget=False)
 

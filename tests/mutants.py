@@ -3,7 +3,7 @@
     python tests/mutants.py [NAME …]
 
 Works on a copy of the package; prints a row per mutant, and exits with 1 if one of them survives. A line that is no
-longer in the package is noticed by `test_house.py`. docs/decisions/0023-two-tiers-of-tests.md has the last table.
+longer in the package is noticed by `test_house.py`. docs/decisions/0024-two-tiers-of-tests.md has the last table.
 """
 
 import os
