@@ -3,14 +3,12 @@
     python scripts/make_figures.py                            all of them
     python scripts/make_figures.py kept --out /tmp/figures    one, somewhere else
 
-`two_paths` needs no policy. `kept` plays the recording inside the package to the embedded policy, once per method, and
-draws what each is left with at the same call; it compiles every method and takes minutes on a CPU. `launches` reads
-the results of `openpi bench --compile-for`.
 Most are drawn from rows in benchmarks/results. `kept` plays the recording inside the package to the embedded policy,
 once per method, and draws what each is left with at the same call; it compiles every method and takes minutes on a
 CPU. `diagnose` asks the policy, too. docs/figures/README.md lists all of them.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -26,10 +24,8 @@ from tyro.conf import Positional
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import (
     attention,
-    calibrate,
     controls,
     cost,
-    deviation,
     diagnose,
     forecast,
     kappa,
@@ -39,14 +35,16 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.analysis.rows import read_rows
 from safe_pruner_jax.bench import launch_tables, launches
 from safe_pruner_jax.bench.picture import bars
-from safe_pruner_jax.evaluation.figures import success_by_flops, success_by_keep
+from safe_pruner_jax.evaluation.figures import success_by_flops
 from safe_pruner_jax.evaluation.records import read_records
-from safe_pruner_jax.evaluation.report import Row, summarise
+from safe_pruner_jax.evaluation.report import ALL, summarise
 from safe_pruner_jax.figures.kept import Shown, methods_figure, paths_diagram
 from safe_pruner_jax.policy.loading import calibrated, load_policy
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+EQUAL = ("libero_object10_112_equal", "libero_object10_swap_112_t0")
+TRIALS = 5  # that every cell of them has
 
 
 def rows(name: str) -> list[dict]:
@@ -54,16 +52,14 @@ def rows(name: str) -> list[dict]:
     return read_rows(RESULTS / f"{name}.jsonl")
 
 
-def report(folder: str, *left_out: str) -> list[Row]:
-    """The table of every cell of a sweep but some methods'."""
-    files = [path for path in sorted((RESULTS / folder).glob("*.jsonl")) if not path.name.startswith(left_out)]
-    return summarise([record for path in files for record in read_records(path)])
-
-
-def calibration() -> Figure:
-    """κ within and across subtasks, on the policy of version 0.1."""
-    recalls, forecasts = (rows(f"calibrate_object3_112_t0/{name}") for name in ("recall", "forecast"))
-    return calibrate.figure(forecasts, calibrate.propose(recalls, forecasts, keep=0.2, share=0.1))
+def equal_cost() -> Figure:
+    """Success against multiply-adds of the settings that were chosen within one budget, on both suites."""
+    cells = ("full", "safe-threshold0.75-keep0.3", "vla_pruner-window2-keep0.4", "fastv-warm_start1-keep0.4")
+    files = [RESULTS / folder / f"{cell}.jsonl" for folder in EQUAL for cell in cells]
+    records = [record for path in files for record in read_records(path)]
+    table = summarise([record for record in records if record.trial < TRIALS])
+    short = [dataclasses.replace(row, method=row.method.split()[0]) for row in table if row.suite != ALL]
+    return success_by_flops(short)
 
 
 def cameras() -> Figure:
@@ -100,23 +96,20 @@ def ladder() -> Figure:
     return launches.ladder(reports, "h100")
 
 
-V01 = "libero_object3_112_t0"
-ALONG = ("safe", "safe:warm_start=1", "safe:fuse=0.75,match=all,warm_start=1", "vla_pruner", "fastv", "random")
+def late(quantities: list[dict]) -> list[dict]:
+    """Rows of the forecast of late layers, with and without correspondence."""
+    return [row for row in quantities if row["quantity"] in (forecast.LATE, forecast.UNMATCHED)]
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "two_paths": paths_diagram,
     "kept": kept,
     "launches": ladder,
-    "success_by_keep": lambda: success_by_keep(report(V01, "vla_cache")),
-    "success_by_flops": lambda: success_by_flops(report(V01, "vla_cache")),
-    "actions_policy": lambda: deviation.figure(
-        [row for row in rows("actions_object3_112_t0") if row["method"] in ALONG],
-    ),
-    "actions": lambda: deviation.figure(rows("actions_object3_112")),
-    "recall": lambda: recall.figure(rows("recall_object3_112_t0")),
-    "forecast": lambda: forecast.figure(rows("forecast_object3_112_t0")),
-    "kappa": lambda: kappa.figure(rows("kappa_object3_112_t0"), 0.22),
+    "success_by_flops": equal_cost,
+    "recall": lambda: recall.figure(rows("recall_object10_112")),
+    "forecast": lambda: forecast.figure(late(rows("forecast_object10_112"))),
+    "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_112") if row["queries"] == "text"], 0.81),
     "cost": lambda: cost.figure(rows("cost_object3_112")),
-    "calibrate": calibration,
     "attention": lambda: attention.figure(rows("attention_object10_112"), rows("carried_object10_112")),
     "attention_beside": lambda: attention.beside(
         {

@@ -6,6 +6,7 @@
 The pruner itself is replayed on the recorded evidence, once for each choice of the query rows.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def figure(rows: Sequence[Row], threshold: float) -> Figure:
                     ax.axvline(row["call"], color=colour(2), lw=1.2)
             ax.set_xlabel("call", fontsize=8)
             ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.set_title(part if q == queries[0] else "", fontsize=8)
+            ax.set_title(textwrap.fill(part.replace("_", " "), 44) if q == queries[0] else "", fontsize=8)
         line[0].set_ylabel(f"κ, {q}")
     drawn.suptitle("dashed: γ · points: keyframes after the first\nvertical: the gripper command changes", fontsize=9)
     return drawn
