@@ -251,15 +251,15 @@ def most(plan: Plan, gbit: float) -> dict[str, float]:
 
 H100 = Costs(
     source=(
-        "steps: MODELLED for an H100 from compiled launches, pi0.5 at full size, bfloat16, safe at 0.2, kernel `layer` "
+        "steps: MODELLED for an H100 from compiled launches, pi0.5 at full size, bfloat16, safe at 0.2, all kernels "
         "at 1.5 us per kernel (docs/performance.md, launches_pi05_kernels.json); each further row: its products at "
         "half of the data sheet's 989 TFLOP/s (645 and 1295 G multiply-adds); keyframes: docs/results.md, 30 %; "
         "host_ms: MEASURED on two CPU cores (serving_mini_cpu.json); front_ms, ray_ms: MEASURED on two cores of an AMD "
         "EPYC, Ray 2.60.0 behind HAProxy (cluster_haproxy_cpu.json)"
     ),
-    pruned_ms=7.1,
+    pruned_ms=6.4,
     pruned_row_ms=2.6,
-    keyframe_ms=9.0,
+    keyframe_ms=7.9,
     keyframe_row_ms=5.2,
     keyframes=0.3,
     limit=8,
