@@ -90,9 +90,7 @@ def kept(keep: float = 0.2, call: int = 8) -> Figure:
 
 def ladder() -> Figure:
     """Control steps compiled for an H100, change by change, from benchmarks/results."""
-    results = FOLDER.parents[1] / "benchmarks" / "results"
-    read = lambda name: json.loads((results / f"launches_pi05_{name}.json").read_text())
-    reports = {change: read(name) for name, change in launch_tables.CHANGES.items()}
+    reports = {change: launch_tables.record(RESULTS, name) for name, change in launch_tables.CHANGES.items()}
     return launches.ladder(reports, "h100")
 
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from safe_pruner_jax.analysis import deviation
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.analysis.rows import Row, rounded
-from safe_pruner_jax.evaluation.rollout import ARM
 from safe_pruner_jax.figures.theme import QUIET, Table, colour, legend, markdown, panels
 from safe_pruner_jax.policy.policy import Policy
 
@@ -74,13 +74,12 @@ def play(policy: Policy, calls: Iterable[Call], reference: np.ndarray, costs: tu
     Returns:
       Per call "errors" in σ, "ms" and "flops"; "keyframes", the numbers of the calls that ran everything.
     """
-    session, sigma = policy.session(), policy.transform.stats["actions"].std[:ARM]
+    session = policy.session()
     replies = [session.infer(call.request) for call in calls]
     actions = np.stack([reply["actions"][: reference.shape[1]] for reply in replies])
-    error = (actions - reference)[..., :ARM] / np.maximum(sigma, 1e-6)
     keyframe = np.array([reply["pruning"]["keyframe"] for reply in replies])
     return {
-        "errors": rounded(np.sqrt(np.square(error).mean((1, 2)))),
+        "errors": rounded(deviation.errors(policy, actions, reference)),
         "ms": rounded([reply["policy_timing"]["infer_ms"] for reply in replies], 3),
         "flops": rounded(np.where(keyframe, *costs)),
         "keyframes": np.flatnonzero(keyframe).tolist(),
@@ -105,21 +104,27 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def best(points: Sequence[dict[str, Any]], budget: Budget) -> int | None:
+    """Position of the best point within the budget: the smallest error for a cost, the smallest cost for an error."""
+    within = [i for i, point in enumerate(points) if point[budget.kind] <= budget.value * (1 + 1e-9)]
+    goal = "flops" if budget.kind == "error" else "error"
+    return min(within, key=lambda i: (points[i][goal], points[i][budget.kind]), default=None)
+
+
 def choose(points: Sequence[dict[str, Any]], budget: Budget) -> int:
-    """Position of the best point within the budget: the smallest error for a cost, the smallest cost for an error.
+    """`best`, for a budget that has to be met.
 
     Raises:
       ValueError: no point is within it; says what the nearest one has.
     """
-    within = [i for i, point in enumerate(points) if point[budget.kind] <= budget.value * (1 + 1e-9)]
-    if not within:
+    chosen = best(points, budget)
+    if chosen is None:
         least = min(point[budget.kind] for point in points)
         raise ValueError(
             f"budget: expected at least {least:.4g} {_UNIT[budget.kind]}, which is the least of the settings played, "
             f"got {budget}; give more, or smaller --keeps"
         )
-    goal = "flops" if budget.kind == "error" else "error"
-    return min(within, key=lambda i: (points[i][goal], points[i][budget.kind]))
+    return chosen
 
 
 def refine(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> float:

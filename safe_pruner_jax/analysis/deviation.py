@@ -36,6 +36,18 @@ def actions_of(policy: Policy, calls: Iterable[Call], replan: int) -> tuple[np.n
     return np.stack([reply["actions"][:replan] for reply in replies]), [reply["pruning"] for reply in replies]
 
 
+def errors(policy: Policy, actions: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Error of each call [calls], in standard deviations of the commands.
+
+    Args:
+      policy: whose statistics these are.
+      actions, reference: [calls, steps, 7], executed and of the same policy with every token.
+    """
+    sigma = policy.transform.stats["actions"].std[:ARM]
+    error = (actions - reference)[..., :ARM] / np.maximum(sigma, 1e-6)
+    return np.sqrt(np.square(error).mean((1, 2)))
+
+
 def measure(policy: Policy, calls: Iterable[Call], reference: np.ndarray) -> Row:
     """One method on one episode.
 
@@ -52,11 +64,9 @@ def measure(policy: Policy, calls: Iterable[Call], reference: np.ndarray) -> Row
     calls = list(calls)
     actions, decisions = actions_of(policy, calls, reference.shape[1])
     whole, pruned = cost.shares(policy, calls[0].request)
-    sigma = policy.transform.stats["actions"].std[:ARM]
-    error = (actions - reference)[..., :ARM] / np.maximum(sigma, 1e-6)
     return {
         "calls": len(decisions),
-        "errors": rounded(np.sqrt(np.square(error).mean((1, 2)))),
+        "errors": rounded(errors(policy, actions, reference)),
         "keyframes": [t for t, pruning in enumerate(decisions) if pruning["keyframe"]],
         "kept": float(np.mean([pruning["kept"] for pruning in decisions])),
         "flops": float(np.mean([whole if pruning["keyframe"] else pruned for pruning in decisions])),

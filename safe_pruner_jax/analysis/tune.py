@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safe_pruner_jax.analysis.budget import Budget, best
 from safe_pruner_jax.analysis.deviation import summary
 from safe_pruner_jax.analysis.rows import Row
 from safe_pruner_jax.figures.theme import Table, form, markdown
@@ -19,7 +20,7 @@ from safe_pruner_jax.figures.theme import Table, form, markdown
 
 def settings(rows: Sequence[Row]) -> Counter[str]:
     """Method → how many settings of it were played, all shares kept."""
-    return Counter(_name(method) for method, _ in summary(rows))
+    return Counter(_name(method) for method, _ in {(row["method"], row["keep"]) for row in rows})
 
 
 def proposals(rows: Sequence[Row], budget: float) -> dict[str, dict[str, Any] | None]:
@@ -32,15 +33,12 @@ def proposals(rows: Sequence[Row], budget: float) -> dict[str, dict[str, Any] | 
     Returns:
       None for a method that has no setting within the budget.
     """
-    best: dict[str, dict[str, Any] | None] = dict.fromkeys(settings(rows))
+    points: dict[str, list[dict[str, Any]]] = {}
     for (method, keep), numbers in summary(rows).items():
-        point = {"setting": method, "keep": keep, **numbers}
-        if point["flops"] is None or point["flops"] > budget * (1 + 1e-9):
-            continue
-        other = best[_name(method)]
-        if other is None or (point["rms"], point["flops"]) < (other["rms"], other["flops"]):
-            best[_name(method)] = point
-    return best
+        point = {"setting": method, "keep": keep, "error": numbers["rms"], **numbers}
+        points.setdefault(_name(method), []).extend([point] if point["flops"] is not None else [])
+    place = {name: best(played, Budget("flops", budget)) for name, played in points.items()}
+    return {name: None if i is None else points[name][i] for name, i in place.items()}
 
 
 def arguments(chosen: Mapping[str, dict[str, Any] | None]) -> list[str]:
@@ -60,9 +58,9 @@ def table(rows: Sequence[Row], budget: float) -> str:
             "none within the budget" if point is None else point["setting"].partition(":")[2] or "as it is",
             *(form(point and point[key], "{:.0%}") for key in ("keep", "keyframes")),
             form(point and point["flops"], "{:.3f}×"),
-            form(point and point["rms"], "{:.3f}"),
+            form(point and point["error"], "{:.3f}"),
         ]
-        for name, point in sorted(chosen.items(), key=lambda item: item[1]["rms"] if item[1] else float("inf"))
+        for name, point in sorted(chosen.items(), key=lambda item: item[1]["error"] if item[1] else float("inf"))
     ]
     text = markdown(columns, lines)
     if len(set(numbers.values())) > 1:

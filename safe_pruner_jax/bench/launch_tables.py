@@ -21,6 +21,11 @@ TARGET, TARGETS, SAVINGS = "h100", "targets", "savings"
 US = tuple(f"{least:g} µs" for least in LEAST_US)
 
 
+def record(results: Path, name: str) -> dict[str, Any]:
+    """What `openpi bench --compile-for` wrote; raises FileNotFoundError."""
+    return json.loads((results / f"launches_pi05_{name}.json").read_text(encoding="utf-8"))
+
+
 def tables(results: Path) -> dict[str, str]:
     """The tables by name.
 
@@ -30,13 +35,12 @@ def tables(results: Path) -> dict[str, str]:
     Raises:
       FileNotFoundError: a record is missing.
     """
-    read = lambda name: json.loads((results / f"launches_pi05_{name}.json").read_text(encoding="utf-8"))["targets"]
-    reports = {name: read(name)[TARGET] for name in CHANGES}
+    reports = {name: record(results, name)["targets"][TARGET] for name in CHANGES}
     return {
         "ladder": ladder({CHANGES[name]: report["programs"] for name, report in reports.items()}),
         "switches": switches(reports[SAVINGS]),
         "parts": parts(reports[list(CHANGES)[-1]]["programs"]),
-        "targets": targets(read(TARGETS)),
+        "targets": targets(record(results, TARGETS)["targets"]),
     }
 
 
@@ -87,8 +91,9 @@ def _counts(programs: Programs) -> list[int]:
 def parts(programs: Programs) -> str:
     """Where the launches and milliseconds of a pruned step and of a keyframe go."""
     pruned, full = (_phases(programs, kind) for kind in ("pruned", "full"))
+    ms = lambda row, us: f"{row['ms'][us]:.2f}"
     lines = [
-        [name, row["launches"], *(f"{row['ms'][us]:.2f}" for us in US), full[name]["launches"], _two(full[name])]
+        [name, row["launches"], *(ms(row, us) for us in US), full[name]["launches"], ms(full[name], US[0])]
         for name, row in pruned.items()
     ]
     total = lambda split, us: f"{sum(row['ms'][us] for row in split.values()):.2f}"
@@ -96,10 +101,6 @@ def parts(programs: Programs) -> str:
     lines.append(["in all", count(pruned), *(total(pruned, us) for us in US), count(full), total(full, US[0])])
     columns = ["H100", "pruned: launches", *(f"ms at {us}" for us in US), "keyframe: launches", f"ms at {US[0]}"]
     return markdown(columns, lines)
-
-
-def _two(row: dict[str, Any]) -> str:
-    return f"{row['ms'][US[0]]:.2f}"
 
 
 def targets(found: dict[str, Any]) -> str:

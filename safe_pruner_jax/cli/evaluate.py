@@ -96,7 +96,7 @@ def _tasks(args: Evaluate) -> Sequence[int]:
 
 def _check(args: Evaluate, policy: str) -> None:
     """Numbers with which no episode could be played; `args.replan` is known by now."""
-    for name in ("trials", "workers", "batch", "replan"):
+    for name in ("workers", "batch", "replan"):
         require(getattr(args, name) >= 1, name, "at least 1", getattr(args, name))
     require(args.delay >= 0, "delay", "at least 0", args.delay)
     limit = LIMITS[parent(args.suite)]

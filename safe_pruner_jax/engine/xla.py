@@ -52,7 +52,7 @@ def options(platform: str | None = None, graph: bool = False) -> dict[str, Any]:
     """
     platform = platform or jax.default_backend()
     wanted = CPU if platform == "cpu" else GRAPH if graph else {}
-    if os.environ.get("SAFE_PRUNER_XLA") == "default":
+    if not wanted or os.environ.get("SAFE_PRUNER_XLA") == "default":
         return {}
     try:  # options of a platform that is not here are read all the same
         jax.jit(lambda x: x + 1, compiler_options=wanted).lower(0.0).compile()
