@@ -13,7 +13,6 @@ from synthetic import case, episode, kept, play, put
 from tiers import by_day
 
 from safe_pruner_jax.pruners import PRUNERS, Capture, Cut, Plan, make
-from safe_pruner_jax.pruners import warm as warm_start
 from safe_pruner_jax.pruners.base import finite
 
 
@@ -185,19 +184,6 @@ def test_random_draws_anew_from_the_key_alone():
     assert counts.sum() == 60 * 4 and (counts[seen.alive[0]] >= 2).all() and counts.max() <= 24
     other = episode(1, c.pruner, steps=60, dead=~seen.alive[0]).replace(key=seen.key)
     synthetic.same(play(c, other)[1][7], selections[7])
-
-
-@pytest.mark.parametrize("name", ["random", "fastv", "sparsevlm"])
-def test_with_a_warm_start_a_method_runs_the_first_steps_and_keeps_the_same_tokens(name):
-    c = case(name, warm_start=2)
-    seen = episode(0, c.pruner, steps=5)
-    alive = put(seen.alive, slice(4, None), ~seen.alive[4] | (np.arange(synthetic.N) < 12))
-    selections = play(c, seen.replace(alive=alive))[1]
-    keyframes = [True, True, False, False, True]  # other tokens are a new start
-    assert [bool(s.keyframe) for s in selections] == keyframes
-    for warm, cold in zip(selections[:4], play(case(name), seen)[1], strict=False):
-        assert kept(warm) == kept(cold)
-    assert warm_start(make("full"), 3).plan == Plan()
 
 
 def test_safe_matches_hidden_rows_where_tokens_look_alike():

@@ -1,5 +1,7 @@
 """Labelled scenes, the expert as a feedback law, and the simulator saved and restored."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -65,12 +67,14 @@ def test_no_scene_is_a_fixed_initial_state(maker):
     placements = maker.placements
     columns = [[placements._places[n], placements._places[n] + 1] for n in placements.names]
     fixed = maker.env.init_states[:, columns]
-    for seed in range(4):
-        placements.shuffle(seed)
+    for seed, permute in itertools.product(range(3), (True, False)):
+        placements.shuffle(seed, permute=permute)
         now = maker.env.simulator.get_sim_state()[columns]
         assert np.linalg.norm(fixed - now, axis=-1).max(-1).min() > 0.01
         gaps = np.linalg.norm(now[:, None] - now, axis=-1)[np.triu_indices(len(now), 1)]
         assert gaps.min() > APART - 0.01  # they settle
+        from_usual = np.linalg.norm(now - fixed.mean(0), axis=-1)
+        assert permute or np.median(from_usual) < 0.08
 
 
 @pytest.mark.nightly

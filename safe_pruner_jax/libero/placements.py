@@ -2,6 +2,7 @@
 
     placements = Placements(env)
     placements.shuffle(seed)          a new episode: objects permuted and jittered, basket and arm moved
+    placements.shuffle(seed, permute=False)    the same with every object near its usual place
     placements.teleport(generator)    a new picture without physics: hand anywhere, objects under it or in it
     open_env(load_task("libero_object_shuffled", 0))    such scenes as initial states, none of which training has
 
@@ -9,6 +10,7 @@ For any suite whose objects are free joints. LIBERO's fixed initial states are n
 from a continuous distribution with centimetres of spread.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ HELD_OUT_SCENES = 50
 """Initial states per task of a shuffled suite."""
 _MARGIN = 0.05  # metres by which the region of the fixed states is grown
 _TRIES = 300
+
+Draw = Callable[[np.random.Generator, np.ndarray], np.ndarray]
+"""Where objects stand now, float64 [objects, 2] in metres → where they stand in a new scene."""
 
 
 class Placements:
@@ -56,18 +61,19 @@ class Placements:
         self._low, self._high = states.min((0, 1)) - _MARGIN, states.max((0, 1)) + _MARGIN
         self._positions = 1 + model.nq
 
-    def shuffle(self, seed: int, *, arm: float = 0.02) -> None:
+    def shuffle(self, seed: int, *, permute: bool = True, arm: float = 0.02) -> None:
         """Starts an episode in which every object stands at another's place, more or less.
 
         Args:
           seed: of the whole scene, together with the task.
+          permute: False leaves every object near the place where LIBERO puts it.
           arm: standard deviation, rad, that the arm's joints get.
         """
         env = self._env
         rng = np.random.default_rng([seed, env.task.index])
         env.randomize(seed)
         state = env.simulator.get_sim_state().copy()
-        self._mix(state, rng, permute=True)
+        self._mix(state, rng, _exchanged if permute else _jittered)
         state[self._arm] += rng.normal(0.0, arm, len(self._arm))
         state[self._positions :] = 0
         env.begin(state)
@@ -86,7 +92,7 @@ class Placements:
         env, sim = self._env, self._env.simulator.sim
         state = base.copy()
         state[self._positions :] = 0
-        self._mix(state, rng, permute=rng.random() < 0.6)
+        self._mix(state, rng, _exchanged if rng.random() < 0.6 else self._anywhere)
         state[self._arm] = arms[rng.integers(len(arms))] + rng.normal(0.0, 0.06, len(self._arm))
         half = rng.uniform(0.0, 0.04) if rng.random() < 0.4 else 0.0395
         state[self._fingers] = half, -half
@@ -111,22 +117,29 @@ class Placements:
         """The arm's joint angles now, float64 [7] in rad."""
         return self._env.simulator.get_sim_state()[self._arm].copy()
 
-    def _mix(self, state: np.ndarray, rng: np.random.Generator, *, permute: bool) -> None:
+    def _mix(self, state: np.ndarray, rng: np.random.Generator, draw: Draw) -> None:
         """Moves objects and receptacle in a flattened state; objects stay `APART` where that can be had."""
         columns = np.array([[self._places[n], self._places[n] + 1] for n in self.names])
         now = new = state[columns]
         for _ in range(_TRIES):
-            if permute:
-                new = now[rng.permutation(len(now))] + rng.normal(0.0, JITTER, now.shape)
-            else:
-                new = rng.uniform(self._low, self._high, now.shape)
-            new = np.clip(new, self._low, self._high)
+            new = np.clip(draw(rng, now), self._low, self._high)
             gaps = np.linalg.norm(new[:, None] - new[None], axis=-1) + 9 * np.eye(len(new))
             if gaps.min() > APART:
                 break
         state[columns] = new
         for name in self._fixed:
             state[self._places[name] : self._places[name] + 2] += rng.normal(0.0, RECEPTACLE_JITTER, 2)
+
+    def _anywhere(self, rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
+        return rng.uniform(self._low, self._high, now.shape)
+
+
+def _jittered(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
+    return now + rng.normal(0.0, JITTER, now.shape)
+
+
+def _exchanged(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
+    return _jittered(rng, now[rng.permutation(len(now))])
 
 
 class ShuffledEnv(LiberoEnv):

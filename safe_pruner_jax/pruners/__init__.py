@@ -1,8 +1,8 @@
 """Pruners by name: those of this package, and those that installed packages announce.
 
-`make(name, **choices)` makes one; the protocol is in `base`. Every factory of the table takes `warm_start` beside its
-own choices (`warm`). Another package announces its factories in its own
-pyproject.toml; they are then known to `make`, to the command line and to records like those of this one:
+`make(name, **choices)` makes one; the protocol is in `base`. Every factory of the table takes the choices of
+`full_steps` beside its own. Another package announces its factories in its own pyproject.toml; they are then known to
+`make`, to the command line and to records like those of this one:
 
     [project.entry-points."safe_pruner_jax.pruners"]
     mine = "my_package.pruner:mine"
@@ -19,13 +19,13 @@ from safe_pruner_jax.pruners.baselines import BASELINES
 from safe_pruner_jax.pruners.divprune import divprune
 from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
+from safe_pruner_jax.pruners.full_steps import after_grasp, at_standstill, warm, with_full_steps
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
 from safe_pruner_jax.pruners.sparsevlm import sparsevlm
 from safe_pruner_jax.pruners.specprune import specprune
 from safe_pruner_jax.pruners.vla_cache import vla_cache
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
-from safe_pruner_jax.pruners.warm import warm, warmed
 
 __all__ = [
     "GROUP",
@@ -37,15 +37,17 @@ __all__ = [
     "Plan",
     "Pruner",
     "Selection",
+    "after_grasp",
+    "at_standstill",
     "factory",
     "make",
     "names",
     "warm",
 ]
 
-vla_pruner = warmed(vla_pruner, follows="window")
-safe, fastv, specprune, vla_cache = (warmed(f) for f in (safe, fastv, specprune, vla_cache))
-sparsevlm, divprune, random = (warmed(f) for f in (sparsevlm, divprune, random))
+vla_pruner = with_full_steps(vla_pruner, follows="window")
+safe, fastv, specprune, vla_cache = (with_full_steps(f) for f in (safe, fastv, specprune, vla_cache))
+sparsevlm, divprune, random = (with_full_steps(f) for f in (sparsevlm, divprune, random))
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
     "full": full,
@@ -90,7 +92,7 @@ def factory(name: str) -> Callable[..., Pruner]:
             f"pruner: expected a factory behind the entry point {name!r}, got {type(build).__name__}; "
             f"name a function in {announced[name].value!r}"
         )
-    return warmed(build)
+    return with_full_steps(build)
 
 
 def make(name: str, **choices: Any) -> Pruner:

@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 from safe_pruner_jax.pruners.base import Pruner
+from safe_pruner_jax.pruners.full_steps import with_full_steps
 from safe_pruner_jax.pruners.specprune import Parts as SpecPruneParts
 from safe_pruner_jax.pruners.specprune import build as build_specprune
 from safe_pruner_jax.pruners.specprune import specprune
 from safe_pruner_jax.pruners.vla_pruner import Parts as VlaPrunerParts
 from safe_pruner_jax.pruners.vla_pruner import build as build_vla_pruner
 from safe_pruner_jax.pruners.vla_pruner import vla_pruner
-from safe_pruner_jax.pruners.warm import warmed
 
 
 def ablation(name: str, factory: Callable[..., Pruner], build: Callable[..., Pruner], parts: Any) -> Callable:
@@ -58,7 +58,7 @@ ABLATIONS: dict[str, Callable[..., Pruner]] = {}
 
 for _kind, _parts in _SPECPRUNE.items():
     _name = f"specprune/{_kind}"
-    ABLATIONS[_name] = warmed(ablation(_name, specprune, build_specprune, _parts))
+    ABLATIONS[_name] = with_full_steps(ablation(_name, specprune, build_specprune, _parts))
 for _kind, _parts in _VLA_PRUNER.items():
     _name = f"vla_pruner/{_kind}"
-    ABLATIONS[_name] = warmed(ablation(_name, vla_pruner, build_vla_pruner, _parts), follows="window")
+    ABLATIONS[_name] = with_full_steps(ablation(_name, vla_pruner, build_vla_pruner, _parts), follows="window")

@@ -30,7 +30,7 @@ from safe_pruner_jax.pruners.base import (
     whole,
 )
 from safe_pruner_jax.pruners.checks import require
-from safe_pruner_jax.pruners.warm import warmed
+from safe_pruner_jax.pruners.full_steps import with_full_steps
 from safe_pruner_jax.tokens import top_k
 
 BITS = 5
@@ -131,5 +131,5 @@ def _stateless(name: str, plan: Plan, score: Callable[[Evidence], Array], keep: 
     return Pruner(name, plan, stateless, step)
 
 
-BASELINES = {f"baseline/{f.__name__}": warmed(f) for f in (grid, camera, prior, one_token)}
+BASELINES = {f"baseline/{f.__name__}": with_full_steps(f) for f in (grid, camera, prior, one_token)}
 """baseline/NAME → factory."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert, label
 from safe_pruner_jax.libero.scenes import Frames, SceneMaker, stack
@@ -36,6 +37,11 @@ class Played(NamedTuple):
     closest: float
 
 
+def task_object(env: LiberoEnv) -> str:
+    """The object that the task's instruction names, as the simulator calls it: "milk_1"."""
+    return env.simulator.env.parsed_problem["goal_state"][0][1]
+
+
 def play(
     maker: SceneMaker,
     policy: Infer,
@@ -46,6 +52,7 @@ def play(
     labels: bool = True,
     mix: float = 0.0,
     limit: int = 280,
+    usual: float = 0.0,
     often: Mapping[str, float] | None = None,
 ) -> Played:
     """Plays one episode of a shuffled scene, or of a fixed initial state with the task's own object.
@@ -59,18 +66,16 @@ def play(
       labels: whether frames and labels are wanted.
       mix: share of calls at which the expert's chunk is executed.
       limit: control steps.
+      usual: probability of a scene whose objects stand near their usual places, with the task's own object as target.
       often: how often each kind of object is the target, relative to 1, so that a policy meets more of what it fails
         on; None: all equally.
     """
     env, rng = maker.env, np.random.default_rng([seed, maker.env.task.index, 3])
     if fixed:
         env.reset(seed)
-        name = env.simulator.env.parsed_problem["goal_state"][0][1]
+        name = task_object(env)
     else:
-        maker.placements.shuffle(seed)
-        names = maker.placements.names
-        share = np.array([(often or {}).get(kind(name), 1.0) for name in names])
-        name = names[rng.choice(len(names), p=share / share.sum())]
+        name = _shuffled(maker, seed, rng, usual, often or {})
     goal = maker.goal(name)
     law, rows, steps, closest, success = FeedbackExpert(env, goal), [], 0, np.inf, False
     words = {"prompt": instruction(kind(name))}
@@ -89,3 +94,14 @@ def play(
             if success := law.scene.holds(goal):
                 break
     return Played(stack(rows) if labels else None, success, steps, closest)
+
+
+def _shuffled(maker: SceneMaker, seed: int, rng: np.random.Generator, usual: float, often: Mapping[str, float]) -> str:
+    """Starts an episode in a new scene; returns its target."""
+    if rng.random() < usual:
+        maker.placements.shuffle(seed, permute=False)
+        return task_object(maker.env)
+    maker.placements.shuffle(seed)
+    names = maker.placements.names
+    share = np.array([often.get(kind(name), 1.0) for name in names])
+    return names[rng.choice(len(names), p=share / share.sum())]

@@ -44,6 +44,7 @@ class Rounds:
       mix: share of calls at which the expert's chunk is executed; halved every round.
       insist: a kind that was never fetched in the round before is the target 1 + `insist` times as often as one that
         always was.
+      usual: share of episodes in scenes whose objects stand near LIBERO's own places; the task's object is the target.
       first: seed of the first episode.
       workers: processes, one core each.
     """
@@ -54,19 +55,21 @@ class Rounds:
     episodes: int = 10
     mix: float = 0.4
     insist: float = 5.0
+    usual: float = 0.3
     first: int = 500_000
     workers: int = 2
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode to be played: its file, whose scene, with what share of the expert's chunks, and for what targets."""
+    """One episode to be played: its file, whose scene, and what `correct.play` is told."""
 
     path: Path
     suite: str
     task: int
     seed: int
     mix: float
+    usual: float
     often: dict[str, float]
     size: int
 
@@ -97,7 +100,7 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     """
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
-    drawn = {"mix": r.mix * 0.5**number, "often": targets(r, number, out), "size": size}
+    drawn = {"mix": r.mix * 0.5**number, "usual": r.usual, "often": targets(r, number, out), "size": size}
     attempts = [Attempt(_path(out, r, task, seed), r.suite, task, seed, **drawn) for task in r.tasks for seed in seeds]
     missing = lambda: [attempt for attempt in attempts if not attempt.path.exists()]
     work = functools.partial(_episode, config=config, checkpoint=str(checkpoint))
@@ -176,7 +179,8 @@ def _episode(attempt: Attempt, config: str, checkpoint: str) -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
     task, seed = attempt.task, attempt.seed
     maker = current_maker(attempt.suite, task, attempt.size)
-    played = play(maker, _policy(config, checkpoint), seed, prompt, mix=attempt.mix, often=attempt.often)
+    how = {"mix": attempt.mix, "usual": attempt.usual, "often": attempt.often}
+    played = play(maker, _policy(config, checkpoint), seed, prompt, **how)
     about = {"suite": attempt.suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
     write(attempt.path, played.frames, about)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
+from oracles.full_steps import slow_full_steps
 from oracles.peers import slow_max_min
 from oracles.selection import slow_budget, slow_top_k
 
@@ -19,6 +20,8 @@ def algorithm_1(
     per_camera=0,
     pool=1.0,
     warm_start=1,
+    grippers=(),
+    standstill=None,
     late="expert",
     late_layers=None,
     features="Z",
@@ -32,14 +35,14 @@ def algorithm_1(
     """
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
-    keyframes, log, begun = [], [], 0
+    keyframes, log = [], []
+    everything = slow_full_steps(seen, warm_start=warm_start, grippers=grippers, standstill=standstill)
     for t in range(len(seen.alive)):
         alive, camera = seen.alive[t], seen.camera[t]
         shallow, tested = (np.asarray(seen.saliency[i][t], np.float64) for i in (0, -1))
         if t and (seen.alive[t] != seen.alive[t - 1]).any():
             keyframes = []
         if not keyframes:
-            begun = t
             keyframes.append(t)
             log.append({"keyframe": True, "kappa": np.nan, "age": None})
             continue
@@ -58,7 +61,7 @@ def algorithm_1(
         keyframe = kappa < threshold if every is None else age >= every
         if max_age is not None and age >= max_age:
             keyframe = True
-        keyframe |= t - begun < warm_start
+        keyframe |= everything[t]
         if released:
             score = np.array([shallow[v] + weight * np.mean([s[v] for s in forecasts]) for v in range(len(alive))])
         else:
