@@ -60,6 +60,24 @@ def test_a_cell_is_a_pruner_with_arguments_that_evaluate_takes():
     assert [cell.name for cell in grid] == ["fastv-cut2-keep0.2", "fastv-cut2-keep0.1"]
 
 
+def test_choices_that_are_several_values_are_told_as_in_an_analysis():
+    text = "safe:late_layers=(0,-1),grippers=(6,),keep=0.4"
+    _, cell = sweep.cells(sweep.Sweep(methods=(text,), keeps=(0.2,)))
+    _, method = parse(Evaluate, ["--suite", "libero_object", *cell.arguments], "openpi evaluate")
+    assert (method.choices["late_layers"], method.choices["grippers"]) == ((0, -1), (6,))
+    assert cell.name == "safe-late_layers0_-1-grippers6-keep0.4"
+
+
+def test_a_wrong_choice_is_told_before_the_first_episode(tmp_path):
+    played = []
+    run = lambda *methods: sweep.run(sweep.Sweep(methods=methods, keeps=(0.2,), out=tmp_path), player(played))
+    with pytest.raises(ValueError, match=r"methods: expected choices of safe \(keep, cut, .* got kep"):
+        run("fastv", "safe:kep=0.3")
+    with pytest.raises(ValueError, match=r"fuse: expected λ in \[0, 1\], got 7"):
+        run("fastv", "safe:fuse=7")
+    assert not played
+
+
 def test_finished_cells_are_skipped_and_all_shards_are_reported(tmp_path, capsys):
     options = {"tasks": (0,), "trials": 4, "keeps": (0.5, 0.2), "methods": ("safe", "fastv"), "out": tmp_path}
     names = ["full", "safe-keep0.5", "safe-keep0.2", "fastv-keep0.5", "fastv-keep0.2"]

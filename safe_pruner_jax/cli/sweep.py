@@ -11,6 +11,7 @@ Wilson's 95 % intervals.
 """
 
 import dataclasses
+import inspect
 import os
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ from safe_pruner_jax.evaluation.shards import read_shard
 from safe_pruner_jax.libero.env import num_tasks
 from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
 from safe_pruner_jax.policy.spec import split_method
-from safe_pruner_jax.pruners import PRUNERS
+from safe_pruner_jax.pruners import PRUNERS, factory
 from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.pruners.baselines import BASELINES
 
@@ -94,7 +95,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     """`full` first, then method after method, in the order of the shares.
 
     Raises:
-      ValueError: an unknown method.
+      ValueError: an unknown method, or a choice that it does not have.
     """
     choices = {name: (f"--pruner={name}",) for name in (*PRUNERS, *ABLATIONS, *BASELINES) if name != "full"}
     choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
@@ -107,9 +108,16 @@ def cells(sweep: Sweep) -> list[Cell]:
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     result = [Cell("full", ("--pruner=full",))]
     for name, given in methods:
+        method = choices[name][0].removeprefix("--pruner=")
+        known = inspect.signature(factory(method)).parameters
+        if wrong := given.keys() - known:
+            raise ValueError(
+                f"methods: expected choices of {method} ({', '.join(known)}), got {', '.join(sorted(wrong))}"
+            )
         keep = given.pop("keep", None)
-        label = "-".join([name.replace("/", "-"), *(f"{key}{value}" for key, value in given.items())])
-        options = [part for key, value in given.items() for part in (f"--pruner.{key.replace('_', '-')}", value)]
+        values = {key: [part for part in value.strip("()").split(",") if part] for key, value in given.items()}
+        label = "-".join([name.replace("/", "-"), *(key + "_".join(parts) for key, parts in values.items())])
+        options = [word for key, parts in values.items() for word in (f"--pruner.{key.replace('_', '-')}", *parts)]
         for share in (f"{keep:g}" for keep in sweep.keeps) if keep is None else [keep]:
             result.append(Cell(f"{label}-keep{share}", (*choices[name], *options, "--pruner.keep", share)))
     return result
@@ -164,6 +172,8 @@ def run(sweep: Sweep, play: Callable[[Sweep, Cell], int] = play) -> int:
     """Plays what is missing, cell after cell, and reports; exit code of the first cell that failed, else 0."""
     sweep.out.mkdir(parents=True, exist_ok=True)
     todo = [] if sweep.report_only else cells(sweep)
+    for cell in todo:  # a value out of range is said before the first episode
+        parse(Evaluate, arguments(sweep, cell), "openpi evaluate")
     for number, cell in enumerate(todo, 1):
         episodes = missing(sweep, cell)
         what = f"{episodes} episodes to play" if episodes else "finished"
