@@ -41,6 +41,26 @@ def test_asked_every_ten_steps_the_law_solves_a_shuffled_scene(maker):
 
 @pytest.mark.nightly
 @pytest.mark.libero
+def test_a_hand_that_rests_above_a_flat_object_is_led_down_and_not_closed(maker):
+    """A policy that closes there grips air, opens, and closes again; it can only learn better from its labels."""
+    maker.placements.shuffle(2)
+    law = FeedbackExpert(maker.env, maker.goal("cream_cheese_1"))
+    above = lambda: law.scene.site[2] - law.scene.boxes("cream_cheese_1").top
+    for _ in range(120):
+        action = np.clip(law.act(), -1, 1)
+        if law.phase == "descend" and above() < 0.015:
+            break
+        slow = 0.2 if law.phase == "descend" and above() < 0.04 else 1.0
+        maker.env.advance(np.concatenate([slow * action[:3], action[3:]]))
+    for _ in range(20):
+        maker.env.advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    assert 0.002 < above() < 0.015
+    law.act()
+    assert law.phase == "descend"
+
+
+@pytest.mark.nightly
+@pytest.mark.libero
 def test_a_label_leaves_the_simulator_as_it_was_and_says_the_same_again(maker):
     maker.placements.shuffle(4)
     goal = maker.goal("milk_1")

@@ -35,6 +35,7 @@ CHUNK = 10
 _ABOVE, _COLUMN, _ALIGNED = 0.05, 0.02, 0.2
 _REACHED, _DEPTH = 0.010, 0.012
 _PADS, _UNDERSIDE = 0.008, 0.020
+_OVERLAP = 0.008  # of pads and object, without which closing grips air
 _CLEARANCE = 0.04
 _OVER = 0.025  # of the basket's middle: near enough to go down
 _FAST = 0.02  # m/s of a finger that still closes
@@ -94,10 +95,12 @@ class FeedbackExpert:
         above = scene.boxes(self._thing).top + _ABOVE + _PADS
         away, depth = np.linalg.norm((scene.site - at)[:2]), abs(scene.site[2] - at[2])
         aligned = abs(scene.turn(grasp.yaw)) < _ALIGNED
-        if _EMPTY < half < _AJAR and away < 0.03 and depth < 0.03:  # it has begun to close here
+        within = scene.boxes(self._thing).top - at[2] + _PADS - _OVERLAP  # so deep pads are beside even a flat object
+        if _EMPTY < half < _AJAR and away < 0.03 and depth < min(0.03, within):  # it has begun to close here
             return self._grip(speed < _FAST and scene.in_hand(self._thing), grasp.yaw)
-        there = away < _REACHED and depth < _DEPTH
-        stuck = away < _COLUMN and depth < 2 * _DEPTH and self._speed() < _STILL  # far out the arm stops short
+        there = away < _REACHED and depth < min(_DEPTH, within)
+        # far out the arm stops short
+        stuck = away < _COLUMN and depth < min(2 * _DEPTH, within) and self._speed() < _STILL
         if (there or stuck) and aligned and half >= _AJAR:
             return self._grip(False, grasp.yaw)
         if away < _COLUMN and aligned:
