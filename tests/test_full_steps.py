@@ -1,4 +1,4 @@
-"""Full steps for any method: at the start, after a grasp, at a standstill."""
+"""Full steps for any method: at the start, and after a grasp."""
 
 import inspect
 
@@ -8,19 +8,16 @@ import synthetic
 from oracles.full_steps import slow_full_steps
 from synthetic import case, episode, kept, play, put
 
-from safe_pruner_jax.pruners import Plan, after_grasp, at_standstill, fastv, make, warm
+from safe_pruner_jax.pruners import Plan, after_grasp, fastv, make, warm
 from safe_pruner_jax.pruners.full_steps import CHOICES, with_full_steps
 
 STEPS = 9
 
 
 def scene(c, seed):
-    """Attention jumps, tokens stay, some disappear at step 6; every third picture is that of the step before."""
-    seen = episode(seed, c.pruner, steps=STEPS, noise=0.05, moving=False)
-    alive = put(seen.alive, slice(6, None), ~seen.alive[6] | (np.arange(synthetic.N) < 12))
-    visual = seen.visual + np.random.default_rng(seed).normal(size=seen.visual.shape).astype(np.float32)
-    visual[::3][1:] = visual[2::3][: len(visual[::3]) - 1] * 1.01
-    return seen.replace(alive=alive, visual=visual)
+    """Some tokens disappear at step 6."""
+    seen = episode(seed, c.pruner, steps=STEPS)
+    return seen.replace(alive=put(seen.alive, slice(6, None), ~seen.alive[6] | (np.arange(synthetic.N) < 12)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -31,8 +28,7 @@ def scene(c, seed):
         {"warm_start": 2},
         {"grippers": (1,)},
         {"grippers": (0, 2)},
-        {"standstill": 0.98},
-        {"warm_start": 2, "grippers": (1,), "standstill": 0.98},
+        {"warm_start": 2, "grippers": (1,)},
     ],
     ids=str,
 )
@@ -58,12 +54,12 @@ def test_a_method_that_refreshes_by_itself_still_does():
 
 
 def test_nothing_is_added_to_a_method_that_drops_nothing():
-    for pruner in (warm(make("full"), 3), after_grasp(make("full"), (0,)), at_standstill(make("full"), 0.9)):
+    for pruner in (warm(make("full"), 3), after_grasp(make("full"), (0,))):
         assert pruner.plan == Plan() and pruner.step is make("full").step
 
 
 def test_a_factory_gets_the_choices_that_it_lacks():
-    assert list(inspect.signature(fastv).parameters)[-3:] == list(CHOICES)
+    assert list(inspect.signature(fastv).parameters)[-2:] == list(CHOICES)
     assert with_full_steps(fastv) is fastv
 
     def own(*, grippers: int = 0):
@@ -76,7 +72,7 @@ def test_a_factory_gets_the_choices_that_it_lacks():
         return make("random")
 
     extended = with_full_steps(own)
-    assert list(inspect.signature(extended).parameters) == ["grippers", "warm_start", "standstill"]
+    assert list(inspect.signature(extended).parameters) == ["grippers", "warm_start"]
     assert "warm_start: w ≥ 1 steps" in extended.__doc__ and extended.__doc__.count("grippers:") == 1
     assert extended(grippers=2, warm_start=2).name == "random"
 

@@ -76,7 +76,7 @@ def choices(pruner: str, factory: Callable) -> Iterator[str]:
 def summary(prog: str, command: type, pruner: tuple[str, Callable] | None = None) -> str:
     """The help of a command, at most 50 lines."""
     policy = any(field.name == "policy" for field in dataclasses.fields(command))
-    lines = [f"usage: {prog} [options]{' [policy]' if policy else ''}", inspect.cleandoc(command.__doc__ or "")]
+    lines = [f"usage: {prog} [options]{' [policy]' if policy else ''}", "", inspect.cleandoc(command.__doc__ or "")]
     lines[-1] = lines[-1].partition("\n")[0]
     lines += ["", *fields(command)]
     if pruner is not None and pruner[0] != "none":

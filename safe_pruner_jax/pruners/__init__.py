@@ -19,7 +19,7 @@ from safe_pruner_jax.pruners.baselines import BASELINES
 from safe_pruner_jax.pruners.divprune import divprune
 from safe_pruner_jax.pruners.fastv import fastv
 from safe_pruner_jax.pruners.full import full
-from safe_pruner_jax.pruners.full_steps import after_grasp, at_standstill, warm, with_full_steps
+from safe_pruner_jax.pruners.full_steps import after_grasp, warm, with_full_steps
 from safe_pruner_jax.pruners.random import random
 from safe_pruner_jax.pruners.safe import safe
 from safe_pruner_jax.pruners.sparsevlm import sparsevlm
@@ -38,7 +38,6 @@ __all__ = [
     "Pruner",
     "Selection",
     "after_grasp",
-    "at_standstill",
     "factory",
     "make",
     "names",

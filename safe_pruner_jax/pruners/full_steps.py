@@ -1,8 +1,7 @@
-"""Full steps for any method, at moments that no saliency tells: the first ones, after a grasp, when nothing moves.
+"""Full steps for any method, at moments that no saliency tells: the first steps, and those after a grasp.
 
     warm(random(keep=0.2), 3)              a pruner made of a pruner: the first three steps of an episode in full
     after_grasp(fastv(keep=0.2), (6,))     the first step, and those after the gripper's command changed
-    at_standstill(safe(keep=0.2), 0.97)    the first step, and those whose picture is that of the step before
 
     with_full_steps(random)(keep=0.2, warm_start=3)     the same through the factory, as the command line has it
 
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.pruners import checks, forecast
 from safe_pruner_jax.pruners.base import NO_HISTORY, Evidence, Pruner, Selection, State, whole
 from safe_pruner_jax.pruners.checks import require
 
@@ -90,32 +88,6 @@ def after_grasp(pruner: Pruner, grippers: tuple[int, ...]) -> Pruner:
     return _overrule(pruner, init, ask)
 
 
-def at_standstill(pruner: Pruner, standstill: float) -> Pruner:
-    """The pruner with the first step in full, and those whose picture is that of the step before.
-
-    A robot that waits for what it does not see stands still. Then κ stays high, since nothing changes, and the choice
-    that led there is never made anew. The measure is the mean over alive slots of the cosine of Z now and a step ago.
-
-    Args:
-      pruner: any.
-      standstill: σ, for one policy: it depends on its visual tokens, and on how far a chunk of actions moves the arm.
-
-    Raises:
-      ValueError: σ is not in [-1, 1].
-
-    References:
-      Ours.
-    """
-    checks.within(-1, 1, "standstill", "σ", standstill)
-
-    def ask(before: Array, e: Evidence) -> tuple[Array, Array]:
-        z = forecast.unit(jnp.where(e.alive[:, None], e.visual, 0))
-        same = jnp.sum(z * before) / jnp.maximum(e.alive.sum(), 1)
-        return z, (e.since_full == NO_HISTORY) | ~(same < standstill)
-
-    return _overrule(pruner, lambda e: jnp.zeros(e.visual.shape, jnp.float32), ask)
-
-
 def _overrule(pruner: Pruner, start: Callable[[Evidence], State], ask: Ask) -> Pruner:
     """The pruner whose steps also run everything where `ask` says so."""
     if pruner.plan.cut is None:
@@ -152,12 +124,6 @@ CHOICES = {
         tuple[int, ...] | None,
         "indices of the action values that open and close grippers; the step after one of them changed sign runs "
         "everything, and so does the first. None: they are not looked at.",
-    ),
-    "standstill": Choice(
-        at_standstill,
-        float | None,
-        "σ in [-1, 1]; a step whose visual tokens have at least this mean cosine with those of the step before runs "
-        "everything, and so does the first. None: it is not looked at.",
     ),
 }
 """What `with_full_steps` adds to a factory, by keyword; each is None unless it is given."""

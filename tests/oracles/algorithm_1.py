@@ -21,7 +21,6 @@ def algorithm_1(
     pool=1.0,
     warm_start=1,
     grippers=(),
-    standstill=None,
     late="expert",
     late_layers=None,
     features="Z",
@@ -36,7 +35,7 @@ def algorithm_1(
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
     keyframes, log = [], []
-    everything = slow_full_steps(seen, warm_start=warm_start, grippers=grippers, standstill=standstill)
+    everything = slow_full_steps(seen, warm_start=warm_start, grippers=grippers)
     for t in range(len(seen.alive)):
         alive, camera = seen.alive[t], seen.camera[t]
         shallow, tested = (np.asarray(seen.saliency[i][t], np.float64) for i in (0, -1))
