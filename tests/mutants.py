@@ -42,6 +42,13 @@ MUTANTS = (
         "tests/test_temporal.py",
     ),
     Mutant(
+        "the gripper is compared with nothing",
+        "pruners/full_steps.py",
+        "(steps > 1) & (now != closed).any()",
+        "(steps > 1) & now.any()",
+        "tests/test_full_steps.py",
+    ),
+    Mutant(
         "λ on the wrong side of the fusion",
         "pruners/forecast.py",
         "(1.0 - weight) * s + weight * late.mean(0)",
