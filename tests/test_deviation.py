@@ -89,7 +89,7 @@ def test_the_best_setting_of_each_method_within_a_budget():
     assert "the comparison favours" in text and "| random | 1 | none within the budget |" in text
     assert "favours" not in tune.table(rows[:2] + rows[3:5], 0.8)
     names = [cell.name for cell in cells(Sweep(methods=tuple(methods), keeps=(0.1, 0.5)))]
-    assert names == ["full", "safe-warm_start1-late_layers(0,-1)-keep0.3", "fastv-keep0.2"]
+    assert names == ["full", "safe-warm_start1-late_layers0_-1-keep0.3", "fastv-keep0.2"]
 
 
 def test_errors_along_the_episode_are_of_pruned_calls_only():
@@ -131,8 +131,8 @@ def test_a_budget_of_milliseconds_is_refused(tmp_path, capsys):
     [
         ("fastw", "did you mean 'fastv'"),
         ("full", "none: it keeps everything"),
-        ("fastv:layer=2", "choices of fastv (cut, queries, warm_start), got fastv:layer=2"),
-        ("fastv:keep=0.3", "choices of fastv (cut, queries, warm_start), got fastv:keep=0.3"),
+        ("fastv:layer=2", "choices of fastv (cut, queries, warm_start, grippers), got fastv:layer=2"),
+        ("fastv:keep=0.3", "choices of fastv (cut, queries, warm_start, grippers), got fastv:keep=0.3"),
         ("fastv:cut", "expected NAME:choice=value,…, got fastv:cut (cut has no value)"),
         ("safe:pool=0.5", "pool: expected μ of at least 1, got 0.5"),
     ],
