@@ -14,7 +14,7 @@ CASES = [
     case("safe", pool=1.5, threshold=0.5, keep=0.3, queries="text"),
     case("safe", pool=2, keep=5, every=4),
     case("safe", warm_start=3, threshold=0.5),
-    case("safe", grippers=(1,), threshold=-1.0),
+    case("safe", grippers=(0,), threshold=-1.0),
     case("safe", late="prefix", queries="all", over="all", threshold=0.3, keep=0.3),
     case("safe", features="hidden", late="prefix", late_layers=(-1,), threshold=-1.0, max_age=4),
     case("fastv", queries="last", warm_start=2, keep=5),
