@@ -64,7 +64,7 @@ def after_grasp(pruner: Pruner, grippers: tuple[int, ...]) -> Pruner:
       grippers: indices of action values; LIBERO's is 6.
 
     Raises:
-      ValueError: no whole numbers of at least 0.
+      ValueError: no whole numbers of at least 0; from `init`, indices that the robot's actions do not have.
 
     References:
       Ours. `libero.demonstrations.subtasks` finds subtasks in the same way.
@@ -74,8 +74,8 @@ def after_grasp(pruner: Pruner, grippers: tuple[int, ...]) -> Pruner:
     require(fine, "grippers", "indices of action values, whole numbers >= 0", grippers)
 
     def init(e: Evidence) -> tuple[Array, Array]:
-        if max(grippers) >= e.actions.shape[-1]:
-            require(False, "grippers", f"indices below {e.actions.shape[-1]}, the number of action values", grippers)
+        values = e.actions.shape[-1]
+        require(max(grippers) < values, "grippers", f"indices below {values}, the number of action values", grippers)
         return jnp.zeros(len(grippers), bool), jnp.zeros((), jnp.int32)
 
     def ask(state: tuple[Array, Array], e: Evidence) -> tuple[tuple[Array, Array], Array]:
