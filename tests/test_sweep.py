@@ -71,7 +71,10 @@ def test_choices_that_are_several_values_are_told_as_in_an_analysis():
 def test_a_wrong_choice_is_told_before_the_first_episode(tmp_path):
     played = []
     run = lambda *methods: sweep.run(sweep.Sweep(methods=methods, keeps=(0.2,), out=tmp_path), player(played))
-    with pytest.raises(ValueError, match=r"methods: expected choices of safe \(keep, cut, .* got kep"):
+    with pytest.raises(
+        ValueError,
+        match=r"methods: expected NAME:choice=value,… with choices of safe \(keep, cut, .*\), got safe:kep=0.3",
+    ):
         run("fastv", "safe:kep=0.3")
     with pytest.raises(ValueError, match=r"fuse: expected λ in \[0, 1\], got 7"):
         run("fastv", "safe:fuse=7")

@@ -32,7 +32,7 @@ from safe_pruner_jax.cli.recordings import (
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy, layout_of
-from safe_pruner_jax.policy.spec import Method, split_method
+from safe_pruner_jax.policy.spec import Method, check_choices, split_method
 from safe_pruner_jax.pruners import PRUNERS, factory
 from safe_pruner_jax.pruners.checks import require
 
@@ -246,10 +246,8 @@ def _method(text: str, keep: float) -> Method:
     """What "name" or "name:choice=value,choice=value" asks for, at a share kept."""
     name, texts = split_method(text)
     defaults = {key: parameter.default for key, parameter in inspect.signature(factory(name)).parameters.items()}
-    if "keep" not in defaults or not texts.keys() <= defaults.keys() - {"keep"}:
-        chosen = ", ".join(key for key in defaults if key != "keep")
-        choices = chosen if "keep" in defaults else "none: it keeps everything"
-        raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
+    known = [key for key in defaults if key != "keep"] if "keep" in defaults else []
+    check_choices(text, name, texts if known else ("keep",), known)
 
     def value(text: str) -> Any:
         try:

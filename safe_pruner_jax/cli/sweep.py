@@ -28,7 +28,7 @@ from safe_pruner_jax.evaluation.records import RecordsError, read_records
 from safe_pruner_jax.evaluation.shards import read_shard
 from safe_pruner_jax.libero.env import num_tasks
 from safe_pruner_jax.policy.identity import METHOD, MODEL, differences
-from safe_pruner_jax.policy.spec import split_method
+from safe_pruner_jax.policy.spec import check_choices, split_method
 from safe_pruner_jax.pruners import PRUNERS, factory
 from safe_pruner_jax.pruners.ablations import ABLATIONS
 from safe_pruner_jax.pruners.baselines import BASELINES
@@ -107,13 +107,9 @@ def cells(sweep: Sweep) -> list[Cell]:
     if unknown := {name for name, _ in methods} - set(choices):
         raise ValueError(f"methods: expected some of {', '.join(choices)}, got {', '.join(sorted(unknown))}")
     result = [Cell("full", ("--pruner=full",))]
-    for name, given in methods:
+    for text, (name, given) in zip(sweep.methods, methods, strict=True):
         method = choices[name][0].removeprefix("--pruner=")
-        known = inspect.signature(factory(method)).parameters
-        if wrong := given.keys() - known:
-            raise ValueError(
-                f"methods: expected choices of {method} ({', '.join(known)}), got {', '.join(sorted(wrong))}"
-            )
+        check_choices(text, method, given, inspect.signature(factory(method)).parameters)
         keep = given.pop("keep", None)
         values = {key: [part for part in value.strip("()").split(",") if part] for key, value in given.items()}
         label = "-".join([name.replace("/", "-"), *(key + "_".join(parts) for key, parts in values.items())])

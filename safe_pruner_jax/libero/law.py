@@ -95,13 +95,12 @@ class FeedbackExpert:
         above = scene.boxes(self._thing).top + _ABOVE + _PADS
         away, depth = np.linalg.norm((scene.site - at)[:2]), abs(scene.site[2] - at[2])
         aligned = abs(scene.turn(grasp.yaw)) < _ALIGNED
-        within = scene.boxes(self._thing).top - at[2] + _PADS - _OVERLAP  # so deep pads are beside even a flat object
-        if _EMPTY < half < _AJAR and away < 0.03 and depth < min(0.03, within):  # it has begun to close here
+        beside = depth < scene.boxes(self._thing).top - at[2] + _PADS - _OVERLAP  # pads are, also of a flat object
+        if beside and _EMPTY < half < _AJAR and away < 0.03 and depth < 0.03:  # it has begun to close here
             return self._grip(speed < _FAST and scene.in_hand(self._thing), grasp.yaw)
-        there = away < _REACHED and depth < min(_DEPTH, within)
-        # far out the arm stops short
-        stuck = away < _COLUMN and depth < min(2 * _DEPTH, within) and self._speed() < _STILL
-        if (there or stuck) and aligned and half >= _AJAR:
+        there = away < _REACHED and depth < _DEPTH
+        stuck = away < _COLUMN and depth < 2 * _DEPTH and self._speed() < _STILL  # far out the arm stops short
+        if beside and (there or stuck) and aligned and half >= _AJAR:
             return self._grip(False, grasp.yaw)
         if away < _COLUMN and aligned:
             return self._towards("descend", at, grasp.yaw, OPEN)

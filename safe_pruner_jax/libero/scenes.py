@@ -101,9 +101,14 @@ class SceneMaker:
         frames["acts"][:] = True
         return frames
 
+    @property
+    def task_goal(self) -> tuple[str, str, str]:
+        """The predicate of the task itself: ("in", "milk_1", "basket_1_contain_region")."""
+        return tuple(self.env.simulator.env.parsed_problem["goal_state"][0])
+
     def goal(self, name: str) -> tuple[str, str, str]:
         """The predicate that fetching this object is to make true: the task's own, with this object."""
-        predicate, _, target = self.env.simulator.env.parsed_problem["goal_state"][0]
+        predicate, _, target = self.task_goal
         return predicate, name, target
 
     def frame(self, name: str, held: bool) -> dict[str, Any]:

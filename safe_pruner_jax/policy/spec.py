@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import logging
 import re
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 from safe_pruner_jax import pruners
@@ -85,6 +86,13 @@ def split_method(text: str) -> tuple[str, dict[str, str]]:
     if wrong := [key for key, sign, _ in parts if not sign]:
         raise ValueError(f"methods: expected NAME:choice=value,…, got {text} ({wrong[0]} has no value)")
     return name, {key: value for key, _, value in parts}
+
+
+def check_choices(text: str, name: str, given: Iterable[str], known: Collection[str]) -> None:
+    """A method's choices, written as in `text`, are among the known ones; raises ValueError."""
+    if not set(given) <= set(known):
+        choices = ", ".join(known) or "none: it keeps everything"
+        raise ValueError(f"methods: expected NAME:choice=value,… with choices of {name} ({choices}), got {text}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert, label
 from safe_pruner_jax.libero.scenes import Frames, SceneMaker, stack
@@ -35,11 +34,6 @@ class Played(NamedTuple):
     success: bool
     steps: int
     closest: float
-
-
-def task_object(env: LiberoEnv) -> str:
-    """The object that the task's instruction names, as the simulator calls it: "milk_1"."""
-    return env.simulator.env.parsed_problem["goal_state"][0][1]
 
 
 def play(
@@ -73,7 +67,7 @@ def play(
     env, rng = maker.env, np.random.default_rng([seed, maker.env.task.index, 3])
     if fixed:
         env.reset(seed)
-        name = task_object(env)
+        name = maker.task_goal[1]
     else:
         name = _shuffled(maker, seed, rng, usual, often or {})
     goal = maker.goal(name)
@@ -100,7 +94,7 @@ def _shuffled(maker: SceneMaker, seed: int, rng: np.random.Generator, usual: flo
     """Starts an episode in a new scene; returns its target."""
     if rng.random() < usual:
         maker.placements.shuffle(seed, permute=False)
-        return task_object(maker.env)
+        return maker.task_goal[1]
     maker.placements.shuffle(seed)
     names = maker.placements.names
     share = np.array([often.get(kind(name), 1.0) for name in names])

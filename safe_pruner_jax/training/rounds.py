@@ -62,16 +62,14 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode to be played: its file, whose scene, and what `correct.play` is told."""
+    """One episode to be played: its file, whose scene, and `how`: options of `correct.play`."""
 
     path: Path
     suite: str
     task: int
     seed: int
-    mix: float
-    usual: float
-    often: dict[str, float]
     size: int
+    how: dict[str, Any]
 
 
 def export(out: Path, params: Params, config: PolicyConfig, stats: dict[str, NormStats], tokenizer: Path) -> Path:
@@ -100,8 +98,10 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     """
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
-    drawn = {"mix": r.mix * 0.5**number, "usual": r.usual, "often": targets(r, number, out), "size": size}
-    attempts = [Attempt(_path(out, r, task, seed), r.suite, task, seed, **drawn) for task in r.tasks for seed in seeds]
+    how = {"mix": r.mix * 0.5**number, "usual": r.usual, "often": targets(r, number, out)}
+    attempts = [
+        Attempt(_path(out, r, task, seed), r.suite, task, seed, size, how) for task in r.tasks for seed in seeds
+    ]
     missing = lambda: [attempt for attempt in attempts if not attempt.path.exists()]
     work = functools.partial(_episode, config=config, checkpoint=str(checkpoint))
     for count, total, line in finish(missing, work, r.workers):
@@ -179,8 +179,7 @@ def _episode(attempt: Attempt, config: str, checkpoint: str) -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
     task, seed = attempt.task, attempt.seed
     maker = current_maker(attempt.suite, task, attempt.size)
-    how = {"mix": attempt.mix, "usual": attempt.usual, "often": attempt.often}
-    played = play(maker, _policy(config, checkpoint), seed, prompt, **how)
+    played = play(maker, _policy(config, checkpoint), seed, prompt, **attempt.how)
     about = {"suite": attempt.suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
     write(attempt.path, played.frames, about)
