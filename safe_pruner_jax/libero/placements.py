@@ -20,6 +20,8 @@ from safe_pruner_jax.libero.suites import Task, is_shuffled
 
 JITTER = 0.03
 """Standard deviation, metres, of a permuted object's place."""
+USUAL_JITTER = 0.01
+"""The same of an object near its usual place: what LIBERO's own draw leaves, and as much again."""
 RECEPTACLE_JITTER = 0.015
 """The same of the basket, which keeps its place."""
 APART = 0.085
@@ -66,14 +68,14 @@ class Placements:
 
         Args:
           seed: of the whole scene, together with the task.
-          permute: False leaves every object near the place where LIBERO puts it.
+          permute: False leaves every object within a few centimetres of where LIBERO puts it.
           arm: standard deviation, rad, that the arm's joints get.
         """
         env = self._env
         rng = np.random.default_rng([seed, env.task.index])
         env.randomize(seed)
         state = env.simulator.get_sim_state().copy()
-        self._mix(state, rng, _exchanged if permute else _jittered)
+        self._mix(state, rng, _exchanged if permute else _near)
         state[self._arm] += rng.normal(0.0, arm, len(self._arm))
         state[self._positions :] = 0
         env.begin(state)
@@ -134,12 +136,12 @@ class Placements:
         return rng.uniform(self._low, self._high, now.shape)
 
 
-def _jittered(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
-    return now + rng.normal(0.0, JITTER, now.shape)
+def _near(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
+    return now + rng.normal(0.0, USUAL_JITTER, now.shape)
 
 
 def _exchanged(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
-    return _jittered(rng, now[rng.permutation(len(now))])
+    return now[rng.permutation(len(now))] + rng.normal(0.0, JITTER, now.shape)
 
 
 class ShuffledEnv(LiberoEnv):

@@ -154,7 +154,7 @@ class SceneMaker:
 
 @contextlib.contextmanager
 def open_scenes(suite: str, task: int, size: int = 112) -> Iterator[SceneMaker]:
-    """A maker with its own fast environment, which is closed afterwards."""
+    """A maker with its own environment of coarse pictures, which is closed afterwards."""
     with LiberoEnv(load_task(suite, task), coarse=True) as env:
         yield SceneMaker(env, size)
 
@@ -163,11 +163,11 @@ _open: list[LiberoEnv] = []
 
 
 @functools.lru_cache(1)
-def current_maker(suite: str, task: int, size: int) -> SceneMaker:
+def current_maker(suite: str, task: int, size: int, *, coarse: bool = True) -> SceneMaker:
     """This process's maker, for workers that are given one job after the other; the environment before is closed."""
     while _open:
         _open.pop().close()
-    _open.append(LiberoEnv(load_task(suite, task), coarse=True))
+    _open.append(LiberoEnv(load_task(suite, task), coarse=coarse))
     return SceneMaker(_open[-1], size)
 
 

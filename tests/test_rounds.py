@@ -1,0 +1,55 @@
+"""Rounds of corrections: episodes that the policy plays itself, in workers, as files with labels."""
+
+import numpy as np
+import pytest
+
+from safe_pruner_jax.cli.stages import action_stats, embedded_weights
+from safe_pruner_jax.libero.scenes import read
+from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.training.rounds import Rounds, export, play_round
+
+pytestmark = [pytest.mark.libero, pytest.mark.nightly]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config, out = get_config("mini_libero"), tmp_path_factory.mktemp("checkpoint")
+    return export(out, embedded_weights(), config, action_stats(config), embedded_folder() / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def rounds(checkpoint, tmp_path_factory):
+    """The same episode with an evaluation's pictures and with quick ones: (summary, folder) by `coarse`."""
+    result = {}
+    for coarse in (False, True):
+        out = tmp_path_factory.mktemp("data")
+        r = Rounds(tasks=(7,), episodes=1, workers=1, usual=1.0, mix=0.0, coarse=coarse)
+        result[coarse] = play_round(r, 0, "mini_libero", checkpoint, out, 112), out
+    return result
+
+
+def test_a_round_leaves_a_file_per_episode_with_a_label_for_every_call(rounds):
+    row, out = rounds[False]
+    (path,) = out.iterdir()
+    frames, about = read(path)
+    calls = -(-about["steps"] // 10)
+    assert (row["episodes"], row["frames"], row["steps"]) == (1, calls, about["steps"])
+    assert row["successes"] == about["success"]
+    assert frames["actions"].shape == (calls, 10, 7) and frames["acts"].all()
+    assert about["kinds"][frames["target"][0]] == "milk"  # near usual places the task's own object is the target
+
+
+def test_quick_pictures_show_the_same_scene_with_other_details(rounds):
+    first = {coarse: read(next(out.iterdir()))[0] for coarse, (_, out) in rounds.items()}
+    np.testing.assert_allclose(first[True]["position"][0], first[False]["position"][0], atol=1e-4)
+    difference = first[True]["image"][0].astype(float) - first[False]["image"][0]
+    assert 0.5 < np.abs(difference).mean() < 10
+
+
+def test_a_round_that_is_there_is_not_played_again(rounds, checkpoint):
+    row, out = rounds[False]
+    before = next(out.iterdir()).stat().st_mtime_ns
+    r = Rounds(tasks=(7,), episodes=1, workers=1, usual=1.0, mix=0.0)
+    assert play_round(r, 0, "mini_libero", checkpoint, out, 112) == row
+    assert next(out.iterdir()).stat().st_mtime_ns == before
