@@ -90,11 +90,11 @@ def test_no_scene_is_a_fixed_initial_state(maker):
     for seed, permute in itertools.product(range(3), (True, False)):
         placements.shuffle(seed, permute=permute)
         now = maker.env.simulator.get_sim_state()[columns]
-        assert np.linalg.norm(fixed - now, axis=-1).max(-1).min() > 0.01
+        assert np.linalg.norm(fixed - now, axis=-1).max(-1).min() > (0.01 if permute else 0.004)
         gaps = np.linalg.norm(now[:, None] - now, axis=-1)[np.triu_indices(len(now), 1)]
         assert gaps.min() > APART - 0.01  # they settle
         from_usual = np.linalg.norm(now - fixed.mean(0), axis=-1)
-        assert permute or np.median(from_usual) < 0.08
+        assert permute or np.median(from_usual) < 0.03
 
 
 @pytest.mark.nightly

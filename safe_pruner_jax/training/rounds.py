@@ -104,7 +104,9 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
     how = {"mix": r.mix * 0.5**number, "usual": r.usual, "often": targets(r, number, out)}
     attempts = [
-        Attempt(_path(out, r, task, seed), r.suite, task, seed, size, r.coarse, how) for task in r.tasks for seed in seeds
+        Attempt(_path(out, r, task, seed), r.suite, task, seed, size, r.coarse, how)
+        for task in r.tasks
+        for seed in seeds
     ]
     missing = lambda: [attempt for attempt in attempts if not attempt.path.exists()]
     work = functools.partial(_episode, config=config, checkpoint=str(checkpoint))
