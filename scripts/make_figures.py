@@ -43,7 +43,7 @@ from safe_pruner_jax.policy.loading import calibrated, load_policy
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-EQUAL = ("libero_object10_112_equal", "libero_object10_swap_112_t0")
+EQUAL = ("libero_object10_second_112_equal", "libero_object10_second_swap_112_t0")
 TRIALS = 5  # that every cell of them has
 
 
@@ -104,18 +104,18 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "kept": kept,
     "launches": ladder,
     "success_by_flops": equal_cost,
-    "recall": lambda: recall.figure(rows("recall_object10_112")),
-    "forecast": lambda: forecast.figure(late(rows("forecast_object10_112"))),
-    "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_112") if row["queries"] == "text"], 0.81),
+    "recall": lambda: recall.figure(rows("recall_object10_second_112")),
+    "forecast": lambda: forecast.figure(late(rows("forecast_object10_second_112"))),
+    "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_second_112") if row["queries"] == "text"], 0.81),
     "cost": lambda: cost.figure(rows("cost_object3_112")),
     "attention": lambda: attention.figure(rows("attention_object10_112"), rows("carried_object10_112")),
     "attention_beside": lambda: attention.beside(
         {
             "without attention loss": rows("attention_object10_unsupervised_112"),
-            "embedded": rows("attention_object10_112"),
+            "with attention loss": rows("attention_object10_second_112"),
         }
     ),
-    "controls": lambda: controls.figure(rows("controls_object10_112")),
+    "controls": lambda: controls.figure(rows("controls_object10_second_112")),
     "step_mini_cpu": lambda: bars(json.loads((RESULTS / "step_mini_cpu.json").read_text(encoding="utf-8"))),
     "diagnose": cameras,
 }

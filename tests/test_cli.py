@@ -108,6 +108,10 @@ def test_split_pruner():
         (["policy:checkpoint", "--policy.config=pi05_libero", "--policy.dir=/no/such"], "/no/such"),
         (["policy:embedded", "--pruner=fastv", "--pruner.cut", "40"], "below the model's depth 18, got 40"),
         (["policy:embedded", "--pruner=safe", "--pruner.keep", "600"], "visual tokens (2 cameras ×"),
+        (
+            ["policy:embedded", "--pruner=safe", "--pruner.grippers", "9"],
+            "grippers: expected indices below 8, the number of action values, got (9,)",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_code_2(argv, text, capsys):

@@ -29,24 +29,11 @@ def test_a_new_episode_starts_from_one_blank_state(ref, weights):
     counted = replace(pruner, init=lambda e: made.append(e.visual.shape[0]) or pruner.init(e))
     engine = Engine(weights, ref.config, counted)
     first, second, both = engine.init((1,), 2), engine.init((2,), 2), engine.init((1, 2), 1)
-    assert made == [48, 32, 16]  # once for each number of cameras, all three when the engine is made
+    assert made == [32, 16]  # once for each number of cameras
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, second) and both.alive.shape == (2, 16)
     keys = [jax.random.key_data(state.key) for state in (first, second)]
     np.testing.assert_array_equal(jax.random.key_data(both.key), np.concatenate(keys))
     assert not np.array_equal(*keys)
-
-
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ({"grippers": (32,)}, r"grippers: expected indices below 32, the number of action values, got \(32,\)"),
-        ({"keep": 49}, r"keep: expected at most 48 visual tokens \(3 cameras × 16\), got 49"),
-    ],
-    ids=str,
-)
-def test_a_choice_that_no_robot_can_have_is_told_before_the_first(ref, weights, choices, message):
-    with pytest.raises(ValueError, match=message):
-        Engine(weights, ref.config, PRUNERS["safe"](**choices))
 
 
 # Dead tokens

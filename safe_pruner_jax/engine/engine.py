@@ -67,7 +67,7 @@ class Engine:
       pruner: what decides.
 
     Raises:
-      ValueError: the plan does not fit the model's depth; from the pruner's `init`, a choice does not fit its sizes.
+      ValueError: the plan does not fit the model's depth.
     """
 
     def __init__(self, weights: pi0.Weights, config: Pi0Config, pruner: Pruner):
@@ -80,7 +80,6 @@ class Engine:
         self.second = {pruned: second(pruned) for pruned in (False, True)}
         self.full, self.pruned = self._second_half(False), self._second_half(True)
         self._blank = cache(self._make_blank)  # one per number of cameras
-        self._blank(len(config.cameras))  # a choice that no robot can have is told before the first
 
     def _second_half(self, pruned: bool) -> Callable[[pi0.Weights, Carry, Array | None], tuple[Array, ControlState]]:
         """`finish` for rows [b] of a carry, None for all; compiled per number of rows, whatever the batch was."""

@@ -170,7 +170,9 @@ def load_policy(
     automatic = kernels == "auto"
     model = autotune.on_gpu(weights, model)[0] if automatic else model.replace(kernels=tuple(kernels))
     how = {"prompt_lengths": prompt_lengths, "seed": seed, "describe": describe}
-    return Policy(Engine(weights, model, pruner), io, metadata=dict(config.metadata), **how)
+    policy = Policy(Engine(weights, model, pruner), io, metadata=dict(config.metadata), **how)
+    policy.check()
+    return policy
 
 
 def _vocabulary(folder: Path, embedded: bool) -> Path:

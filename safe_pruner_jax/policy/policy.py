@@ -157,6 +157,20 @@ class Policy:
         """A fresh episode of one robot."""
         return Session(self)
 
+    def check(self) -> None:
+        """Finds out whether a robot with the usual cameras can have this pruner.
+
+        Raises:
+          ValueError: it cannot, for example because `keep` is a count above the number of its visual tokens.
+        """
+        self.engine.init((self.seed,), len(self._usual()[1]))
+
+    def _usual(self) -> tuple[Example, tuple[str, ...]]:
+        """An example of this robot's, and its alive cameras."""
+        request = self.transform.example(np.random.default_rng(0))
+        example, _ = self.transform.prepare(request | {"prompt": "warm up"})
+        return example, layout_of(example, self.engine.config).cameras
+
     def warmup(self, sizes: Sequence[int] = (1,), *, real_time: bool = False, attention: bool = False) -> None:
         """Compiles and runs every program of `prompt_lengths` for robots with their usual cameras.
 
@@ -165,10 +179,7 @@ class Policy:
           real_time: also the programs of requests with `rtc`.
           attention: also those of requests with `attention`.
         """
-        config = self.engine.config
-        request = self.transform.example(np.random.default_rng(0))
-        example, _ = self.transform.prepare(request | {"prompt": "warm up"})
-        cameras = layout_of(example, config).cameras
+        config, (example, cameras) = self.engine.config, self._usual()
         for text in sorted({min(t, config.max_token_len) for t in self.prompt_lengths}):
             start = time.perf_counter()
             layout = PrefixLayout(cameras, config.tokens_per_camera, text)

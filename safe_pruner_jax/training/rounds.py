@@ -45,8 +45,8 @@ class Rounds:
       insist: a kind that was never fetched in the round before is the target 1 + `insist` times as often as one that
         always was.
       usual: share of episodes in scenes whose objects stand near LIBERO's own places; the task's object is the target.
-      coarse: play with the quick pictures of `collect_scenes` instead of those that an evaluation shows; quicker by
-        two thirds, and what fails only on an evaluation's pictures is not met.
+      coarse: play with the quick pictures of `collect_scenes` instead of those that an evaluation shows; that takes
+        two thirds of the time, and what fails only on an evaluation's pictures is not met.
       first: seed of the first episode.
       workers: processes, one core each.
     """
