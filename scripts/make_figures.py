@@ -104,9 +104,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "kept": kept,
     "launches": ladder,
     "success_by_flops": equal_cost,
-    "recall": lambda: recall.figure(rows("recall_object10_second_112")),
-    "forecast": lambda: forecast.figure(late(rows("forecast_object10_second_112"))),
-    "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_second_112") if row["queries"] == "text"], 0.81),
+    "recall": lambda: recall.figure(rows("recall_object10_112")),
+    "forecast": lambda: forecast.figure(late(rows("forecast_object10_112"))),
+    "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_112") if row["queries"] == "all"], 0.934),
     "cost": lambda: cost.figure(rows("cost_object3_112")),
     "attention": lambda: attention.figure(rows("attention_object10_112"), rows("carried_object10_112")),
     "attention_beside": lambda: attention.beside(
@@ -115,7 +115,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "with attention loss": rows("attention_object10_second_112"),
         }
     ),
-    "controls": lambda: controls.figure(rows("controls_object10_second_112")),
+    "controls": lambda: controls.figure(rows("controls_object10_112")),
     "step_mini_cpu": lambda: bars(json.loads((RESULTS / "step_mini_cpu.json").read_text(encoding="utf-8"))),
     "diagnose": cameras,
 }
