@@ -104,7 +104,15 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
     seeds = range(r.first + number * r.episodes, r.first + (number + 1) * r.episodes)
     how = {"mix": r.mix * 0.5**number, "usual": r.usual, "often": targets(r, number, out)}
     attempts = [
-        Attempt(_path(out, r, task, seed), r.suite, task, seed, size, r.coarse, how)
+        Attempt(
+            path=_path(out, r, task, seed),
+            suite=r.suite,
+            task=task,
+            seed=seed,
+            size=size,
+            coarse=r.coarse,
+            how=how,
+        )
         for task in r.tasks
         for seed in seeds
     ]
