@@ -4,12 +4,24 @@ import numpy as np
 import pytest
 
 from safe_pruner_jax.cli.stages import action_stats, embedded_weights
-from safe_pruner_jax.libero.scenes import read
+from safe_pruner_jax.libero.scenes import read, write
 from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.robots.configs import get_config
-from safe_pruner_jax.training.rounds import Rounds, export, play_round
+from safe_pruner_jax.training.rounds import Rounds, export, play_round, targets
 
-pytestmark = [pytest.mark.libero, pytest.mark.nightly]
+played = lambda test: pytest.mark.libero(pytest.mark.nightly(test))
+"""A test that plays."""
+
+
+def test_a_round_asks_more_often_for_what_the_round_before_missed(tmp_path):
+    r = Rounds(tasks=(0,), episodes=4, insist=5.0, first=10)
+    frames = {"image": np.zeros((1, 2, 8, 8, 3), np.uint8), "segmentation": np.zeros((1, 2, 8, 8), np.uint8)}
+    frames["target"] = np.zeros(1, np.int32)
+    for seed, (kind, success) in enumerate([("milk", True), ("milk", True), ("ketchup", False), ("ketchup", True)]):
+        about = {"kinds": [kind], "success": success}
+        write(tmp_path / f"libero_object_0_correct_{10 + seed}.npz", frames, about)
+    assert targets(r, 0, tmp_path) == {}
+    assert targets(r, 1, tmp_path) == {"milk": 1.0, "ketchup": 3.5}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +41,7 @@ def rounds(checkpoint, tmp_path_factory):
     return result
 
 
+@played
 def test_a_round_leaves_a_file_per_episode_with_a_label_for_every_call(rounds):
     row, out = rounds[False]
     (path,) = out.iterdir()
@@ -40,6 +53,7 @@ def test_a_round_leaves_a_file_per_episode_with_a_label_for_every_call(rounds):
     assert about["kinds"][frames["target"][0]] == "milk"  # near usual places the task's own object is the target
 
 
+@played
 def test_quick_pictures_show_the_same_scene_with_other_details(rounds):
     first = {coarse: read(next(out.iterdir()))[0] for coarse, (_, out) in rounds.items()}
     np.testing.assert_allclose(first[True]["position"][0], first[False]["position"][0], atol=1e-4)
@@ -47,6 +61,7 @@ def test_quick_pictures_show_the_same_scene_with_other_details(rounds):
     assert 0.5 < np.abs(difference).mean() < 10
 
 
+@played
 def test_a_round_that_is_there_is_not_played_again(rounds, checkpoint):
     row, out = rounds[False]
     before = next(out.iterdir()).stat().st_mtime_ns

@@ -19,7 +19,6 @@ from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.training import perception, stages
 from safe_pruner_jax.training.loop import Settings
-from safe_pruner_jax.training.rounds import Rounds, targets
 from safe_pruner_jax.training.scenes import UNIT, Scenes
 
 pytestmark = pytest.mark.newest
@@ -197,14 +196,3 @@ def test_wrong_runs_are_refused_in_one_line(folder, tmp_path):
         run("align", scenes=(folder,))
     with pytest.raises(ValueError, match=r"expected frames of 56 pixels, got 28"):
         Scenes([folder], Tokenizer(TOKENIZER, 200), action_stats(config), TINY.replace(image_size=56))
-
-
-def test_a_round_asks_more_often_for_what_the_round_before_missed(tmp_path):
-    r = Rounds(tasks=(0,), episodes=4, insist=5.0, first=10)
-    frames = {"image": np.zeros((1, 2, 8, 8, 3), np.uint8), "segmentation": np.zeros((1, 2, 8, 8), np.uint8)}
-    frames["target"] = np.zeros(1, np.int32)
-    for seed, (kind, success) in enumerate([("milk", True), ("milk", True), ("ketchup", False), ("ketchup", True)]):
-        about = {"kinds": [kind], "success": success}
-        write(tmp_path / f"libero_object_0_correct_{10 + seed}.npz", frames, about)
-    assert targets(r, 0, tmp_path) == {}
-    assert targets(r, 1, tmp_path) == {"milk": 1.0, "ketchup": 3.5}
