@@ -56,10 +56,10 @@ def test_on_the_embedded_policy_a_proposal_is_within_a_tenth_of_its_budget(tmp_p
     """Settings are played on the recording inside the package; the second budget reuses what the first has played."""
     args = COMMANDS["analyze calibrate"].arguments(budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded())
     known = calibrated()
-    proposal, thresholds = {"choices": {"queries": "text", "fuse": known["fuse"]}}, {0.1: known["threshold"]}
+    proposal, thresholds = {"choices": {"queries": known["queries"], "fuse": known["fuse"]}}, {0.1: known["threshold"]}
     load = functools.cache(lambda: args.load("LIBERO", make("full")))
     count = []
-    for b in (Budget("flops", 0.8), Budget("error", 0.06)):
+    for b in (Budget("flops", 0.87), Budget("error", 0.027)):
         with Rows(tmp_path / "budget.jsonl", {}) as file:
             points, chosen = command.settle(command.Plays(args, load, file), proposal, thresholds, args, b)
             count.append(len(file.finished))
