@@ -13,6 +13,7 @@ from safe_pruner_jax.cli import analyze
 from safe_pruner_jax.cli import main as cli
 from safe_pruner_jax.cli.sweep import Sweep, cells
 from safe_pruner_jax.libero.demonstrations import write_demos
+from safe_pruner_jax.policy.loading import calibrated
 from safe_pruner_jax.policy.spec import Embedded
 from safe_pruner_jax.pruners import make
 
@@ -112,7 +113,7 @@ def test_the_command_measures_every_method_once_and_goes_on(policy, tmp_path, ca
     rows = read_rows(file)
     assert len(rows) == 2 * 2 and {row["calls"] for row in rows} == {5}
     choices = [json.loads(row["part"].split(" | ")[2]) for row in rows if row["method"].startswith("safe")]
-    assert {c["queries"] for c in choices} == {"text"}  # what the embedded policy was calibrated to
+    assert {c["queries"] for c in choices} == {calibrated()["queries"]}
     assert {(c["keep"], c["threshold"], c["cut"]) for c in choices} == {(0.2, -1.0, 2)}
     before = file.read_bytes()
     again = ACTIONS(**own, methods=methods[:1], keeps=(0.2,))
