@@ -1,8 +1,8 @@
-"""What one robot remembers between its control steps, and a request of it, ready for the network."""
+"""What one robot remembers between its control steps, and how a request of it becomes ready for the network."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,22 @@ class Episode:
     cameras: tuple[str, ...] = ()
     chunk: np.ndarray | None = None
     sent: np.ndarray | None = None
+
+
+class Transform(Protocol):
+    """The border between one robot's client and the network, see `robots.transform.RobotIO`."""
+
+    def prepare(self, request: dict) -> tuple[Example, Any]:
+        """Request → network input of one robot, and what `finish` needs later."""
+        ...
+
+    def finish(self, actions: np.ndarray, context: Any) -> dict:
+        """Network actions [A, action_dim] → reply."""
+        ...
+
+    def example(self, rng: np.random.Generator) -> dict:
+        """A request as this robot sends it, with invented values."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

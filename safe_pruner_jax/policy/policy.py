@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,16 @@ from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.guidance import MAX_GUIDANCE, Guide
 from safe_pruner_jax.model.pi0 import Weights
 from safe_pruner_jax.policy.attention import Attention
-from safe_pruner_jax.policy.episode import Episode, Prepared, read_overlap, read_seed, row_of, stack, starts_afresh
+from safe_pruner_jax.policy.episode import (
+    Episode,
+    Prepared,
+    Transform,
+    read_overlap,
+    read_seed,
+    row_of,
+    stack,
+    starts_afresh,
+)
 from safe_pruner_jax.policy.overlap import Overlap, rebase, remaining, soft_mask
 from safe_pruner_jax.policy.reply import NonFinite, Result, pruned, timing
 from safe_pruner_jax.pruners import Pruner
@@ -35,22 +44,6 @@ from safe_pruner_jax.robots.transforms import Example
 from safe_pruner_jax.tokens import PROMPT_LENGTHS, PrefixLayout, smallest_layout
 
 logger = logging.getLogger(__name__)
-
-
-class Transform(Protocol):
-    """The border between one robot's client and the network, see `robots.transform.RobotIO`."""
-
-    def prepare(self, request: dict) -> tuple[Example, Any]:
-        """Request → network input of one robot, and what `finish` needs later."""
-        ...
-
-    def finish(self, actions: np.ndarray, context: Any) -> dict:
-        """Network actions [A, action_dim] → reply."""
-        ...
-
-    def example(self, rng: np.random.Generator) -> dict:
-        """A request as this robot sends it, with invented values."""
-        ...
 
 
 def layout_of(example: Example, config: Pi0Config, prompt_lengths: Sequence[int] = PROMPT_LENGTHS) -> PrefixLayout:
@@ -158,11 +151,7 @@ class Policy:
         return Session(self)
 
     def check(self) -> None:
-        """Finds out whether a robot with the usual cameras can have this pruner.
-
-        Raises:
-          ValueError: it cannot, for example because `keep` is a count above the number of its visual tokens.
-        """
+        """Raises ValueError if no robot with the usual cameras can have this pruner: `keep` above its tokens, say."""
         self.engine.init((self.seed,), len(self._usual()[1]))
 
     def _usual(self) -> tuple[Example, tuple[str, ...]]:
