@@ -18,9 +18,10 @@ from tyro.conf import Positional
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.figures.film import Shot, film, save
-from safe_pruner_jax.policy.loading import calibrated, load_policy
+from safe_pruner_jax.policy.loading import EMBEDDED, calibrated, load_policy
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
+from safe_pruner_jax.robots.configs import replan_of
 
 OUT = Path(__file__).parents[1] / "docs" / "figures" / "policy.webp"
 LARGEST = 3_000_000
@@ -52,7 +53,11 @@ def shots(policy: Policy, requests: list[dict[str, Any]], repeats: int) -> list[
 
 
 def main(
-    source: Positional[str] = EXAMPLE, out: Path = OUT, keep: float = 0.2, replan: int = 5, repeats: int = 5
+    source: Positional[str] = EXAMPLE,
+    out: Path = OUT,
+    keep: float = 0.2,
+    replan: int = replan_of(EMBEDDED),
+    repeats: int = 5,
 ) -> int:
     """Makes the film.
 
@@ -64,7 +69,7 @@ def main(
       repeats: runs over the episode that are timed.
     """
     choices = calibrated()
-    policy = load_policy("mini_libero", pruner=safe(keep=keep, **choices))
+    policy = load_policy(EMBEDDED, pruner=safe(keep=keep, **choices))
     requests = requests_of(source, policy, replan)
     frames = film(shots(policy, requests, repeats), policy.engine.config.tokens_per_camera, choices["threshold"])
     save(frames, out)

@@ -28,6 +28,7 @@ from safe_pruner_jax.cli.recordings import (
     logger,
     only_libero,
     recordings,
+    replan_of,
 )
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
@@ -221,15 +222,15 @@ def run_actions(args: Actions, load: Load, conditions: Mapping[str, Any]) -> Non
     budget = read_budget(args.budget) if args.budget is not None else None
     require(budget is None or budget.kind == "flops", "budget", "a share of the multiply-adds, 0.8x", args.budget)
     # an `Actions` from the command line is a `Model` too, which knows what its checkpoint was calibrated to
-    fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), args.replan)
+    fitted = lambda name, keep: args.fit("LIBERO", _method(name, keep), replan_of(args))
     methods = [(name, keep, fitted(name, keep)) for name in args.methods for keep in args.keeps]
     policy = functools.cache(load)
     pruned = functools.cache(lambda number: policy().with_pruner(methods[number][2].make()))
     parts: list[str] = []
-    with Rows(args.out / "actions.jsonl", {**conditions, "replan": args.replan, "driver": args.driver}) as file:
+    with Rows(args.out / "actions.jsonl", {**conditions, "replan": replan_of(args), "driver": args.driver}) as file:
         for recording in recordings(args, policy):
             calls = functools.cache(lambda recording=recording: list(recording.calls()))
-            reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), args.replan)[0])
+            reference = functools.cache(lambda calls=calls: deviation.actions_of(policy(), calls(), replan_of(args))[0])
             for number, (name, keep, method) in enumerate(methods):
                 parts.append(f"{recording.name} | {name} | {json.dumps(method.choices, sort_keys=True)}")
                 if parts[-1] not in file.finished:
@@ -291,7 +292,7 @@ def _over_episodes(args: OnEpisodes, load: Load, conditions: Mapping[str, Any], 
     files = {}
     for name, kind in kinds.items():
         settings = {f.name: getattr(kind, f.name) for f in dataclasses.fields(kind) if f.name in _conditions(kind)}
-        files[name] = Rows(args.out / f"{name}.jsonl", {**conditions, **settings})
+        files[name] = Rows(args.out / f"{name}.jsonl", {**conditions, **settings, "replan": replan_of(args)})
     watch: list[Watch] = []
 
     def policy() -> Policy:

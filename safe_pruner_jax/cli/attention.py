@@ -9,7 +9,7 @@ from typing import Any
 
 from safe_pruner_jax.analysis import attention, regions
 from safe_pruner_jax.analysis.rows import Rows, read_rows
-from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger
+from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger, replan_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Attention(OnRequests):
 def run_attention(args: Attention, load: Load, conditions: Mapping[str, Any]) -> None:
     """Watches every episode for its layers, then again beside the mean of the others."""
     others = {name: read_rows(file) for name, file in map(_named, args.beside)}
-    source = {**conditions, "replan": args.replan, "driver": args.driver, "cut": args.cut}
+    source = {**conditions, "replan": replan_of(args), "driver": args.driver, "cut": args.cut}
     watched = Watched(args, load)
     with Rows(args.out / "attention.jsonl", source) as file:
         for name in watched.names():

@@ -9,7 +9,7 @@ from typing import Any
 from safe_pruner_jax.analysis import budget, calibrate, cost, deviation
 from safe_pruner_jax.analysis.budget import Budget
 from safe_pruner_jax.analysis.rows import Row, Rows
-from safe_pruner_jax.cli.recordings import Load, OnEpisodes, leave, logger, recordings
+from safe_pruner_jax.cli.recordings import Load, OnEpisodes, leave, logger, recordings, replan_of
 from safe_pruner_jax.policy.identity import local_device
 from safe_pruner_jax.policy.loading import CALIBRATION
 from safe_pruner_jax.policy.policy import Policy
@@ -50,7 +50,7 @@ class Plays:
     def _play(self, pruned: Policy, name: str) -> Row:
         calls = self._episodes[name]()
         if name not in self._references:
-            self._references[name] = deviation.actions_of(self._policy(), calls, self._args.replan)[0]
+            self._references[name] = deviation.actions_of(self._policy(), calls, replan_of(self._args))[0]
         return budget.play(pruned, calls, self._references[name], cost.shares(pruned, calls[0].request))
 
 
@@ -90,7 +90,7 @@ def run_budget(
     queries = proposal["choices"]["queries"]
     gamma = {share: calibrate.gammas(forecasts, share)[queries]["gamma"] for share in args.shares}
     thresholds = {share: round(value, 4) for share, value in gamma.items() if value is not None}
-    settings = {**conditions, "replan": args.replan, "driver": args.driver, "device": local_device()}
+    settings = {**conditions, "replan": replan_of(args), "driver": args.driver, "device": local_device()}
     with Rows(args.out / "budget.jsonl", settings) as file:
         points, chosen = settle(Plays(args, load, file), proposal, thresholds, args, b)
     point = points[chosen]

@@ -11,7 +11,7 @@ import numpy as np
 
 from safe_pruner_jax.analysis import controls
 from safe_pruner_jax.analysis.rows import Row, Rows
-from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger, only_libero
+from safe_pruner_jax.cli.recordings import Load, OnRequests, Watched, leave, logger, only_libero, replan_of
 
 PRIOR = "prior.npy"
 """The mean late saliency of all episodes, as `baseline/prior` takes it."""
@@ -43,7 +43,7 @@ def run_controls(args: Controls, load: Load, conditions: Mapping[str, Any]) -> N
     only_libero(args, "controls")
     if not args.cuts or not set(args.cuts) <= {1, 2, 3}:
         raise ValueError(f"cuts: expected some of 1, 2 and 3, got {args.cuts}")
-    settings = {**conditions, "replan": args.replan, "driver": args.driver, "cuts": args.cuts}
+    settings = {**conditions, "replan": replan_of(args), "driver": args.driver, "cuts": args.cuts}
     watched = Watched(args, load)
     with Rows(args.out / "maps.jsonl", {**settings, "late_steps": args.late_steps}) as file:
         for name in watched.names():
@@ -57,7 +57,7 @@ def run_controls(args: Controls, load: Load, conditions: Mapping[str, Any]) -> N
             if name not in file.finished:
                 logger.info("%s: controls", name)
                 act, trace = controls.Acting(watched.policy(), args.keep), watched.trace(name)
-                rows = controls.measure(trace, others[name], act, cuts=args.cuts, executed=args.replan, **choices)
+                rows = controls.measure(trace, others[name], act, cuts=args.cuts, executed=replan_of(args), **choices)
                 file.add(name, rows)
         rows = file.rows()
     _leave(args, rows, maps)

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from safe_pruner_jax import pruners
 from safe_pruner_jax.analysis import diagnose
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.cli.recordings import robot_of
+from safe_pruner_jax.cli.recordings import replan_of, robot_of
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.pruners.checks import require
@@ -31,7 +31,7 @@ class Diagnose(Model):
       layers: whose attention is averaged; negative counts from the end.
       of: rows that attend: the expert's action tokens, or the prompt.
       limit: calls, at most.
-      replan: robot actions between two policy calls of an episode.
+      replan: robot actions between two policy calls of an episode; by default the policy's own.
       dir: checkpoint folder of a recorded episode, if it has moved.
     """
 
@@ -40,7 +40,7 @@ class Diagnose(Model):
     layers: tuple[int, ...] = diagnose.LAYERS
     of: Literal["action", "text"] = "action"
     limit: int | None = None
-    replan: int = 5
+    replan: int | None = None
     dir: str | None = None
 
 
@@ -61,5 +61,5 @@ def _load(args: Diagnose) -> tuple[Policy, Iterator[dict[str, Any]]]:
     if args.source.endswith(SUFFIX):
         episode = read_episode(args.source)
         return load(Path(args.source), episode, args.dir, args.tokenizer), (s["request"] for s in episode.steps)
-    recording = next(episodes(args.source, replan=args.replan, robot=robot_of(args)))
+    recording = next(episodes(args.source, replan=replan_of(args), robot=robot_of(args)))
     return args.load("LIBERO", pruners.make("full")), (call.request for call in recording.calls())

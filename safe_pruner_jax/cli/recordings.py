@@ -15,7 +15,7 @@ from safe_pruner_jax.analysis.trace import Trace, Watch
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.pruners.checks import require
-from safe_pruner_jax.robots.configs import get_config
+from safe_pruner_jax.robots import configs
 from safe_pruner_jax.robots.robots import LIBERO
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ class OnRequests(Analysis):
         libero:SUITE/TASK/TRIAL played live, or "example", the recording inside the package.
       driver: of live episodes: the scripted expert, or the policy without pruning.
       limit: episodes, at most.
-      replan: robot actions between two policy calls.
+      replan: robot actions between two policy calls; by default the policy's own, 10 for the embedded one, else 5.
     """
 
     data: tuple[str, ...] = (EXAMPLE,)
     driver: Literal["expert", "policy"] = "expert"
     limit: int | None = None
-    replan: int = 5
+    replan: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
     """The episodes of `args`, `args.limit` at most; ValueError if one comes twice, or none at all."""
     require(args.limit is None or args.limit >= 1, "limit", "at least 1 episode", args.limit)
     infer = _driver(policy) if args.driver == "policy" else None
-    options = {"replan": args.replan, "infer": infer, "robot": robot_of(args)}
+    options = {"replan": replan_of(args), "infer": infer, "robot": robot_of(args)}
     sources = (episodes(source, **options) for source in args.data)
     seen = set()
     for recording in itertools.islice(itertools.chain.from_iterable(sources), args.limit):
@@ -90,7 +90,14 @@ def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:
 
 def robot_of(args: Any) -> str:
     """Name of the robot that the arguments' policy drives."""
-    return get_config(args.named(LIBERO.name)[0]).robot.name if isinstance(args, Model) else LIBERO.name
+    return configs.get_config(args.named(LIBERO.name)[0]).robot.name if isinstance(args, Model) else LIBERO.name
+
+
+def replan_of(args: Any) -> int:
+    """Robot actions between two calls: `args.replan`, or else as many as the arguments' policy is asked for."""
+    if args.replan is not None:
+        return args.replan
+    return configs.replan_of(args.named(LIBERO.name)[0] if isinstance(args, Model) else "")
 
 
 def only_libero(args: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from safe_pruner_jax.analysis import view
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
-from safe_pruner_jax.cli.recordings import robot_of
+from safe_pruner_jax.cli.recordings import replan_of, robot_of
 from safe_pruner_jax.policy.spec import Method, Model
 from safe_pruner_jax.pruners.checks import require
 from safe_pruner_jax.serving.access import read_key
@@ -30,7 +30,7 @@ class View(Model):
       save: write an .rrd file instead of opening a viewer.
       web: port of a page with the viewer, for machines without a screen.
       limit: steps, at most.
-      replan: robot actions between two policy calls of an episode.
+      replan: robot actions between two policy calls of an episode; by default the policy's own.
       dir: checkpoint folder of a recorded episode, if it has moved.
       api_key_file: file with the server's key; default: $OPENPI_API_KEY.
     """
@@ -39,7 +39,7 @@ class View(Model):
     save: Path | None = None
     web: int | None = None
     limit: int | None = None
-    replan: int = 5
+    replan: int | None = None
     dir: str | None = None
     api_key_file: str | None = None
 
@@ -75,8 +75,8 @@ def _frames(args: View, method: Method) -> Iterator[view.Frame]:
         threshold = episode.header["choices"].get("threshold")
         yield from view.played(policy, (step["request"] for step in episode.steps), threshold)
         return
-    method = args.fit("LIBERO", method, executed=args.replan)
+    method = args.fit("LIBERO", method, executed=replan_of(args))
     policy = args.load("LIBERO", method.make())
     session = policy.session()
-    recording = next(episodes(args.source, replan=args.replan, infer=session.infer, robot=robot_of(args)))
+    recording = next(episodes(args.source, replan=replan_of(args), infer=session.infer, robot=robot_of(args)))
     yield from view.played(policy, (call.request for call in recording.calls()), method.choices.get("threshold"))
