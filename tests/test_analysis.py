@@ -266,7 +266,10 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
     shared = Watch(policy)
     analyze.run_calibrate(analyze.Calibrate(**own), load, about)
     assert loads == [1]
-    assert json.loads((tmp_path / "out" / "calibrate.json").read_text())["episodes"] == 2
+    written = json.loads((tmp_path / "out" / "calibrate.json").read_text())
+    assert written["episodes"] == 2
+    assert written["choices"]["cut"] == 2, "γ and λ hold for the cut that they were measured at"
+    assert "late_layers" not in written["choices"], "those are the defaults of `safe`"
     analyze.run_recall(analyze.Recall(**own), load, about)
     analyze.run_forecast(analyze.Forecast(**own), load, about)
     assert loads == [1]  # calibrate had measured both

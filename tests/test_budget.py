@@ -37,24 +37,27 @@ def test_what_is_proposed_is_near_the_budget_and_within_it(b, monkeypatch):
     played = []
 
     def plays(choices, share):
-        assert choices["warm_start"] == 3
+        assert (choices["warm_start"], choices["cut"]) == (3, 1)
         played.append(choices["keep"])
-        return point(choices["keep"], share)
+        return point(choices["keep"], share) | {"cut": choices["cut"]}
 
     args = SimpleNamespace(budget_keeps=(0.05, 0.2, 0.7))
-    proposal = {"choices": {"queries": "text", "fuse": 0.5}}
+    proposal = {"choices": {"queries": "text", "fuse": 0.5, "threshold": 0.8, "cut": 1}}
     points, chosen = command.settle(plays, proposal, {0.1: 0.9, 0.3: 0.7}, args, b)
     assert len(played) <= 6 + command.TRIES
     assert (1 - budget.NEAR) * b.value <= points[chosen][b.kind] <= b.value
     text = budget.table(points, chosen, b)
     assert "**chosen**" in text and "Next cheaper" in text and "Next dearer" in text and "--pruner.keep" in text
+    assert "--pruner.cut 1" in text, "γ holds for the cut that it was measured at"
     assert len(budget.figure(points, chosen, b).axes) == 1
 
 
 @pytest.mark.nightly
 def test_on_the_embedded_policy_a_proposal_is_within_a_tenth_of_its_budget(tmp_path):
     """Settings are played on the recording inside the package; the second budget reuses what the first has played."""
-    args = COMMANDS["analyze calibrate"].arguments(budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded())
+    args = COMMANDS["analyze calibrate"].arguments(
+        budget_keeps=(0.2, 0.7), out=tmp_path, policy=Embedded(), replan=5
+    )  # twice as many calls as when it plays
     known = calibrated()
     proposal, thresholds = {"choices": {"queries": known["queries"], "fuse": known["fuse"]}}, {0.1: known["threshold"]}
     load = functools.cache(lambda: args.load("LIBERO", make("full")))

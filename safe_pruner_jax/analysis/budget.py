@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from safe_pruner_jax.analysis import deviation
+from safe_pruner_jax.analysis.calibrate import command
 from safe_pruner_jax.analysis.episodes import Call
 from safe_pruner_jax.analysis.rows import Row, rounded
 from safe_pruner_jax.figures.theme import QUIET, Table, colour, legend, markdown, panels
@@ -24,6 +25,9 @@ from safe_pruner_jax.policy.policy import Policy
 
 NEAR = 0.1
 """A played proposal may miss its budget by this share of it."""
+
+PROPOSED = ("keep", "queries", "fuse", "threshold", "cut", "late_layers", "late_steps")
+"""Choices of `safe` that a calibration settles, or was measured with."""
 
 _AIM = 0.97
 
@@ -190,8 +194,8 @@ def table(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> str:
         if other is not None:
             text += f"Next {name}: keep {other['keep']:.1%}, γ {other['threshold']:.4f}: "
             text += f"{other[cost] / point[cost] - 1:+.0%} cost, error {other['error']:.4f} for {point['error']:.4f}.\n"
-    choices = ("keep", "queries", "fuse", "threshold")
-    return Table(text + f"Proposed: `--pruner=safe {' '.join(f'--pruner.{c} {point[c]}' for c in choices)}`.\n")
+    choices = {name: point[name] for name in PROPOSED if name in point}
+    return Table(text + f"Proposed: `{command(choices)}`.\n")
 
 
 def figure(points: Sequence[dict[str, Any]], chosen: int, budget: Budget) -> Figure:

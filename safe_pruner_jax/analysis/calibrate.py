@@ -9,7 +9,7 @@
    boundary is told, not chosen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,9 +117,19 @@ def table(proposal: dict[str, Any]) -> str:
     share = f"γ at {proposal['share']:.0%}"
     recall = f"core tokens kept at {proposal['keep']:.0%}"
     head = ["queries, λ", recall, "κ within", "κ across", share, "boundaries below γ", "separation"]
-    chosen = " ".join(f"--pruner.{name} {value}" for name, value in proposal["choices"].items())
     of = f"Episodes: {proposal['episodes']}, pruned calls: {proposal['calls']}."
-    return Table(f"{markdown(head, lines)}\n{of} Proposed: `--pruner=safe {chosen}`.\n")
+    return Table(f"{markdown(head, lines)}\n{of} Proposed: `{command(proposal['choices'])}`.\n")
+
+
+def command(choices: Mapping[str, Any]) -> str:
+    """Choices of `safe` as the command line takes them.
+
+    >>> command({"keep": 0.2, "late_layers": (0, -1)})
+    '--pruner=safe --pruner.keep 0.2 --pruner.late-layers 0 -1'
+    """
+    words = lambda value: " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    parts = [f"--pruner.{name.replace('_', '-')} {words(value)}" for name, value in choices.items()]
+    return " ".join(["--pruner=safe", *parts])
 
 
 def figure(forecasts: Sequence[Row], proposal: dict[str, Any]) -> Figure:

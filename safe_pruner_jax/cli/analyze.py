@@ -209,6 +209,8 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     both["forecast"] = Forecast(**episodes, ages=args.ages)
     recalls, forecasts = _over_episodes(args, load, conditions, **both)
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
+    usual = {f.name: f.default for f in dataclasses.fields(OnEpisodes)}  # as `safe` has it
+    proposal["choices"] |= {name: value for name, value in args.late().items() if value != usual[name]}
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
     if args.budget is not None:

@@ -19,9 +19,6 @@ from safe_pruner_jax.pruners import factory, make
 TRIES = 3
 """Settings between those of the grid that are played to come nearer to the budget."""
 
-PROPOSED = ("keep", "queries", "fuse", "threshold")
-"""Choices of `safe` that a budget settles."""
-
 Point = dict[str, Any]
 
 
@@ -60,7 +57,7 @@ def settle(plays: Plays, proposal: Mapping[str, Any], thresholds: Mapping[float,
     Raises:
       ValueError: nothing that was played is within the budget.
     """
-    fixed = inherited(args) | {"queries": proposal["choices"]["queries"], "fuse": proposal["choices"]["fuse"]}
+    fixed = inherited(args) | {name: value for name, value in proposal["choices"].items() if name != "threshold"}
     grid = [(keep, share) for share in thresholds for keep in args.budget_keeps]
     points = [plays({"keep": k, "threshold": thresholds[s], **fixed}, s) for k, s in grid]
     chosen = budget.choose(points, b)
@@ -78,7 +75,7 @@ def settle(plays: Plays, proposal: Mapping[str, Any], thresholds: Mapping[float,
 def inherited(args: Any) -> dict[str, Any]:
     """Choices of `safe` that the checkpoint was calibrated to, beside those proposed here: a warm start, say."""
     defaults = {name: parameter.default for name, parameter in signature(factory("safe")).parameters.items()}
-    fitted = args.fit("LIBERO", Method("safe", defaults, frozenset(PROPOSED))).choices
+    fitted = args.fit("LIBERO", Method("safe", defaults, frozenset(budget.PROPOSED))).choices
     return {name: value for name, value in fitted.items() if value != defaults[name]}
 
 
@@ -94,7 +91,7 @@ def run_budget(
     with Rows(args.out / "budget.jsonl", settings) as file:
         points, chosen = settle(Plays(args, load, file), proposal, thresholds, args, b)
     point = points[chosen]
-    choices = {key: point[key] for key in ("keep", "queries", "fuse", "threshold")}
+    choices = {key: point[key] for key in ("keep", *proposal["choices"])}
     proposal |= {"choices": choices, "keep": point["keep"], "share": point["share"]}
     proposal["budget"] = {
         "asked": args.budget,
