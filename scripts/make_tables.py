@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation that come from compiled programs, from benchmarks/results.
+"""Writes the tables of the documentation that come from records, from benchmarks/results.
 
     python scripts/make_tables.py            writes them
     python scripts/make_tables.py --check    says which differ, and ends with 1 if one does
@@ -10,16 +10,46 @@ import re
 import sys
 from pathlib import Path
 
-from safe_pruner_jax.bench.launch_tables import tables
+from safe_pruner_jax.bench import launch_tables
+from safe_pruner_jax.evaluation.tables import beside, brief, effort
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "decisions" / "0022-few-launches.md")
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/results.md", "docs/performance.md", "docs/decisions/0022-few-launches.md")
+)
+SUITES = {
+    "LIBERO-Object": RESULTS / "libero_object10_112_t0",
+    "things swapped": RESULTS / "libero_object10_swap_112_t0",
+}
+SAFE = "safe-keep0.2"
+SHARES = {
+    "full": "`full`: every token",
+    SAFE: "**`safe`**",
+    "safe-paper-keep0.2": "`safe`, the paper's features and λ",
+    "safe-shallow-keep0.2": "`safe`, no forecast (λ = 0)",
+    "vla_pruner-keep0.2": "`vla_pruner`",
+    "fastv-keep0.2": "`fastv`",
+}
+"""At 20 % kept, choices of the policy's calibration and of the papers: file → title."""
+
+
+def tables() -> dict[str, str]:
+    """Name → Markdown; raises FileNotFoundError or ValueError for a record that is missing."""
+    return {
+        "result": brief(SHARES, SUITES),
+        "shares": beside(SHARES, SUITES, against=SAFE),
+        "effort": effort(SHARES, SUITES),
+        **launch_tables.tables(RESULTS),
+    }
 
 
 def main(check: bool) -> int:
+    """Writes, or compares; the exit code."""
     before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after, differ = dict(before), False
-    for name, table in tables(ROOT / "benchmarks" / "results").items():
+    for name, table in tables().items():
         place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page = next((page for page, text in after.items() if place.search(text)), None)
         if page is None:

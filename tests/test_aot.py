@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 from importlib import util
-from pathlib import Path
 
 import jax
 import pytest
@@ -13,7 +12,6 @@ from kernel_programs import by_kernel
 from safe_pruner_jax.bench import aot
 from safe_pruner_jax.bench import launches as counted
 from safe_pruner_jax.bench.hlo import Cost, parse
-from safe_pruner_jax.bench.launch_tables import tables
 from safe_pruner_jax.bench.measure import Bench
 from safe_pruner_jax.bench.modelled import Assumptions, launch_time, sequence_time
 from safe_pruner_jax.bench.targets import FOLDER, TargetError, known, target
@@ -221,17 +219,6 @@ condition:
     assert (apart.starts, apart.total, apart.loop_in_graph) == (1 + 10 + 1, 2 + 10 * 2 + 1, False)
     inside = "\n".join(["000: kCommandBuffer [source | sink]", *("    " + line for line in lines.splitlines()[3:-1])])
     assert (sequence(inside, {3: "w"}, parse(ten)).starts, sequence(inside, {3: "w"}, parse(ten)).turns) == (1, 10)
-
-
-def test_the_pages_have_the_tables_of_the_records():
-    """scripts/make_tables.py writes them."""
-    root = Path(__file__).parents[1]
-    pages = [root / "docs" / name for name in ("performance.md", "decisions/0022-few-launches.md")]
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    made = tables(root / "benchmarks" / "results")
-    assert set(made) == {"ladder", "switches", "parts", "targets"}
-    for name, table in made.items():
-        assert f"<!-- table: {name} -->\n\n{table.strip()}\n\n<!-- end -->" in text, name
 
 
 # ----------------------------------------------------------------------------------------------------------- the guard

@@ -3,6 +3,11 @@
 import csv
 import dataclasses
 import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ from safe_pruner_jax.evaluation.report import (
     typical_ms,
     wilson,
 )
+from safe_pruner_jax.evaluation.tables import beside, brief, effort, points
 from safe_pruner_jax.figures.theme import QUIET
 from safe_pruner_jax.pruners import safe
 
@@ -232,3 +238,37 @@ def test_a_legend_says_what_the_variants_of_a_method_differ_in():
     assert list(short_names(names).values()) == ["full", "safe fuse=0.0", "safe", "safe every=10", "fastv cut=2"]
     layers = ["safe late_layers=[0, -1] pool=2", "safe late_layers=[1, -1] pool=2", "safe pool=2 rtc"]
     assert list(short_names(layers).values()) == ["safe late_layers=[0, -1]", "safe late_layers=[1, -1]", "safe rtc"]
+
+
+def test_a_page_has_methods_beside_each_other(tmp_path):
+    """Solved of what was played, differences over the episodes that both have, costs over all calls."""
+    suites = {"usual": tmp_path / "usual", "swapped": tmp_path / "swapped"}
+    cheap = {"exact_flops": 1.5e9, "kept": 26.0}
+    for folder, wins in (("usual", 2), ("swapped", 4)):
+        (tmp_path / folder).mkdir()
+        methods = {"full": group(FULL, 8, suite=folder), "safe": group(CONFIGURATION, wins, suite=folder, **cheap)}
+        methods |= {"few": group(CONFIGURATION, 1, 1, suite=folder)} if folder == "swapped" else {}
+        for name, records in methods.items():
+            lines = [json.dumps(dataclasses.asdict(r)) + "\n" for r in records]
+            (tmp_path / folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = beside({"full": "`full`", "safe": "ours", "few": "other"}, suites, against="safe")
+    full, ours, few = (re.split(r" \| ", line.strip("| ")) for line in text.splitlines()[2:])
+    assert full[:5] == ["`full`", "8/10", "–", "8/10", "–"]
+    low = paired_difference(2, 0, 6, 2)
+    assert ours[:3] == ["ours", "2/10", points(low)] and ours[3] == "4/10" and low.value == -0.6
+    assert ours[5:] == ["–", "–", "0.75"] and full[5:] == [points(paired_difference(6, 10, 0, 4)), "0.002", "1.00"]
+    assert few[1:4] == ["–", "–", "1/1"] and few[5].startswith("0 [") and few[6] == "1"
+    assert brief({"safe": "ours", "few": "other"}, suites).splitlines()[-1].startswith("| other | – | 1/1, 0 [")
+    spent = effort({"full": "`full`", "safe": "ours"}, suites).splitlines()[-1]
+    assert re.split(r" \| ", spent.strip("| ")) == ["ours", "26", "9%", "110", "–", "1.00", "0.75"]
+    with pytest.raises(ValueError, match=r"expected none\.jsonl in one of the folders"):
+        beside({"none": "nobody"}, suites, against="safe")
+    with pytest.raises(ValueError, match=r"expected full\.jsonl in each, got none for new"):
+        beside({"safe": "ours"}, suites | {"new": tmp_path / "new"}, against="safe")
+
+
+def test_the_pages_have_the_tables_of_the_records():
+    """README and docs/results.md say what benchmarks/results says; scripts/make_tables.py writes them."""
+    script = Path(__file__).parents[1] / "scripts" / "make_tables.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -131,6 +131,16 @@ def paired_difference(both: int, first: int, second: int, neither: int, level: f
     )
 
 
+def mcnemar(first: int, second: int) -> float:
+    """Exact two-sided p of McNemar's test: of the episodes in which one of two methods succeeds, how many each has.
+
+    >>> f"{mcnemar(12, 2):.4f}", mcnemar(0, 0)
+    ('0.0129', 1.0)
+    """
+    n = first + second
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2**n)
+
+
 def typical_ms(record: Record) -> float | None:
     """Milliseconds per call of an episode: its medians for keyframes and pruned calls, weighted by how many it had."""
     weights = {"keyframe": record.keyframes, "pruned": record.calls - record.keyframes}
@@ -213,11 +223,8 @@ def _groups(suites: Iterable[str]) -> list[tuple[str, set[str]]]:
 def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], base: Sequence[Record]) -> Row:
     played = [r for r in group if r.outcome != "error"]
     wins = sum(r.outcome == "success" for r in played)
-    theirs = {r.key: r.outcome == "success" for r in base if r.outcome != "error"}
-    pairs = [(r.outcome == "success", theirs[r.key]) for r in played if r.key in theirs]
     is_baseline = bool(base) and group[0].configuration == base[0].configuration
-    count = lambda *pair: pairs.count(pair)
-    table = (count(True, True), count(True, False), count(False, True), count(False, False))
+    difference, pairs = compare(played, base)
     # the cost of episodes that both have: suites and prompts differ, and an episode that fails is longer
     shared = [r for r in base if r.key in {g.key for g in group}]
     ours = [r for r in group if r.key in {b.key for b in shared}]
@@ -233,8 +240,8 @@ def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], bas
         episodes=len(group),
         errors=len(group) - len(played),
         success=wilson(wins, len(played)) if played else None,
-        difference=paired_difference(*table) if pairs and not is_baseline else None,
-        pairs=0 if is_baseline else len(pairs),
+        difference=None if is_baseline else difference,
+        pairs=0 if is_baseline else pairs,
         kept=mean("kept")(group),
         keyframes=_mean(group, lambda r: r.keyframes / r.calls if r.calls else None),
         paper_flops=mean("paper_flops")(group),
@@ -245,6 +252,20 @@ def _row(conditions: Mapping[str, Any], suite: str, group: Sequence[Record], bas
         ms_ratio=ratio(ms) if len(devices) == 1 else None,
         jump=_median(_ratio(r.jump["border"], r.jump["inside"]) for r in group if r.jump),
     )
+
+
+def contingency(group: Iterable[Record], base: Iterable[Record]) -> tuple[int, int, int, int]:
+    """Episodes that both played without error: solved by both, by the group alone, by the other alone, by neither."""
+    theirs = {r.key: r.outcome == "success" for r in base if r.outcome != "error"}
+    pairs = [(r.outcome == "success", theirs[r.key]) for r in group if r.outcome != "error" and r.key in theirs]
+    both, first, second, neither = (pairs.count(pair) for pair in itertools.product((True, False), repeat=2))
+    return both, first, second, neither
+
+
+def compare(group: Iterable[Record], base: Iterable[Record]) -> tuple[Estimate | None, int]:
+    """Success of a group minus that of another, and over how many pairs."""
+    table = contingency(group, base)
+    return paired_difference(*table) if any(table) else None, sum(table)
 
 
 def _keep(group: Sequence[Record]) -> float | None:
