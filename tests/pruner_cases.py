@@ -14,6 +14,8 @@ CASES = [
     case("safe", pool=1.5, threshold=0.5, keep=0.3, queries="text"),
     case("safe", pool=2, keep=5, every=4),
     case("safe", warm_start=3, threshold=0.5),
+    case("safe", cut=0, threshold=0.9, pool=1.5, keep=0.3),
+    case("safe", cut=0, threshold=0.8, late="prefix", queries="all", max_age=3),
     case("safe", grippers=(0,), threshold=-1.0),
     case("safe", late="prefix", queries="all", over="all", threshold=0.3, keep=0.3),
     case("safe", features="hidden", late="prefix", late_layers=(-1,), threshold=-1.0, max_age=4),
@@ -43,7 +45,7 @@ COUNTED = {"specprune", "vla_cache"}
 
 BAD = {
     "keep": (0, -0.1, 1.5, 1.0001, 2.5, math.nan, math.inf, True),
-    "cut": (0, -1),
+    "cut": (-1, 1.5),
     "fuse": (-0.1, 1.1, math.nan),
     "threshold": (-1.1, 1.1, math.nan),
     "queries": ("image", ""),

@@ -272,6 +272,34 @@ def test_factories_reject_fractions_of_whole_numbers(name, choices):
         make(name, **choices)
 
 
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        *((name, {}) for name in ("fastv", "random", "vla_pruner")),
+        ("safe", {"fuse": 0.0}),
+        ("safe", {"variant": "as_released"}),
+    ],
+    ids=str,
+)
+def test_only_a_forecast_can_decide_before_the_first_layer(name, choices):
+    with pytest.raises(ValueError, match=r"expected.*got"):
+        make(name, cut=0, **choices)
+
+
+def test_safe_before_the_first_layer_keeps_what_mattered_and_notices_when_it_is_gone():
+    c = case("safe", cut=0, threshold=0.9, keep=3)
+    seen = episode(5, c.pruner, steps=3, shifts=(), noise=0.0, moving=False)
+    late = np.zeros_like(seen.late)
+    late[..., [2, 7, 11]] = [0.5, 0.3, 0.2]
+    visual = put(seen.visual, 2, seen.visual[2][::-1])  # the last frame shows everything elsewhere
+    log = play(c, seen.replace(late=late, visual=visual))[1]
+    assert c.pruner.plan.capture == () and [bool(s.keyframe) for s in log] == [True, False, False]
+    assert kept(log[1]) == {2, 7, 11} and kept(log[2]) == {synthetic.N - 1 - v for v in (2, 7, 11)}
+    np.testing.assert_allclose([s.kappa for s in log[1:]], 1.0, atol=1e-6)
+    gone = put(visual, 2, -visual[2])
+    assert play(c, seen.replace(late=late, visual=gone))[1][2].keyframe
+
+
 def test_late_layers_may_be_a_list():
     assert hash(make("safe", late_layers=[0, -1]).plan) == hash(make("safe", late_layers=(0, -1)).plan)
 

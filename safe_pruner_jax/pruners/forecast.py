@@ -51,6 +51,25 @@ def kappa(s: Array, forecast_s: Array) -> Array:
     return jnp.sum(s * forecast_s) / (jnp.sqrt(jnp.sum(s * s)) * jnp.sqrt(jnp.sum(forecast_s * forecast_s)))
 
 
+def likeness(z: Array, reference: Array, weight: Array, alive: Array) -> Array:
+    """κ where no layer runs before the decision (ours): Σ_u w[u] max_v Z̃_τ[u] · Z̃_t[v] / Σ_u w[u], alive tokens only.
+
+    How much of what late layers looked at in the keyframe still has its like in the current frame.
+
+    Args:
+      z: [n, d] unit rows of the current frame.
+      reference: [n, d] unit rows of the keyframe.
+      weight: [n] late saliency of the keyframe's tokens.
+      alive: [n] bool, of both frames.
+
+    Returns:
+      Scalar in [-1, 1]; NaN if the weights are all zero.
+    """
+    similar = jnp.where(alive, nearest(reference, z, alive)[1], 0.0)
+    weight = jnp.where(alive, weight, 0.0)
+    return jnp.sum(weight * similar) / jnp.sum(weight)
+
+
 def fuse(s: Array, late: Array, weight: float) -> Array:
     """s = (1-λ) S^ℓs + λ mean over L_d of Ŝ^ℓ (Eq. 4-5): s [n], late [|L_d|, n], weight λ → [n]."""
     if weight == 0:  # the paper's "without forecast": late may not even be known

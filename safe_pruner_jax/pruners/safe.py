@@ -73,7 +73,8 @@ def safe(
 
     Args:
       keep: share 1-ρ of the alive visual tokens in (0, 1], or a number of tokens K.
-      cut: layer index ℓs before which tokens are dropped, 1 ≤ cut < L; the shallow saliency is layer cut-1's.
+      cut: layer index ℓs before which tokens are dropped, 0 ≤ cut < L; the shallow saliency is layer cut-1's. Before
+        layer 0 (ours) there is none: the forecast alone decides, κ is `forecast.likeness`, `queries` are not looked at.
       fuse: λ in [0, 1], weight of the forecast; 0 is the paper's "w/o forecast". None: 0.5, or 1 as released.
       threshold: γ in [-1, 1]; κ below it makes a keyframe (paper: 0.92 for OpenVLA-OFT).
       queries: rows of the shallow saliency: action tokens of the expert at flow time 1, alive prompt rows, the last
@@ -109,7 +110,7 @@ def safe(
       >>> plan.cut, plan.late_layers
       (Cut(layer=3, keep=0.2), (0, -2, -1))
     """
-    check_layer(cut)
+    check_layer(cut, 0)
     released = variant == "as_released"
     weight = (1.0 if released else 0.5) if fuse is None else fuse
     keys = ("all" if released else "visual") if over is None else over
@@ -117,6 +118,8 @@ def safe(
     _check_scores(
         fuse=weight, threshold=threshold, queries=queries, over=keys, late=late, layers=layers, variant=variant
     )
+    require(cut > 0 or not released, "cut", "at least 1 with the released code, which looks at layer 0", cut)
+    require(cut > 0 or weight > 0, "fuse", "λ above 0 with cut=0, where the forecast alone decides", weight)
     _check_choices(features=features, match=match, pool=pool, every=every, max_age=max_age, per_camera=per_camera)
     first = released and 0 in layers  # of L_d, layer 0 is the tested saliency itself
     deep = tuple(l for l in layers if l != 0) if first else layers
@@ -128,14 +131,18 @@ def safe(
         return SafeState(z, s, jnp.zeros((len(plan.remember), n), jnp.float32), (z, s))
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
-        shallow, tested = e.saliency[0], e.saliency[-1]
+        none = (jnp.zeros(e.alive.shape, jnp.float32),)
+        shallow, *_, tested = (e.saliency or none) * 2
         state = _after_a_full_pass(state, e)
         tokens = e.visual if features == "Z" else e.hidden
         z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
         pi, similar = forecast.nearest(z, state.reference, e.alive, e.camera if match == "camera" else None)
         remembered = jnp.concatenate([state.shallow[None]] * first + [state.late if plan.remember else e.late])
         late, expected = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
-        k = forecast.kappa(tested, expected)
+        if cut > 0:
+            k = forecast.kappa(tested, expected)
+        else:
+            k = forecast.likeness(z, state.reference, remembered.mean(0), e.alive)
         score = shallow + weight * late.mean(0) if released else forecast.fuse(shallow, late, weight)
         # a token that is not finite, now or at the keyframe, shows in the similarities: they alone are looked at
         seen = (score, tested, state.shallow, jnp.where(jnp.isnan(similar), similar, 0.0))
@@ -164,12 +171,12 @@ def _plan(
     tested = (Capture(0, "last", over),) if released else ()
     return Plan(
         cut,
-        (Capture(cut.layer - 1, queries, over), *tested),
+        (Capture(cut.layer - 1, queries, over), *tested) if cut.layer > 0 else (),
         late_layers=deep if late == "expert" else (),
         late_steps=late_steps,
         late_over=over,
         remember=tuple(Capture(l if l >= 0 else l - 1, rows, over) for l in deep) if late == "prefix" else (),
-        compares=(("visual", "visual"),) * (1 if pool == 1 else 2),
+        compares=(("visual", "visual"),) * (1 + (pool > 1) + (cut.layer == 0)),
     )
 
 

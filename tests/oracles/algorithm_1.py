@@ -12,6 +12,7 @@ def algorithm_1(
     seen,
     *,
     keep=0.2,
+    cut=3,
     fuse=None,
     threshold=0.92,
     match="all",
@@ -38,7 +39,9 @@ def algorithm_1(
     everything = slow_full_steps(seen, warm_start=warm_start, grippers=grippers)
     for t in range(len(seen.alive)):
         alive, camera = seen.alive[t], seen.camera[t]
-        shallow, tested = (np.asarray(seen.saliency[i][t], np.float64) for i in (0, -1))
+        shallow, tested = (
+            np.asarray(seen.saliency[i][t], np.float64) if cut else np.zeros(len(alive)) for i in (0, -1)
+        )
         if t and (seen.alive[t] != seen.alive[t - 1]).any():
             keyframes = []
         if not keyframes:
@@ -54,7 +57,13 @@ def algorithm_1(
         if released and 0 in (late_layers or (0, -1)):  # layer 0 of L_d is the last prompt row's
             deep = [seen.saliency[-1][tau], *deep]
         forecasts = [slow_forecast(s, pi, alive) for s in deep]
-        kappa = slow_kappa(tested, slow_forecast(seen.saliency[-1][tau], pi, alive))
+        if cut:
+            kappa = slow_kappa(tested, slow_forecast(seen.saliency[-1][tau], pi, alive))
+        else:  # ours: what mattered then, does it have its like now?
+            living = np.flatnonzero(alive)
+            matters = {u: np.mean([s[u] for s in deep]) for u in living}
+            like = {u: max(float(reference[u] @ z[v]) for v in living) for u in living}
+            kappa = sum(matters[u] * like[u] for u in living) / sum(matters.values())
         # Eq. 7 and its substitutes
         age = t - tau
         keyframe = kappa < threshold if every is None else age >= every
