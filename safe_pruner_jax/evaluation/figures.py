@@ -19,16 +19,18 @@ def success_by_keep(rows: Sequence[Row]) -> Figure:
     return _panels(rows, lambda row: None if row.keep is None else 100 * row.keep, "visual tokens kept, %", shares=True)
 
 
-def success_by_flops(rows: Sequence[Row], *, exact: bool = True) -> Figure:
+def success_by_flops(rows: Sequence[Row], *, exact: bool = True, together: int = TOGETHER) -> Figure:
     """Success rates with their 95 % intervals against multiply-adds per policy call.
 
     Args:
       rows: from `summarise`, of equal conditions.
       exact: all that the programs compute, or the papers' prefix.
+      together: methods that share a panel.
     """
     name = "exact_flops" if exact else "paper_flops"
     giga = lambda row: None if getattr(row, name) is None else getattr(row, name) / 1e9
-    return _panels(rows, giga, f"10⁹ multiply-adds per call ({'all' if exact else 'prefix, as in papers'})")
+    label = f"10⁹ multiply-adds per call ({'all' if exact else 'prefix, as in papers'})"
+    return _panels(rows, giga, label, together=together)
 
 
 def success_by_speed(rows: Sequence[Row]) -> Figure:
@@ -39,7 +41,14 @@ def success_by_speed(rows: Sequence[Row]) -> Figure:
     return _panels(rows, lambda row: 1 / row.ms_ratio if row.ms_ratio else None, "measured speed-up of a policy call")
 
 
-def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *, shares: bool = False) -> Figure:
+def _panels(
+    rows: Sequence[Row],
+    x: Callable[[Row], float | None],
+    label: str,
+    *,
+    shares: bool = False,
+    together: int = TOGETHER,
+) -> Figure:
     if not rows:
         raise ValueError("rows: expected at least one to draw, got none")
     if any(row.conditions != rows[0].conditions for row in rows):
@@ -47,7 +56,7 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
     suites, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("suite", "method"))
     names = short_names(methods)
     at = {(s, m): _points(rows, s, m, x) for s in suites for m in methods}
-    if len(methods) <= TOGETHER:
+    if len(methods) <= together:
         figure, axes = grid(len(suites))
         for ax, suite in zip(axes, suites, strict=True):
             ax.set_title(suite, fontsize=11)
@@ -69,7 +78,7 @@ def _panels(rows: Sequence[Row], x: Callable[[Row], float | None], label: str, *
     for ax in axes[-min(3, len(axes)) :]:
         ax.set_xlabel(label, fontsize=9)
         ax.tick_params(labelbottom=True)
-    if len(methods) <= TOGETHER or len(suites) > 1:
+    if len(methods) <= together or len(suites) > 1:
         legend(figure, axes)
     return figure
 
