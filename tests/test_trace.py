@@ -104,6 +104,7 @@ def test_a_live_source_is_suite_task_trial(source):
         ("safe", SAFE),
         *at_night(("safe", {"cut": 3, "queries": "action", "every": 3})),
         ("safe", {"cut": 2, "queries": "all", "late": "prefix", "over": "all", "features": "hidden", "every": 3}),
+        ("safe", {"cut": 0, "features": "hidden", "pool": 1.5, "every": 3}),
         *at_night(("fastv", {"cut": 1})),
         ("divprune", {}),
     ],
@@ -145,6 +146,11 @@ def test_saliencies_are_distributions_over_alive_tokens(watched):
         own, visual = (watched.captured(Capture(1, rows, over)) for over in ("all", "visual"))
         assert (own.sum(-1) < 0.999).all() and (own <= visual + 1e-6).all()
     assert watched.late(over="all").sum() < watched.late().sum()
+
+
+def test_there_is_no_attention_before_the_first_layer(watched):
+    with pytest.raises(ValueError, match=r"expected a layer index from 0 to .* got -1; before a cut at layer 0"):
+        watched.captured(Capture(-1, "all"))
 
 
 def test_a_method_that_needs_more_than_a_trace_is_refused(watched):

@@ -95,7 +95,14 @@ class Trace:
         return seen[:, {"half": count // 2, "all": 0, "last": count - 1}[steps] :].mean(1)
 
     def captured(self, capture: Capture) -> np.ndarray:
-        """[C, n] saliency that a pruner's `Capture` of rows "action", "text", "last" or "all" asks for."""
+        """[C, n] saliency that a pruner's `Capture` of rows "action", "text", "last" or "all" asks for.
+
+        Raises:
+          ValueError: no such layer; before layer 0 there is no attention.
+        """
+        if capture.layer is None or not 0 <= capture.layer < self.depth:
+            got = f"{capture.layer}; before a cut at layer 0 there is no attention to look at"
+            raise ValueError(f"capture: expected a layer index from 0 to {self.depth - 1}, got {got}")
         if capture.rows == "action":
             return (self.expert if capture.over == "visual" else self.probabilities["expert"])[:, 0, capture.layer]
         visual = {"text": self.text, "last": self.last, "all": self.everyone}
@@ -231,6 +238,7 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
     captured = [trace.captured(c) for c in plan.capture]
     late = trace.late(plan.late_steps, plan.late_over)[:, [int(l) for l in plan.late_layers]]
     past = [trace.captured(c) for c in plan.remember]
+    rows_at = lambda t, cut: trace.hidden[t, cut - 1] if cut else trace.visual[t]
 
     def evidence(t: int, since: int, reference: int) -> Evidence:
         recorded = {
@@ -242,7 +250,7 @@ def replay(pruner: Pruner, trace: Trace) -> list[Selection]:
             "saliency": tuple(s[t] for s in captured),
             "late": late[reference] if since != NO_HISTORY else np.zeros_like(late[0]),
             "key": trace.keys[t],
-            "hidden": trace.hidden[t, plan.cut.layer - 1] if plan.cut and 1 <= plan.cut.layer <= CUTS else None,
+            "hidden": rows_at(t, plan.cut.layer) if plan.cut and plan.cut.layer <= CUTS else None,
             "past": tuple(s[t - 1] if since != NO_HISTORY else np.zeros_like(s[0]) for s in past),
         }
         return Evidence(**{field.name: recorded.get(field.name) for field in fields(Evidence)})
