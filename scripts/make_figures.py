@@ -45,6 +45,22 @@ FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 EQUAL = ("libero_object10_112_t0", "libero_object10_swap_112_t0")
 TRIALS = 5  # that every cell of them has
+ZERO = "safe-cut0-warm_start1-threshold-1-pool1.5-keep"
+LINES = {
+    "full": ("full",),
+    "safe, cut 0": tuple(f"{ZERO}{keep}" for keep in (0.2, 0.3, 0.4)),
+    "safe, cut 3, 20 %": ("safe-keep0.2",),
+    "divprune": (
+        "divprune-warm_start1-keep0.2",
+        "divprune-keep0.3",
+        "divprune-warm_start1-keep0.4",
+        "divprune-keep0.6",
+    ),
+    "sparsevlm": ("sparsevlm-keep0.4", "sparsevlm-warm_start1-keep0.6"),
+    "vla_pruner": ("vla_pruner-cut1-window1-keep0.3", "vla_pruner-window1-keep0.4"),
+    "fastv": ("fastv-cut1-keep0.4", "fastv-warm_start1-keep0.4"),
+}
+"""Name in the figure → cells, which decision 0030 chose."""
 
 
 def rows(name: str) -> list[dict]:
@@ -54,12 +70,12 @@ def rows(name: str) -> list[dict]:
 
 def equal_cost() -> Figure:
     """Success against multiply-adds of settings within one budget, on both suites."""
-    cells = ("full", "safe-keep0.2", "vla_pruner-window2-keep0.4", "fastv-warm_start1-keep0.4")
-    files = [RESULTS / folder / f"{cell}.jsonl" for folder in EQUAL for cell in cells]
-    records = [record for path in files for record in read_records(path)]
-    table = summarise([record for record in records if record.trial < TRIALS])
-    short = [dataclasses.replace(row, method=row.method.split()[0]) for row in table if row.suite != ALL]
-    return success_by_flops(short)
+    rows = []
+    for name, cells in LINES.items():
+        files = [RESULTS / folder / f"{cell}.jsonl" for folder in EQUAL for cell in cells]
+        records = [record for path in files for record in read_records(path) if record.trial < TRIALS]
+        rows += [dataclasses.replace(row, method=name) for row in summarise(records) if row.suite != ALL]
+    return success_by_flops(rows, together=len(LINES))
 
 
 def cameras() -> Figure:

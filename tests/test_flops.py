@@ -203,7 +203,7 @@ def cost_row(name: str, choices: dict) -> str:
 
 
 def test_the_page_of_pruners_tells_these_costs():
-    extra = {"sparsevlm": [{"version": "v1"}, {"version": "v2"}], "safe": [{}, {"queries": "text"}]}
+    extra = {"sparsevlm": [{"version": "v1"}, {"version": "v2"}], "safe": [{}, {"queries": "text"}, {"cut": 0}]}
     rows = [cost_row(name, choices) for name in METHODS for choices in extra.get(name, [{}])]
     page = (Path(__file__).parents[1] / "docs" / "pruners.md").read_text(encoding="utf-8")
     table = page.partition("<!-- costs -->")[2].partition("<!-- /costs -->")[0].splitlines()

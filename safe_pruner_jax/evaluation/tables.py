@@ -63,7 +63,8 @@ def beside(cells: Mapping[str, str], folders: Mapping[str, Path], *, against: st
         _, first, second, _ = contingency(records, other)
         line += [points(compare(records, other)[0]), _p(mcnemar(first, second)) if other else None]
         lines.append([*line, f"{_cost(played, full, 'exact_flops'):.2f}"])
-    return markdown([*head, f"against {cells.get(against, against)}", "p", "multiply-adds"], lines)
+    name = cells.get(against, against).partition(",")[0].strip("*")
+    return markdown([*head, f"against {name}", "p", "multiply-adds"], lines)
 
 
 def effort(cells: Mapping[str, str], folders: Mapping[str, Path]) -> str:
