@@ -92,6 +92,19 @@ def test_safe_takes_what_the_policy_was_calibrated_to_unless_told_otherwise(tmp_
         fitted(*own)
 
 
+def test_a_threshold_of_another_cut_is_told(tmp_path, caplog):
+    fitted = lambda *argv: (lambda args, method: args.fit("LIBERO", method).choices)(*serve_args(*argv))
+    own = ["policy:checkpoint", "--policy.config=mini_libero", f"--policy.dir={tmp_path}", "--pruner=safe"]
+    (tmp_path / "calibrate.json").write_text('{"choices": {"threshold": 0.5, "cut": 1}}')
+    assert fitted(*own)["cut"] == 1 and "calibrated for a cut" not in caplog.text
+    fitted("policy:embedded", "--pruner=safe", "--pruner.cut", "0", "--pruner.threshold", "-1")
+    assert "calibrated for a cut" not in caplog.text
+    for argv, cuts in ((("policy:embedded", "--pruner=safe"), (3, 0)), (own, (1, 0))):
+        caplog.clear()
+        fitted(*argv, "--pruner.cut", "0")
+        assert "calibrated for a cut before layer {}, not {}; give --pruner.threshold".format(*cuts) in caplog.text
+
+
 def test_split_pruner():
     assert split_pruner(["a", "--pruner", "fastv", "b"]) == ("fastv", ["a", "b"])
     assert split_pruner(["--pruner.keep", "1"]) == ("none", ["--pruner.keep", "1"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import inspect
 import logging
 import re
 from collections.abc import Collection, Iterable
@@ -17,6 +18,9 @@ from safe_pruner_jax.robots.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 logger = logging.getLogger(__name__)
+
+SAFE_CUT = inspect.signature(pruners.factory("safe")).parameters["cut"].default
+"""Where `safe` cuts unless told otherwise, also in a calibration that does not say."""
 
 
 class EnvMode(enum.Enum):
@@ -158,7 +162,16 @@ class Model:
                 "keyframe. `openpi analyze calibrate` finds its own (docs/analysis.md)",
                 method.choices["threshold"],
             )
-        return dataclasses.replace(method, choices=method.choices | calibration)
+        chosen, measured_at = method.choices | calibration, measured.get("cut", SAFE_CUT)
+        if "threshold" in calibration and chosen["cut"] != measured_at and chosen["every"] is None:
+            logger.warning(
+                "safe: γ = %g was calibrated for a cut before layer %d, not %d; give --pruner.threshold (-1: no "
+                "keyframes by κ)",
+                chosen["threshold"],
+                measured_at,
+                chosen["cut"],
+            )
+        return dataclasses.replace(method, choices=chosen)
 
     def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
         """The policy, with its weights."""
