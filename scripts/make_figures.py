@@ -50,14 +50,9 @@ LINES = {
     "full": ("full",),
     "safe, cut 0": tuple(f"{ZERO}{keep}" for keep in (0.2, 0.3, 0.4)),
     "safe, cut 3, 20 %": ("safe-keep0.2",),
-    "divprune": (
-        "divprune-warm_start1-keep0.2",
-        "divprune-keep0.3",
-        "divprune-warm_start1-keep0.4",
-        "divprune-keep0.6",
-    ),
-    "sparsevlm": ("sparsevlm-keep0.4", "sparsevlm-warm_start1-keep0.6"),
-    "vla_pruner": ("vla_pruner-cut1-window1-keep0.3", "vla_pruner-window1-keep0.4"),
+    "divprune": ("divprune-keep0.3", "divprune-warm_start1-keep0.4", "divprune-keep0.6"),
+    "sparsevlm": ("sparsevlm-keep0.4",),
+    "vla_pruner": ("vla_pruner-cut1-window1-keep0.3", "vla_pruner-window2-keep0.4"),
     "fastv": ("fastv-cut1-keep0.4", "fastv-warm_start1-keep0.4"),
 }
 """Name in the figure → cells, which decision 0030 chose."""

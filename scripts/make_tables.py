@@ -44,6 +44,7 @@ BUDGETS = {
     "tight": {
         "full": "`full`",
         FIRST: "**`safe`**, cut 0, μ = 1.5, 40 %",
+        "safe-cut0-warm_start1-threshold-1-pool1.5-keep0.3": "the same, 30 %",
         "safe-cut1-warm_start1-threshold0.7-pool2.5-keep0.3": "`safe`, cut 1, μ = 2.5, 30 %",
         "safe-cut1-warm_start1-threshold0.7-keep0.3": "`safe`, cut 1, μ = 1, 30 %",
         "divprune-warm_start1-keep0.4": "`divprune`, w = 1, 40 %",
