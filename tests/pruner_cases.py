@@ -37,8 +37,11 @@ SLOTWISE = {"random"}
 TIED = {
     case("vla_pruner", variant="as_released", keep=5, window=2),
     case("vla_cache", variant="as_released", keep=0.75, static=0.9, relevant=0.1),
+    case("safe", cut=0, threshold=0.9, pool=1.5, keep=0.3),
+    case("safe", cut=0, threshold=0.8, late="prefix", queries="all", max_age=3),
 }
-"""Cases in which the slot decides: between mutual nearest neighbours, equally far; in what order tokens are reused."""
+"""Cases in which the slot decides: between mutual nearest neighbours, equally far; in what order tokens are reused;
+between tokens that found the same partner in the keyframe, where the forecast alone is the score."""
 
 COUNTED = {"specprune", "vla_cache"}
 """Pruners that may leave slots of their static budget empty."""
