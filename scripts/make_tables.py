@@ -63,8 +63,6 @@ BUDGETS = {
     },
 }
 """Within 0.65, 0.73 and 0.80 of the multiply-adds of `full` (decision 0030); the second cell is what others meet."""
-
-
 FRONT = {
     "full": "`full`",
     FIRST: "**`safe`**, layer 0",
@@ -92,7 +90,11 @@ def main(check: bool) -> int:
     """Writes, or compares; the exit code."""
     before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after, differ = dict(before), False
-    for name, table in tables().items():
+    made = tables()
+    if orphans := set(re.findall(r"<!-- table: (\w+) -->", "".join(before.values()))) - set(made):
+        print(f"expected one of {', '.join(made)} in <!-- table: … -->, got {', '.join(sorted(orphans))}; remove it")
+        return 1
+    for name, table in made.items():
         place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page = next((page for page, text in after.items() if place.search(text)), None)
         if page is None:

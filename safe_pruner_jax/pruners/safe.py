@@ -131,8 +131,8 @@ def safe(
         return SafeState(z, s, jnp.zeros((len(plan.remember), n), jnp.float32), (z, s))
 
     def step(state: SafeState, e: Evidence) -> tuple[SafeState, Selection]:
-        none = (jnp.zeros(e.alive.shape, jnp.float32),)
-        shallow, *_, tested = (e.saliency or none) * 2
+        saliency = e.saliency or (jnp.zeros(e.alive.shape, jnp.float32),)
+        shallow, tested = saliency[0], saliency[-1]
         state = _after_a_full_pass(state, e)
         tokens = e.visual if features == "Z" else e.hidden
         z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
