@@ -106,8 +106,8 @@ def ladder() -> Figure:
 
 
 def late(quantities: list[dict]) -> list[dict]:
-    """Rows of the forecast of late layers, with and without correspondence."""
-    return [row for row in quantities if row["quantity"] in (forecast.LATE, forecast.UNMATCHED)]
+    """Rows of the forecast of late layers: by correspondence, hard and soft, and without."""
+    return [row for row in quantities if row["quantity"] in (forecast.LATE, forecast.UNMATCHED, forecast.HARD)]
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {

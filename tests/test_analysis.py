@@ -136,6 +136,24 @@ def test_forecasts_of_a_moving_still_life_are_exact_and_of_noise_are_not():
     assert [(r["age"], r["pairs"]) for r in first if r["quantity"] == forecast.LATE] == [(a, 1) for a in (1, 2, 3, 4)]
 
 
+def test_a_soft_forecast_is_between_the_matched_token_and_the_mean():
+    trace = synthetic(still=True, shift=1)
+    rows = lambda soft, of: {
+        (r["age"], r["within"]): r["cosine"] for r in forecast.measure(trace, cut=2, soft=soft) if r["quantity"] == of
+    }
+    cold, warm, hard = rows(1e-3, forecast.LATE), rows(0.3, forecast.LATE), rows(0.3, forecast.HARD)
+    assert cold.keys() == warm.keys() == hard.keys() and not rows(0, forecast.HARD)
+    for pair, values in cold.items():
+        assert values == pytest.approx([1.0] * len(values), abs=1e-4) and max(warm[pair]) < 0.999
+        assert hard[pair] == pytest.approx(values, abs=1e-4)
+    s, mean = trace.late()[0], trace.late()[0].mean(-1, keepdims=True)
+    np.testing.assert_allclose(measures.Matches(trace, soft=1e6).forecast(s, 3, 0), mean.repeat(16, -1), rtol=1e-4)
+    lost = lambda soft: [r["loss"] for r in recall.measure(trace, cut=1, keeps=(0.3,), soft=soft)]
+    assert lost(1e-3) == lost(0) != lost(0.3)
+    with pytest.raises(ValueError, match=r"soft: expected a temperature of at least 0, got -0\.1"):
+        forecast.measure(trace, cut=2, soft=-0.1)
+
+
 def test_attention_is_counted_in_tokens():
     uniform, one = np.ones(8) / 8, np.eye(8)[2]
     np.testing.assert_allclose(attention.effective(np.stack([uniform, one, np.repeat([0.5, 0], [2, 6])])), [8, 1, 2])

@@ -31,7 +31,7 @@ SIZES = {
 LAYOUT = PrefixLayout(Pi0Config(True, **SIZES).cameras[:2], 256, 32)
 PRUNERS = {
     "safe-action": safe(keep=0.2, cut=2),
-    "safe-before": safe(keep=0.2, cut=0, pool=1.5),
+    "safe-before": safe(keep=0.2, cut=0, pool=1.5, soft=0.1),
     "fastv": fastv(keep=100, cut=1),
     "full": full(),
     "divprune": divprune(keep=0.2),

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
+from oracles.forecasts import (
+    slow_forecast,
+    slow_fuse,
+    slow_kappa,
+    slow_match,
+    slow_soft_forecast,
+    slow_soft_match,
+    slow_unit,
+)
 
 from safe_pruner_jax.pruners import forecast
 
@@ -16,6 +24,7 @@ SIZES = (1, 7, 12)  # few, so that few programs are compiled
 masks = lambda size: st.lists(st.booleans(), min_size=size, max_size=size).map(lambda x: np.array(x, bool))
 generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 MATCH = jax.jit(forecast.correspondence)
+SOFT = jax.jit(forecast.soft_correspondence, static_argnames="temperature")
 FORECAST = jax.jit(forecast.forecast)
 KAPPA = jax.jit(forecast.kappa)
 FUSE = jax.jit(forecast.fuse, static_argnums=2)
@@ -88,6 +97,35 @@ def test_forecast_transfers_by_match(rng, n, data):
     for layer in range(3):
         np.testing.assert_array_equal(got[layer], slow_forecast(s[layer], pi, alive).astype(np.float32))
     np.testing.assert_array_equal(FORECAST(s[0], pi, alive), got[0])
+
+
+@given(generators, st.sampled_from(SIZES), st.data(), st.booleans(), st.sampled_from([0.05, 0.3]))
+def test_soft_correspondence_inherits_from_all_partners(rng, n, data, same_camera, temperature):
+    z, reference = (slow_unit(rng.normal(size=(n, 8))) for _ in range(2))
+    alive = data.draw(masks(n))
+    camera = rng.integers(0, 2, n).astype(np.int32) if same_camera else None
+    s = rng.uniform(size=(3, n)).astype(np.float32)
+    now, then = z.astype(np.float32), reference.astype(np.float32)
+    weights, most = SOFT(now, then, alive, camera, temperature=temperature)
+    np.testing.assert_array_equal(most, jax.jit(forecast.nearest)(now, then, alive, camera)[1])
+    got = np.asarray(FORECAST(s, weights, alive))
+    partners = slow_soft_match(z, reference, alive, temperature, camera)
+    for layer in range(3):
+        np.testing.assert_allclose(got[layer], slow_soft_forecast(s[layer], partners, alive), rtol=1e-4, atol=1e-6)
+
+
+def test_a_cold_soft_correspondence_is_the_hard_one():
+    z, reference = (slow_unit(np.random.default_rng(i).normal(size=(12, 8))).astype(np.float32) for i in (0, 1))
+    alive, s = np.arange(12) != 5, np.arange(12, dtype=np.float32)
+    weights, _ = SOFT(z, reference, alive, temperature=1e-4)
+    np.testing.assert_allclose(FORECAST(s, weights, alive), FORECAST(s, MATCH(z, reference, alive), alive), atol=1e-5)
+
+
+def test_soft_correspondence_shows_a_token_that_is_not_finite():
+    z = np.eye(7, dtype=np.float32)
+    z[2, 0] = np.nan
+    weights, most = SOFT(z, np.eye(7, dtype=np.float32), np.ones(7, bool), temperature=0.1)
+    assert np.isnan(weights[2]).all() and np.isnan(most[2]) and np.isfinite(np.delete(weights, 2, axis=0)).all()
 
 
 @given(generators, st.sampled_from(SIZES), st.sampled_from([1e-4, 1.0, 1e4]))

@@ -104,7 +104,7 @@ def test_a_live_source_is_suite_task_trial(source):
         ("safe", SAFE),
         *at_night(("safe", {"cut": 3, "queries": "action", "every": 3})),
         ("safe", {"cut": 2, "queries": "all", "late": "prefix", "over": "all", "features": "hidden", "every": 3}),
-        ("safe", {"cut": 0, "features": "hidden", "pool": 1.5, "every": 3}),
+        ("safe", {"cut": 0, "features": "hidden", "pool": 1.5, "soft": 0.1, "every": 3}),
         *at_night(("fastv", {"cut": 1})),
         ("divprune", {}),
     ],

@@ -26,7 +26,7 @@ from safe_pruner_jax.policy.policy import Policy
 NEAR = 0.1
 """A played proposal may miss its budget by this share of it."""
 
-PROPOSED = ("keep", "queries", "fuse", "threshold", "cut", "late_layers", "late_steps")
+PROPOSED = ("keep", "queries", "fuse", "threshold", "cut", "late_layers", "late_steps", "soft")
 """Choices of `safe` that a calibration settles, or was measured with."""
 
 _AIM = 0.97

@@ -26,6 +26,8 @@ from safe_pruner_jax.pruners import Capture
 LATE = "late (mean of L_d)"
 UNMATCHED = f"{LATE}, same slot"
 """The control: the keyframe's late saliency slot by slot, without matching."""
+HARD = f"{LATE}, most similar token"
+"""The control of a soft correspondence: the late saliency of the most similar token alone, as in Algorithm 2."""
 
 
 def measure(
@@ -34,6 +36,7 @@ def measure(
     cut: int = 3,
     late_layers: Layers = (0, -2, -1),
     late_steps: str = "half",
+    soft: float = 0.0,
     ages: int = 10,
     references: Literal["every", "first"] = "every",
 ) -> list[Row]:
@@ -42,15 +45,16 @@ def measure(
     Args:
       trace: of the episode.
       cut: the shallow saliencies are of layer cut - 1.
-      late_layers, late_steps: as in `safe`.
+      late_layers, late_steps, soft: as in `safe`.
       ages: calls from the keyframe to the forecast one, at most.
       references: calls that are keyframes.
 
     Returns:
-      One row per "quantity" ("shallow action" and so on, "layer l" for l in L_d, their mean, `LATE`, and `UNMATCHED`),
-      "age" and "within" (no boundary between the two calls), with lists "cosine" and "kl" over the pairs.
+      One row per "quantity" ("shallow action" and so on, "layer l" for l in L_d, their mean, `LATE`, and the controls
+      `UNMATCHED` and, with `soft` above 0, `HARD`), "age" and "within" (no boundary between the two calls), with lists
+      "cosine" and "kl" over the pairs.
     """
-    late, match = trace.late(late_steps), Matches(trace)
+    late, match, hard = trace.late(late_steps), Matches(trace, soft=soft), Matches(trace)
     layers = sorted({l % trace.depth for l in late_layers})
     truth = {f"shallow {q}": trace.captured(Capture(cut - 1, q)) for q in QUERIES}
     truth |= {f"layer {l}": late[:, l] for l in layers}
@@ -64,6 +68,7 @@ def measure(
                 forecasts = {name: match.forecast(s[reference], t, reference)}
                 if name == LATE:
                     forecasts[UNMATCHED] = np.where(trace.alive[t], s[reference], 0.0)
+                    forecasts |= {HARD: hard.forecast(s[reference], t, reference)} if soft else {}
                 for of, predicted in forecasts.items():
                     pairs_of[of, t - reference, within].append((cosine(s[t], predicted), divergence(s[t], predicted)))
     return [

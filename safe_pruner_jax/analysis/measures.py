@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from safe_pruner_jax.analysis.trace import Trace
-from safe_pruner_jax.pruners import forecast
+from safe_pruner_jax.pruners import checks, forecast
 from safe_pruner_jax.tokens import budget
 
-_correspondence = jax.jit(forecast.correspondence)
+_partners = jax.jit(forecast.partners, static_argnames="temperature")
 _unit = jax.jit(forecast.unit)
 
 
@@ -20,23 +20,30 @@ class Matches:
     Args:
       trace: one episode.
       tokens: [C, n, d] what is matched; None: visual tokens Z.
+      soft: temperature of the correspondence, as in `safe`; 0: the most similar token.
+
+    Raises:
+      ValueError: a negative temperature.
     """
 
-    def __init__(self, trace: Trace, tokens: np.ndarray | None = None):
+    def __init__(self, trace: Trace, tokens: np.ndarray | None = None, soft: float = 0.0):
+        checks.at_least(0, "soft", "a temperature of at least 0", soft)
         rows = zip(trace.visual if tokens is None else tokens, trace.alive, strict=True)
         self._unit = [_unit(np.where(a[:, None], z, 0)) for z, a in rows]
-        self._alive, self._cache = trace.alive, {}
+        self._alive, self._soft, self._cache = trace.alive, soft, {}
 
     def __call__(self, t: int, reference: int) -> np.ndarray:
-        """[n] int32: for each token of call t the most similar alive one of call `reference`."""
+        """[n] int32: for each token of call t the most similar alive one of call `reference`; soft: [n, n] weights."""
         if (t, reference) not in self._cache:
-            pi = _correspondence(self._unit[t], self._unit[reference], self._alive[reference])
-            self._cache[t, reference] = np.asarray(pi)
+            pair = self._unit[t], self._unit[reference], self._alive[reference]
+            self._cache[t, reference] = np.asarray(_partners(*pair, temperature=self._soft)[0])
         return self._cache[t, reference]
 
     def forecast(self, s: np.ndarray, t: int, reference: int) -> np.ndarray:
         """Ŝ of call t: s [..., n] of call `reference`, transferred; dead tokens 0."""
-        return np.where(self._alive[t], s[..., self(t, reference)], 0.0)
+        match = self(t, reference)
+        carried = s @ match.T if self._soft else s[..., match]
+        return np.where(self._alive[t], carried, 0.0)
 
 
 def top(s: np.ndarray, alive: np.ndarray, share: float) -> np.ndarray:

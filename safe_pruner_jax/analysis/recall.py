@@ -35,6 +35,7 @@ def measure(
     cut: int = 3,
     late_layers: Layers = (0, -2, -1),
     late_steps: str = "half",
+    soft: float = 0.0,
     keeps: Sequence[float] = KEEPS,
     fuses: Sequence[float] = FUSES,
     core: float = 0.1,
@@ -46,6 +47,7 @@ def measure(
       trace: of the episode.
       cut: layer index ℓs before which tokens would be dropped.
       late_layers, late_steps: L_d and the denoise steps of the late saliency, as in `safe`.
+      soft: temperature of the correspondence, as in `safe`.
       keeps: shares of the alive visual tokens that are kept.
       fuses: λ; 0 is the shallow score alone, 1 the forecast alone.
       core: share of the tokens that are core.
@@ -65,9 +67,8 @@ def measure(
     """
     if not 1 <= cut < trace.depth:
         raise ValueError(f"cut: expected a layer index from 1 to {trace.depth - 1}, got {cut}")
-    late, match = trace.late(late_steps), Matches(trace)
-    chosen = late[:, [l % trace.depth for l in late_layers]]
-    reference = references(trace.subtask, every)
+    late, match = trace.late(late_steps), Matches(trace, soft=soft)
+    chosen, reference = late[:, [l % trace.depth for l in late_layers]], references(trace.subtask, every)
     shallow = {q: trace.captured(Capture(cut - 1, q)) for q in QUERIES}
     losses_of: dict[tuple, list[np.ndarray]] = defaultdict(list)
     for t in (t for t in range(len(trace)) if reference[t] != t):  # those that are pruned

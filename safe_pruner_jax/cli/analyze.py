@@ -57,7 +57,7 @@ class Recall(OnEpisodes):
     def rows(self, trace: Trace) -> list[Row]:
         """The measurement of one episode."""
         settings = {"keeps": self.keeps, "fuses": self.fuses, "core": self.core, "every": self.every}
-        return recall.measure(trace, **self.late(), **settings)
+        return recall.measure(trace, **self.forecast(), **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Forecast(OnEpisodes):
 
     def rows(self, trace: Trace) -> list[Row]:
         """The measurement of one episode."""
-        return forecast.measure(trace, **self.late(), ages=self.ages, references=self.references)
+        return forecast.measure(trace, **self.forecast(), ages=self.ages, references=self.references)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Kappa(OnEpisodes):
 
     def rows(self, trace: Trace) -> list[Row]:
         """The measurement of one episode."""
-        return kappa.measure(trace, **self.late(), threshold=self.gamma)
+        return kappa.measure(trace, **self.forecast(), threshold=self.gamma)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def run_calibrate(args: Calibrate, load: Load, conditions: Mapping[str, Any]) ->
     recalls, forecasts = _over_episodes(args, load, conditions, **both)
     proposal = calibrate.propose(recalls, forecasts, keep=args.keep, share=args.share)
     usual = {f.name: f.default for f in dataclasses.fields(OnEpisodes)}  # as `safe` has it
-    proposal["choices"] |= {name: value for name, value in args.late().items() if value != usual[name]}
+    proposal["choices"] |= {name: value for name, value in args.forecast().items() if value != usual[name]}
     (args.out / CALIBRATION).write_text(json.dumps(proposal, indent=1) + "\n", encoding="utf-8")
     leave(args.out, "calibrate", calibrate.table(proposal), calibrate.figure(forecasts, proposal))
     if args.budget is not None:

@@ -61,15 +61,17 @@ class OnEpisodes(OnRequests):
       cut: layer index before which tokens are dropped.
       late_layers: layers of the late saliency.
       late_steps: denoise steps averaged for it.
+      soft: temperature of the correspondence; 0 takes the most similar token.
     """
 
     cut: int = 3
     late_layers: tuple[int, ...] = (0, -2, -1)
     late_steps: Literal["half", "all", "last"] = "half"
+    soft: float = 0.0
 
-    def late(self) -> dict[str, Any]:
-        """The choices that every measurement takes."""
-        return {"cut": self.cut, "late_layers": self.late_layers, "late_steps": self.late_steps}
+    def forecast(self) -> dict[str, Any]:
+        """The choices of `safe` that every measurement takes."""
+        return {"cut": self.cut, "late_layers": self.late_layers, "late_steps": self.late_steps, "soft": self.soft}
 
 
 def recordings(args: OnRequests, policy: Load) -> Iterator[Recording]:

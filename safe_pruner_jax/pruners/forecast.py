@@ -33,17 +33,59 @@ def correspondence(z: Array, reference: Array, alive: Array, camera: Array | Non
 
 def nearest(z: Array, reference: Array, alive: Array, camera: Array | None = None) -> tuple[Array, Array]:
     """`correspondence`, and how similar [n] float32: -inf without a candidate, NaN where z or a candidate holds one."""
+    similarity = _similarity(z, reference, alive, camera)
+    return jnp.argmax(similarity, axis=-1).astype(jnp.int32), similarity.max(-1)
+
+
+def soft_correspondence(
+    z: Array, reference: Array, alive: Array, camera: Array | None = None, *, temperature: float
+) -> tuple[Array, Array]:
+    """Every token's partners, weighed (ours): P[v, u] = softmax_u(Z̃_t[v] · Z̃_τ[u] / T) over the alive reference tokens.
+
+    Args:
+      z, reference, alive, camera: as in `correspondence`.
+      temperature: T > 0, in units of cosine similarity; towards 0 it is `correspondence`.
+
+    Returns:
+      [n, n] float32, rows that sum to 1, or to 0 without a candidate; and the greatest similarity as in `nearest`.
+    """
+    similarity = _similarity(z, reference, alive, camera)
+    most = similarity.max(-1)
+    weights = jnp.exp((similarity - jnp.where(jnp.isneginf(most), 0.0, most)[:, None]) / temperature)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny), most
+
+
+def partners(
+    z: Array, reference: Array, alive: Array, camera: Array | None = None, temperature: float = 0.0
+) -> tuple[Array, Array]:
+    """`nearest` at temperature 0, else `soft_correspondence`: what `forecast` takes, and the greatest similarity."""
+    if temperature == 0:
+        return nearest(z, reference, alive, camera)
+    return soft_correspondence(z, reference, alive, camera, temperature=temperature)
+
+
+def _similarity(z: Array, reference: Array, alive: Array, camera: Array | None) -> Array:
+    """[n, n] cosine of each token with each reference token; -inf for one that is no candidate."""
     similarity = jnp.matmul(z, reference.T, precision=jax.lax.Precision.HIGHEST)
     candidate = jnp.broadcast_to(alive[None, :], similarity.shape)
     if camera is not None:
         candidate &= camera[:, None] == camera[None, :]
-    similarity = jnp.where(candidate, similarity, -jnp.inf)
-    return jnp.argmax(similarity, axis=-1).astype(jnp.int32), similarity.max(-1)
+    return jnp.where(candidate, similarity, -jnp.inf)
 
 
 def forecast(s: Array, match: Array, alive: Array) -> Array:
-    """Ŝ[v] = S_τ[π(v)] (Algorithm 2, line 4): s [..., n], match [n] → [..., n]; dead tokens 0."""
-    return jnp.where(alive, jnp.take(s, match, axis=-1, mode="clip"), 0.0)
+    """Ŝ[v] = S_τ[π(v)] (Algorithm 2, line 4), or Σ_u P[v, u] S_τ[u]: s [..., n] → [..., n]; dead tokens 0.
+
+    Args:
+      s: [..., n] saliency of the keyframe.
+      match: [n] int32, π of `correspondence`; or [n, n] float32, P of `soft_correspondence`.
+      alive: [n] bool.
+    """
+    if match.ndim == 1:
+        carried = jnp.take(s, match, axis=-1, mode="clip")
+    else:
+        carried = jnp.matmul(s, match.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(alive, carried, 0.0)
 
 
 def kappa(s: Array, forecast_s: Array) -> Array:

@@ -9,7 +9,8 @@ saliency of late layers S_τ^ℓ, ℓ ∈ L_d. At every later step t:
     κ < γ  → keyframe: run everything, remember anew                                            (Eq. 7, Algorithm 1)
     else   → keep the top-K of (1-λ) S_t^ℓs + λ mean_ℓ Ŝ^ℓ                                      (Eq. 4-5)
 
-With `pool` above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
+With `soft` above 0 the forecast is a mean over all keyframe tokens, the most similar ones weighing most; with `pool`
+above 1 the tokens that stay are the most different among the best, so that not all of them show the same.
 """
 
 from typing import Any, Literal
@@ -63,6 +64,7 @@ def safe(
     late_steps: Literal["half", "all", "last"] = "half",
     features: Literal["Z", "hidden"] = "Z",
     match: Literal["all", "camera"] = "all",
+    soft: float = 0.0,
     pool: float = 1.0,
     every: int | None = None,
     max_age: int | None = None,
@@ -88,6 +90,8 @@ def safe(
       late_steps: denoise steps averaged for the expert's: second half, all, or the last one.
       features: what is matched: visual tokens Z as they enter the language model, or their hidden rows at the cut.
       match: candidates of the correspondence: tokens of all cameras or of the same camera only.
+      soft: temperature T ≥ 0 of the correspondence, in units of cosine similarity; above 0 a token inherits from all
+        keyframe tokens, weighed by softmax(Z̃_t·Z̃_τ / T) (ours). 0 takes the most similar one's, as the paper does.
       pool: μ ≥ 1; above 1 the best μK tokens by score are candidates, and of them the K that differ most stay (greedy
         max-min cosine distance of Z, as in VLA-Pruner's Algorithm 1; ours). 1 keeps the best K, as the paper does.
       every: a keyframe every so many steps instead of the κ test (the paper's "w/o division"); None: κ decides.
@@ -115,12 +119,10 @@ def safe(
     weight = (1.0 if released else 0.5) if fuse is None else fuse
     keys = ("all" if released else "visual") if over is None else over
     layers = ((0, -1) if released else (0, -2, -1)) if late_layers is None else tuple(late_layers)
-    _check_scores(
-        fuse=weight, threshold=threshold, queries=queries, over=keys, late=late, layers=layers, variant=variant
-    )
+    _check_scores(cut=cut, fuse=weight, threshold=threshold, queries=queries, over=keys, late=late, layers=layers)
     require(cut > 0 or not released, "cut", "at least 1 with the released code, which looks at layer 0", cut)
-    require(cut > 0 or weight > 0, "fuse", "λ above 0 with cut=0, where the forecast alone decides", weight)
-    _check_choices(features=features, match=match, pool=pool, every=every, max_age=max_age, per_camera=per_camera)
+    _check_matching(features=features, match=match, soft=soft)
+    _check_choices(pool=pool, every=every, max_age=max_age, per_camera=per_camera, variant=variant)
     first = released and 0 in layers  # of L_d, layer 0 is the tested saliency itself
     deep = tuple(l for l in layers if l != 0) if first else layers
     plan = _plan(Cut(cut, keep), queries, keys, deep, released=released, late=late, late_steps=late_steps, pool=pool)
@@ -136,7 +138,7 @@ def safe(
         state = _after_a_full_pass(state, e)
         tokens = e.visual if features == "Z" else e.hidden
         z = forecast.unit(jnp.where(e.alive[:, None], tokens, 0))
-        pi, similar = forecast.nearest(z, state.reference, e.alive, e.camera if match == "camera" else None)
+        pi, similar = forecast.partners(z, state.reference, e.alive, e.camera if match == "camera" else None, soft)
         remembered = jnp.concatenate([state.shallow[None]] * first + [state.late if plan.remember else e.late])
         late, expected = forecast.forecast(remembered, pi, e.alive), forecast.forecast(state.shallow, pi, e.alive)
         if cut > 0:
@@ -199,20 +201,25 @@ def _widened(keep: float, pool: float, n: int) -> float:
     return min(keep * pool, 1.0) if keep <= 1 else min(round(keep * pool), n)
 
 
-def _check_scores(*, fuse: Any, threshold: Any, queries: Any, over: Any, late: Any, layers: Any, variant: Any):
+def _check_scores(*, cut: int, fuse: Any, threshold: Any, queries: Any, over: Any, late: Any, layers: Any):
     checks.within(0, 1, "fuse", "λ", fuse)
+    require(cut > 0 or fuse > 0, "fuse", "λ above 0 with cut=0, where the forecast alone decides", fuse)
     checks.within(-1, 1, "threshold", "γ", threshold)
     checks.one_of(("action", "text", "last", "all"), "queries", queries)
     checks.one_of(("visual", "all"), "over", over)
     checks.one_of(("expert", "prefix"), "late", late)
     some = len(layers) > 0 and all(isinstance(l, int) for l in layers)
     require(some, "late_layers", "at least one whole layer index", layers)
-    checks.variant(variant)
 
 
-def _check_choices(*, features: Any, match: Any, pool: Any, every: Any, max_age: Any, per_camera: Any):
+def _check_matching(*, features: Any, match: Any, soft: Any):
     checks.one_of(("Z", "hidden"), "features", features)
     checks.one_of(("all", "camera"), "match", match)
+    checks.at_least(0, "soft", "a temperature of at least 0", soft)
+
+
+def _check_choices(*, pool: Any, every: Any, max_age: Any, per_camera: Any, variant: Any):
+    checks.variant(variant)
     checks.at_least(1, "pool", "μ of at least 1", pool)
     require(pool == 1 or per_camera == 0, "pool", "1 together with per_camera, which counts by score", pool)
     require(every is None or whole(every, 1), "every", "a whole number of steps >= 1 or None", every)

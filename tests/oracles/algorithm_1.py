@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from oracles.forecasts import slow_forecast, slow_fuse, slow_kappa, slow_match, slow_unit
+from oracles.forecasts import (
+    slow_forecast,
+    slow_fuse,
+    slow_kappa,
+    slow_match,
+    slow_soft_forecast,
+    slow_soft_match,
+    slow_unit,
+)
 from oracles.full_steps import slow_full_steps
 from oracles.peers import slow_max_min
 from oracles.selection import slow_budget, slow_top_k
@@ -16,6 +24,7 @@ def algorithm_1(
     fuse=None,
     threshold=0.92,
     match="all",
+    soft=0.0,
     every=None,
     max_age=None,
     per_camera=0,
@@ -52,13 +61,19 @@ def algorithm_1(
         # Algorithm 2
         tokens = seen.visual if features == "Z" else seen.hidden
         z, reference = slow_unit(tokens[t]), slow_unit(tokens[tau])
-        pi = slow_match(z, reference, alive, camera if match == "camera" else None)
+        among = camera if match == "camera" else None
+        if soft:
+            partners = slow_soft_match(z, reference, alive, soft, among)
+            carry = lambda s, partners=partners, alive=alive: slow_soft_forecast(s, partners, alive)
+        else:
+            pi = slow_match(z, reference, alive, among)
+            carry = lambda s, pi=pi, alive=alive: slow_forecast(s, pi, alive)
         deep = seen.late[tau] if late == "expert" else [s[tau] for s in seen.past]
         if released and 0 in (late_layers or (0, -1)):  # layer 0 of L_d is the last prompt row's
             deep = [seen.saliency[-1][tau], *deep]
-        forecasts = [slow_forecast(s, pi, alive) for s in deep]
+        forecasts = [carry(s) for s in deep]
         if cut:
-            kappa = slow_kappa(tested, slow_forecast(seen.saliency[-1][tau], pi, alive))
+            kappa = slow_kappa(tested, carry(seen.saliency[-1][tau]))
         else:  # ours: what mattered then, does it have its like now?
             living = np.flatnonzero(alive)
             matters = {u: np.mean([s[u] for s in deep]) for u in living}

@@ -40,6 +40,26 @@ def slow_forecast(s, pi, alive):
     return out
 
 
+def slow_soft_match(z, reference, alive, temperature, camera=None):
+    """For each v its partners u and their weights: exp(cos / T), shares of 1; none without a candidate."""
+    z, reference = np.asarray(z, np.float64), np.asarray(reference, np.float64)
+    partners = []
+    for v in range(len(z)):
+        found = {}
+        for u in range(len(reference)):
+            if alive[u] and (camera is None or camera[u] == camera[v]):
+                found[u] = math.exp(sum(z[v, i] * reference[u, i] for i in range(z.shape[1])) / temperature)
+        total = sum(found.values())
+        partners.append({u: weight / total for u, weight in found.items()})
+    return partners
+
+
+def slow_soft_forecast(s, partners, alive):
+    """The mean of the partners' saliency; dead tokens have none."""
+    inherited = [sum(weight * float(s[u]) for u, weight in found.items()) for found in partners]
+    return np.array([x if living else 0.0 for x, living in zip(inherited, alive, strict=True)])
+
+
 def slow_kappa(a, b):
     """Eq. 6."""
     dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
