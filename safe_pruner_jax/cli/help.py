@@ -76,11 +76,12 @@ def choices(pruner: str, factory: Callable) -> Iterator[str]:
 def summary(prog: str, command: type, pruner: tuple[str, Callable] | None = None) -> str:
     """The help of a command, at most 50 lines."""
     policy = any(field.name == "policy" for field in dataclasses.fields(command))
-    lines = [f"usage: {prog} [options]{' [policy]' if policy else ''}", "", inspect.cleandoc(command.__doc__ or "")]
+    usage = f"usage: {prog} [options]{' [policy]' if policy else ''}"
+    lines = [f"{usage}; --help-all: everything, in full sentences", "", inspect.cleandoc(command.__doc__ or "")]
     lines[-1] = lines[-1].partition("\n")[0]
     lines += ["", *fields(command)]
     if pruner is not None and pruner[0] != "none":
         lines += [*choices(*pruner)]
     if policy:
         lines += ["policy:checkpoint --policy.config NAME --policy.dir FOLDER | policy:default | policy:embedded"]
-    return "\n".join([*lines, f"{prog} --help-all: everything, in full sentences"])
+    return "\n".join(lines)
