@@ -46,11 +46,11 @@ class Sweep:
       tasks: of the suite; all of them by default.
       trials: episodes per task and cell.
       keeps: shares of the visual tokens kept.
-      methods: names of pruners; `safe-paper` (features Z, λ = 0.5, no pool: the paper's; γ and warm start as
-        calibrated), `safe-topk` (the best tokens and no pool), `safe-shallow` (λ = 0, "w/o forecast"), `safe-every` (a
-        keyframe at a fixed interval, "w/o division") and `random-warm`, `fastv-warm`, `divprune-warm`, `sparsevlm-warm`
-        (three full calls first, as in `vla_pruner`); choices after a colon, fastv:warm_start=1, of which `keep` takes
-        the place of `keeps`; `full` is always played.
+      methods: names of pruners; `safe-paper` (features Z, λ = 0.5, no pool, the most similar token: the paper's; γ and
+        warm start as calibrated), `safe-topk` (the best tokens and no pool), `safe-shallow` (λ = 0, "w/o forecast"),
+        `safe-every` (a keyframe at a fixed interval, "w/o division") and `random-warm`, `fastv-warm`, `divprune-warm`,
+        `sparsevlm-warm` (three full calls first, as in `vla_pruner`); choices after a colon, fastv:warm_start=1, of
+        which `keep` takes the place of `keeps`; `full` is always played.
       every: keyframe interval of `safe-every`, policy calls.
       shard: i/n plays the i-th of n parts of every cell; "slurm" the part of this task of a job array.
       out: folder; one records file per cell and shard in it, then the report.
@@ -99,7 +99,9 @@ def cells(sweep: Sweep) -> list[Cell]:
     """
     choices = {name: (f"--pruner={name}",) for name in (*PRUNERS, *ABLATIONS, *BASELINES) if name != "full"}
     choices["safe-shallow"] = ("--pruner=safe", "--pruner.fuse", "0.0")
-    choices["safe-paper"] = ("--pruner=safe", "--pruner.features", "Z", "--pruner.fuse", "0.5", "--pruner.pool", "1.0")
+    paper = {"features": "Z", "fuse": 0.5, "soft": 0.0, "pool": 1.0}
+    written = [word for name, value in paper.items() for word in (f"--pruner.{name}", str(value))]
+    choices["safe-paper"] = ("--pruner=safe", *written)
     choices["safe-topk"] = ("--pruner=safe", "--pruner.pool", "1.0")
     choices["safe-every"] = ("--pruner=safe", "--pruner.every", str(sweep.every))
     choices |= {f"{name}-warm": (f"--pruner={name}", "--pruner.warm-start", "3") for name in MEMORYLESS}
