@@ -272,7 +272,7 @@ def test_rows_go_on_after_a_torn_line_and_refuse_other_conditions(tmp_path):
 
 def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(policy, tmp_path, capsys, monkeypatch):
     write_demos(tmp_path / "butter_demo.hdf5", [demo(seed=s, steps=14, side=56, every=2) for s in range(2)])
-    own = {"data": (str(tmp_path / "butter_demo.hdf5"),), "out": tmp_path / "out", "cut": 2}
+    own = {"data": (str(tmp_path / "butter_demo.hdf5"),), "out": tmp_path / "out", "cut": 2, "soft": 0.1}
     loads = []
 
     def load() -> Policy:
@@ -286,7 +286,7 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
     assert loads == [1]
     written = json.loads((tmp_path / "out" / "calibrate.json").read_text())
     assert written["episodes"] == 2
-    assert written["choices"]["cut"] == 2, "γ and λ hold for the cut that they were measured at"
+    assert (written["choices"]["cut"], written["choices"]["soft"]) == (2, 0.1), "what γ and λ were measured with"
     assert "late_layers" not in written["choices"], "those are the defaults of `safe`"
     analyze.run_recall(analyze.Recall(**own), load, about)
     analyze.run_forecast(analyze.Forecast(**own), load, about)
