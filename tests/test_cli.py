@@ -92,17 +92,25 @@ def test_safe_takes_what_the_policy_was_calibrated_to_unless_told_otherwise(tmp_
         fitted(*own)
 
 
-def test_a_threshold_of_another_cut_is_told(tmp_path, caplog):
+def test_a_threshold_of_another_kappa_is_told(tmp_path, caplog):
     fitted = lambda *argv: (lambda args, method: args.fit("LIBERO", method).choices)(*serve_args(*argv))
     own = ["policy:checkpoint", "--policy.config=mini_libero", f"--policy.dir={tmp_path}", "--pruner=safe"]
     (tmp_path / "calibrate.json").write_text('{"choices": {"threshold": 0.5, "cut": 1}}')
-    assert fitted(*own)["cut"] == 1 and "calibrated for a cut" not in caplog.text
-    fitted("policy:embedded", "--pruner=safe", "--pruner.cut", "0", "--pruner.threshold", "-1")
-    assert "calibrated for a cut" not in caplog.text
-    for argv, cuts in ((("policy:embedded", "--pruner=safe"), (3, 0)), (own, (1, 0))):
+    assert fitted(*own)["cut"] == 1 and "was calibrated with" not in caplog.text
+    embedded = ("policy:embedded", "--pruner=safe")
+    fitted(*embedded, "--pruner.cut", "0", "--pruner.threshold", "-1")
+    fitted(*embedded, "--pruner.fuse", "0.3")
+    assert "was calibrated with" not in caplog.text
+    for argv, name, value, measured in (
+        (embedded, "cut", "0", "3"),
+        (embedded, "soft", "0.1", "0.0"),
+        (embedded, "queries", "text", "all"),
+        (own, "cut", "0", "1"),
+    ):
         caplog.clear()
-        fitted(*argv, "--pruner.cut", "0")
-        assert "calibrated for a cut before layer {}, not {}; give --pruner.threshold".format(*cuts) in caplog.text
+        fitted(*argv, f"--pruner.{name}", value)
+        assert f"was calibrated with {name} = {measured}, not {value}; give --pruner.threshold" in caplog.text
+        assert caplog.text.count("was calibrated with") == 1
 
 
 def test_split_pruner():

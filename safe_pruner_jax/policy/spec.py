@@ -19,8 +19,9 @@ from safe_pruner_jax.tokens import PROMPT_LENGTHS
 
 logger = logging.getLogger(__name__)
 
-SAFE_CUT = inspect.signature(pruners.factory("safe")).parameters["cut"].default
-"""Where `safe` cuts unless told otherwise, also in a calibration that does not say."""
+_SAFE = inspect.signature(pruners.factory("safe")).parameters
+OF_A_THRESHOLD = {name: _SAFE[name].default for name in ("cut", "queries", "features", "match", "soft")}
+"""Choices of `safe` that the values of κ depend on, and so γ: what a calibration has that does not name them."""
 
 
 class EnvMode(enum.Enum):
@@ -162,15 +163,17 @@ class Model:
                 "keyframe. `openpi analyze calibrate` finds its own (docs/analysis.md)",
                 method.choices["threshold"],
             )
-        chosen, measured_at = method.choices | calibration, measured.get("cut", SAFE_CUT)
-        if "threshold" in calibration and chosen["cut"] != measured_at and chosen["every"] is None:
-            logger.warning(
-                "safe: γ = %g was calibrated for a cut before layer %d, not %d; give --pruner.threshold (-1: no "
-                "keyframes by κ)",
-                chosen["threshold"],
-                measured_at,
-                chosen["cut"],
-            )
+        chosen = method.choices | calibration
+        if "threshold" in calibration and chosen["every"] is None:
+            measured_at = OF_A_THRESHOLD | measured
+            for name in (name for name in OF_A_THRESHOLD if chosen[name] != measured_at[name]):
+                logger.warning(
+                    "safe: γ = %g was calibrated with %s = %s, not %s; give --pruner.threshold (-1: no keyframes by κ)",
+                    chosen["threshold"],
+                    name,
+                    measured_at[name],
+                    chosen[name],
+                )
         return dataclasses.replace(method, choices=chosen)
 
     def load(self, environment: str, pruner: pruners.Pruner, **options: Any) -> Policy:
