@@ -24,7 +24,7 @@ from safe_pruner_jax.evaluation.report import (
     typical_ms,
     wilson,
 )
-from safe_pruner_jax.evaluation.tables import beside, brief, effort, points
+from safe_pruner_jax.evaluation.tables import beside, brief, by_share, effort, points
 from safe_pruner_jax.figures.theme import QUIET
 from safe_pruner_jax.pruners import safe
 
@@ -261,6 +261,14 @@ def test_a_page_has_methods_beside_each_other(tmp_path):
     assert brief({"safe": "ours", "few": "other"}, suites).splitlines()[-1].startswith("| other | – | 1/1, 0 [")
     spent = effort({"full": "`full`", "safe": "ours"}, suites).splitlines()[-1]
     assert re.split(r" \| ", spent.strip("| ")) == ["ours", "26", "9%", "110", "–", "1.00", "0.75"]
+    (tmp_path / "usual" / "safe.jsonl").rename(tmp_path / "usual" / "safe-keep0.2.jsonl")
+    shares = by_share({"safe": "ours"}, tmp_path / "usual", (0.2, 0.05)).splitlines()
+    assert [re.split(r" \| ", line.strip("| ")) for line in (shares[0], shares[2])] == [
+        ["method", "20%", "5%"],
+        ["ours", "2/10 (0.75)", "–"],
+    ]
+    with pytest.raises(ValueError, match=r"expected other-keep0\.2\.jsonl or another share, got none"):
+        by_share({"other": "theirs"}, tmp_path / "usual", (0.2, 0.05))
     with pytest.raises(ValueError, match=r"expected none\.jsonl in one of the folders"):
         beside({"none": "nobody"}, suites, against="safe")
     with pytest.raises(ValueError, match=r"expected full\.jsonl in each, got none for new"):

@@ -3,6 +3,7 @@
     brief({"full": "`full`", "safe-keep0.2": "`safe`"}, {"LIBERO-Object": folder})     for a front page
     beside(cells, folders, against="safe-keep0.2")                                     with another method, and the cost
     effort(cells, folders)                                                             what each spends
+    by_share({"safe": "`safe`"}, folder, (0.5, 0.2))                                   methods at several shares kept
 
 A cell is a file of a folder, as `openpi sweep` leaves it. `scripts/make_tables.py` writes these tables into the pages.
 """
@@ -96,6 +97,27 @@ def effort(cells: Mapping[str, str], folders: Mapping[str, Path]) -> str:
         )
     columns = ["method", "tokens kept", "keyframes", "steps to success", "jump", "multiply-adds, prefix", "all"]
     return markdown(columns, lines)
+
+
+def by_share(methods: Mapping[str, str], folder: Path, shares: Sequence[float]) -> str:
+    """One line per method, one column per share kept: solved, and in brackets multiply-adds as a share of `full`'s.
+
+    Args:
+      methods: name → how the table calls it; its cell at 20 % is NAME-keep0.2.
+      folder: where the cells of a suite are; one that is not there has a dash.
+      shares: kept, the columns.
+
+    Raises:
+      ValueError: the folder lacks `full`, or every cell of a method.
+    """
+    full, lines = _baselines({"": folder}), []
+    for method, title in methods.items():
+        played = [_read(folder, f"{method}-keep{share:g}") for share in shares]
+        if not any(played):
+            raise ValueError(f"methods: expected {method}-keep{shares[0]:g}.jsonl or another share, got none")
+        words = (f"{solved(r)} ({_cost({'': r}, full, 'exact_flops'):.2f})" if r else None for r in played)
+        lines.append([title, *words])
+    return markdown(["method", *(f"{share:.0%}" for share in shares)], lines)
 
 
 def solved(records: Sequence[Record]) -> str | None:
