@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from safe_pruner_jax.libero.labels import kinds
 from safe_pruner_jax.training.pool import finish
 
 SPACE = 2**30
@@ -27,7 +28,7 @@ class Args:
 
     Args:
       out: folder.
-      suite: benchmark suite; its objects must be free joints, and its tasks put one of them somewhere.
+      suite: benchmark suite; its tasks put one object somewhere, and no scene has two of a kind (libero_object).
       tasks: indices; all ten if none are given.
       scenes: files of 60 teleported scenes per task.
       demonstrations: episodes per task.
@@ -93,6 +94,11 @@ def missing(args: Args) -> list[Job]:
 
 def main(args: Args) -> int:
     """Collects until all is there, or says in one line why not."""
+    try:
+        kinds(args.suite)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread: no waiting for another
     start, frames, failed = time.perf_counter(), 0, 0
@@ -102,7 +108,7 @@ def main(args: Args) -> int:
             seconds = time.perf_counter() - start
             text = f"{name}: {count} frames, {frames} in all, {failed} failed episodes"
             print(f"[{seconds:6.0f} s] {number}/{total} {text}", flush=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:

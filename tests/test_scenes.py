@@ -7,7 +7,7 @@ import pytest
 
 from safe_pruner_jax.libero import meshes, scenes
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
-from safe_pruner_jax.libero.labels import CLASSES
+from safe_pruner_jax.libero.labels import CLASSES, kinds
 from safe_pruner_jax.libero.law import FeedbackExpert, label
 from safe_pruner_jax.libero.placements import APART, Placements, open_env
 from safe_pruner_jax.libero.snapshot import restore, save
@@ -19,6 +19,14 @@ pytestmark = pytest.mark.newest
 def maker():
     with scenes.open_scenes("libero_object", 0) as made:
         yield made
+
+
+@pytest.mark.libero
+def test_a_suite_with_two_of_a_kind_has_no_labels_by_kind():
+    assert len(kinds("libero_object")) == len(set(kinds("libero_object"))) == 11
+    expected = r"expected one object of a kind per scene.*akita_black_bowl_1 and akita_black_bowl_2 in libero_spatial"
+    with pytest.raises(ValueError, match=expected):
+        kinds("libero_spatial")
 
 
 @pytest.mark.nightly

@@ -19,10 +19,19 @@ CLASSES = ("background", "arm", "gripper")
 
 @functools.cache
 def kinds(suite: str) -> tuple[str, ...]:
-    """Categories of the movable objects in all scenes of a suite, sorted: ("alphabet_soup", "basket", …)."""
-    parse = simulator().parse_problem
-    objects_of = (parse(str(load_task(suite, i).bddl))["objects"] for i in range(num_tasks(suite)))
-    return tuple(sorted({category for objects in objects_of for category in objects}))
+    """Categories of the movable objects in all scenes of a suite, sorted: ("alphabet_soup", "basket", …).
+
+    Raises:
+      ValueError: a scene has two objects of one kind, which labels by kind cannot tell apart.
+    """
+    parse, found = simulator().parse_problem, set()
+    for index in range(num_tasks(suite)):
+        objects = parse(str(load_task(suite, index).bddl))["objects"]
+        if twins := next((names for names in objects.values() if len(names) > 1), None):
+            got = f"{' and '.join(twins)} in {suite} task {index}"
+            raise ValueError(f"suite: expected one object of a kind per scene, as in libero_object, got {got}")
+        found |= set(objects)
+    return tuple(sorted(found))
 
 
 def kind(name: str) -> str:

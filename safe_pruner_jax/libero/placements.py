@@ -6,8 +6,8 @@
     placements.teleport(generator)    a new picture without physics: hand anywhere, objects under it or in it
     open_env(load_task("libero_object_shuffled", 0))    such scenes as initial states, none of which training has
 
-For any suite whose objects are free joints. LIBERO's fixed initial states are not among them: everything is drawn
-from a continuous distribution with centimetres of spread.
+For suites whose objects stand apart on a table, as LIBERO-Object's do. LIBERO's fixed initial states are not among
+them: everything is drawn from a continuous distribution with centimetres of spread.
 """
 
 from collections.abc import Callable

@@ -103,8 +103,19 @@ class SceneMaker:
 
     @property
     def task_goal(self) -> tuple[str, str, str]:
-        """The predicate of the task itself: ("in", "milk_1", "basket_1_contain_region")."""
-        return tuple(self.env.simulator.env.parsed_problem["goal_state"][0])
+        """The predicate of the task itself: ("in", "milk_1", "basket_1_contain_region").
+
+        Raises:
+          ValueError: the task is not to put one object somewhere.
+        """
+        first, *others = self.env.simulator.env.parsed_problem["goal_state"]
+        if others or first[0] not in ("in", "on") or len(first) != 3:
+            task = f"{self.env.task.suite} task {self.env.task.index}"
+            got = ", ".join(" ".join(goal) for goal in (first, *others))
+            raise ValueError(
+                f"{task}: expected to put one object in or on something, got {got}; leave it out of --tasks"
+            )
+        return tuple(first)
 
     def goal(self, name: str) -> tuple[str, str, str]:
         """The predicate that fetching this object is to make true: the task's own, with this object."""
