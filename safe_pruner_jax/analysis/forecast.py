@@ -110,11 +110,12 @@ def table(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row]) -> Figure:
     """Cosine and KL against the age of the keyframe: solid within a subtask, dashed across a boundary."""
     drawn, axes = grid(2)
+    ages = sorted({row["age"] for row in rows})
     for ax, key, title in zip(axes, ("cosine", "kl"), ("cosine similarity", "KL divergence, nats"), strict=True):
         for place, name in enumerate(quantities(rows)):
             for within, line in ((True, "-"), (False, "--")):
-                by_age = {r["age"]: values(rows, name, key, within=within, age=r["age"]) for r in rows}
-                points = [(age, v.mean()) for age, v in sorted(by_age.items()) if len(v)]
+                by_age = {age: values(rows, name, key, within=within, age=age) for age in ages}
+                points = [(age, v.mean()) for age, v in by_age.items() if len(v)]
                 if points:
                     label = {"label": name} if within else {}
                     look = {"color": colour(place), "lw": 1.3, "ms": 3, "marker": MARKERS[place]}
