@@ -47,6 +47,7 @@ BUDGETS = {
         "safe-cut0-warm_start1-threshold-1-pool1.5-keep0.3": "the same, 30 %",
         "safe-cut1-warm_start1-threshold0.7-pool2.5-keep0.3": "`safe`, cut 1, μ = 2.5, 30 %",
         "safe-cut1-warm_start1-threshold0.7-keep0.3": "`safe`, cut 1, μ = 1, 30 %",
+        "safe-paper-cut1-warm_start1-threshold0.7-keep0.3": "the same, the paper's features and λ",
         "divprune-warm_start1-keep0.4": "`divprune`, w = 1, 40 %",
         "sparsevlm-keep0.4": "`sparsevlm`, 40 %",
         "vla_pruner-cut1-window1-keep0.3": "`vla_pruner`, cut 1, w = 1, 30 %",
