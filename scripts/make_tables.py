@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from safe_pruner_jax.bench import launch_tables
-from safe_pruner_jax.evaluation.tables import beside, brief, effort
+from safe_pruner_jax.evaluation.tables import beside, brief, by_share, effort
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,6 +23,9 @@ SUITES = {
     "LIBERO-Object": RESULTS / "libero_object10_112_t0",
     "things swapped": RESULTS / "libero_object10_swap_112_t0",
 }
+SHUFFLED = {"shuffled": RESULTS / "libero_object10_shuffled_112_t0"}
+MORE = {"tight": SHUFFLED}
+"""Suites that a budget's table has beside those of all."""
 SAFE = "safe-keep0.2"
 SHARES = {
     "full": "`full`: every token",
@@ -39,6 +42,7 @@ BUDGETS = {
     "least": {
         "full": "`full`",
         LEAST: "**`safe`**, cut 0, μ = 1.5, 20 %",
+        "safe-cut0-warm_start1-threshold-1-pool1.5-soft0.1-keep0.2": "the same, T = 0.1",
         "divprune-keep0.3": "`divprune`, 30 %",
     },
     "tight": {
@@ -48,6 +52,7 @@ BUDGETS = {
         "safe-cut1-warm_start1-threshold0.7-pool2.5-keep0.3": "`safe`, cut 1, μ = 2.5, 30 %",
         "safe-cut1-warm_start1-threshold0.7-keep0.3": "`safe`, cut 1, μ = 1, 30 %",
         "safe-paper-cut1-warm_start1-threshold0.7-keep0.3": "the same, the paper's features and λ",
+        "safe-shallow-cut1-warm_start1-threshold0.7-keep0.3": "the same, no forecast (λ = 0)",
         "divprune-warm_start1-keep0.4": "`divprune`, w = 1, 40 %",
         "sparsevlm-keep0.4": "`sparsevlm`, 40 %",
         "vla_pruner-cut1-window1-keep0.3": "`vla_pruner`, cut 1, w = 1, 30 %",
@@ -64,6 +69,8 @@ BUDGETS = {
     },
 }
 """Within 0.65, 0.73 and 0.80 of the multiply-adds of `full` (decision 0030); the second cell is what others meet."""
+METHODS = {name: f"`{name}`" for name in ("safe", "vla_pruner", "sparsevlm", "divprune", "fastv")}
+"""At several shares, choices as in `SHARES`."""
 FRONT = {
     "full": "`full`",
     FIRST: "**`safe`**, layer 0",
@@ -79,10 +86,11 @@ FRONT = {
 def tables() -> dict[str, str]:
     """Name → Markdown; raises FileNotFoundError or ValueError for a record that is missing."""
     return {
-        "result": brief(FRONT, SUITES),
+        "result": brief(FRONT, SUITES | SHUFFLED),
         "shares": beside(SHARES, SUITES, against=SAFE),
         "effort": effort(SHARES, SUITES),
-        **{name: beside(cells, SUITES, against=list(cells)[1]) for name, cells in BUDGETS.items()},
+        "kept": by_share(METHODS, SUITES["LIBERO-Object"], (0.5, 0.3, 0.2, 0.1)),
+        **{name: beside(cells, SUITES | MORE.get(name, {}), against=list(cells)[1]) for name, cells in BUDGETS.items()},
         **launch_tables.tables(RESULTS),
     }
 
