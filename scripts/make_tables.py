@@ -69,7 +69,11 @@ BUDGETS = {
     },
 }
 """Within 0.65, 0.73 and 0.80 of the multiply-adds of `full` (decision 0030); the second cell is what others meet."""
-METHODS = {name: f"`{name}`" for name in ("safe", "vla_pruner", "sparsevlm", "divprune", "fastv")}
+METHODS = {
+    "safe": "**`safe`**",
+    "safe-shallow": "`safe`, no forecast (λ = 0)",
+    **{name: f"`{name}`" for name in ("vla_pruner", "sparsevlm", "divprune", "fastv")},
+}
 """At several shares, choices as in `SHARES`."""
 FRONT = {
     "full": "`full`",
