@@ -117,7 +117,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "recall": lambda: recall.figure(rows("recall_object10_112")),
     "forecast": lambda: forecast.figure(late(rows("forecast_object10_112"))),
     "kappa": lambda: kappa.figure([row for row in rows("kappa_object10_112") if row["queries"] == "all"], 0.934),
-    "cost": lambda: cost.figure(rows("earlier/cost_object3_112")),
+    "cost": lambda: cost.figure(rows("cost_object10_112")),
     "attention": lambda: attention.figure(rows("attention_object10_112"), rows("carried_object10_112")),
     "attention_beside": lambda: attention.beside(
         {

@@ -308,9 +308,9 @@ def test_every_analysis_of_episodes_leaves_rows_table_and_figure_and_resumes(pol
 
 def test_the_command_line_counts_cost_and_says_what_is_wrong(tmp_path, capsys):
     out = ["--out", str(tmp_path), "policy:embedded"]
-    assert cli.main(["analyze", "cost", "--rounds", "0", "--cuts", "1", "3", "99", *out]) == 0
+    assert cli.main(["analyze", "cost", "--rounds", "0", "--cuts", "0", "1", "3", "99", *out]) == 0
     text = capsys.readouterr().out
-    assert text.count("| 1 |") == text.count("| 3 |") == 4 and "| 99 |" not in text
+    assert text.count("| 0 |") == text.count("| 1 |") == text.count("| 3 |") == 4 and "| 99 |" not in text
     assert (tmp_path / "cost.png").exists()
     for argv, word in {
         ("kappa", "--data", str(tmp_path / "none.hdf5"), *out): "none.hdf5",

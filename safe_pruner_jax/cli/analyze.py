@@ -162,7 +162,7 @@ class Cost(Analysis):
 
     Args:
       keeps: shares of the visual tokens kept.
-      cuts: pruning layers ℓs; those beyond the model's depth are left out.
+      cuts: pruning layers ℓs, from 0 on; those beyond the model's depth are left out.
       rounds: measured rounds; 0 counts FLOPs only.
     """
 
@@ -272,7 +272,7 @@ def run_cost(args: Cost, load: Load, conditions: Mapping[str, Any]) -> None:
                 continue
             policy = policy or load()
             config, weights = policy.engine.config, policy.engine.weights
-            if not 1 <= cut < config.depth:
+            if not 0 <= cut < config.depth:
                 logger.info("ℓs = %d left out: the model has %d layers", cut, config.depth)
                 continue
             example, _ = policy.transform.prepare(policy.transform.example(np.random.default_rng(0)))
