@@ -94,15 +94,11 @@ def missing(args: Args) -> list[Job]:
 
 def main(args: Args) -> int:
     """Collects until all is there, or says in one line why not."""
-    try:
-        kinds(args.suite)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread: no waiting for another
     start, frames, failed = time.perf_counter(), 0, 0
     try:
+        kinds(args.suite)  # before anything is drawn
         for number, total, (name, count) in finish(lambda: missing(args), make, args.workers):
             frames, failed = frames + count, failed + (count == 0)
             seconds = time.perf_counter() - start

@@ -25,7 +25,7 @@ SUITES = {
 }
 SHUFFLED = {"shuffled": RESULTS / "libero_object10_shuffled_112_t0"}
 MORE = {"tight": SHUFFLED}
-"""Suites that a budget's table has beside those of all."""
+"""Further suites of a budget's table."""
 SAFE = "safe-keep0.2"
 SHARES = {
     "full": "`full`: every token",
