@@ -54,7 +54,8 @@ def measure(
       `UNMATCHED` and, with `soft` above 0, `HARD`), "age" and "within" (no boundary between the two calls), with lists
       "cosine" and "kl" over the pairs.
     """
-    late, match, hard = trace.late(late_steps), Matches(trace, soft=soft), Matches(trace)
+    late, match = trace.late(late_steps), Matches(trace, soft=soft)
+    hard = Matches(trace) if soft else match
     layers = sorted({l % trace.depth for l in late_layers})
     truth = {f"shallow {q}": trace.captured(Capture(cut - 1, q)) for q in QUERIES}
     truth |= {f"layer {l}": late[:, l] for l in layers}

@@ -40,19 +40,9 @@ def by_queries(trace: Trace, call: int, layer: int = 2) -> Saliencies:
 
 
 def forecast_and_truth(
-    trace: Trace,
-    call: int,
-    reference: int = 0,
-    late_layers: Layers = (0, -2, -1),
-    steps: str = "half",
-    soft: float = 0.0,
+    trace: Trace, call: int, reference: int = 0, late_layers: Layers = (0, -2, -1), steps: str = "half"
 ) -> Saliencies:
     """Mean late saliency (Eq. 4): at the keyframe, forecast from it for a later call, and what the call looked at.
-
-    Args:
-      trace: of an episode.
-      call, reference: the later call and its keyframe.
-      late_layers, steps, soft: as `late_layers`, `late_steps` and `soft` of `safe`.
 
     Raises:
       ValueError: the keyframe is not before the call.
@@ -60,7 +50,7 @@ def forecast_and_truth(
     if not 0 <= reference < call < len(trace):
         raise ValueError(f"expected 0 ≤ keyframe < call < {len(trace)}, got keyframe {reference} and call {call}")
     late = trace.late(steps)[:, list(late_layers)].mean(1)
-    forecast = Matches(trace, soft=soft).forecast(late[reference], call, reference)
+    forecast = Matches(trace).forecast(late[reference], call, reference)
     title = f"forecast for call {call}, cosine {cosine(late[call], forecast):.3f}"
     return {f"keyframe, call {reference}": late[reference], title: forecast, f"seen at call {call}": late[call]}
 
