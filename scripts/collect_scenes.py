@@ -28,7 +28,7 @@ class Args:
 
     Args:
       out: folder.
-      suite: benchmark suite; its tasks put one object somewhere, and no scene has two of a kind (libero_object).
+      suite: libero_object or libero_spatial.
       tasks: indices; all ten if none are given.
       scenes: files of 60 teleported scenes per task.
       demonstrations: episodes per task.
@@ -68,8 +68,7 @@ def make(job: Job) -> tuple[str, int]:
     if frames is None:
         job.path.with_suffix(".failed").touch()
         return job.path.name, 0
-    about = {"suite": job.suite, "task": job.task, "what": job.what, "seed": job.seed, "kinds": source.kinds}
-    write(job.path, frames, about)
+    write(job.path, frames, source.about | {"what": job.what, "seed": job.seed})
     return job.path.name, len(frames["site"])
 
 

@@ -40,7 +40,7 @@ from safe_pruner_jax.evaluation.records import episode_seed
 from safe_pruner_jax.evaluation.rollout import rollout
 from safe_pruner_jax.figures.kept import Shown, kept_patches_figure, video_frame
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
-from safe_pruner_jax.libero.placements import open_env
+from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.simulator import LiberoUnavailable, provenance
 from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
 from safe_pruner_jax.pruners import Plan, full, safe

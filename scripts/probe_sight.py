@@ -28,8 +28,8 @@ from safe_pruner_jax.figures.theme import markdown
 from safe_pruner_jax.libero.cameras import CAMERAS
 from safe_pruner_jax.libero.env import LiberoEnv
 from safe_pruner_jax.libero.labels import kind
-from safe_pruner_jax.libero.placements import RECEPTACLE, open_env
 from safe_pruner_jax.libero.scene import Scene
+from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.suites import load_task
 from safe_pruner_jax.policy.identity import checkpoint_fingerprint, local_device
 from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
@@ -104,7 +104,8 @@ def play(
 def another(env: LiberoEnv, trial: int) -> str:
     """An object in view that is not the task's own, another one every trial."""
     goal = Scene(env).goals[0][1]
-    names = [n for n in env.simulator.env.objects_dict if n != goal and not n.startswith(RECEPTACLE)]
+    receptacle = Scene(env).goals[0][2]
+    names = [n for n in env.simulator.env.objects_dict if n != goal and not receptacle.startswith(n)]
     return names[trial % len(names)]
 
 

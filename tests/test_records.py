@@ -77,7 +77,7 @@ def test_a_broken_line_in_the_middle_is_named(path, line):
 
 def test_another_configuration_is_refused_and_the_difference_named(path):
     before = written(path, record(0)).read_bytes()
-    other = dataclasses.replace(CONFIGURATION, choices={"keep": 0.1, "late_layers": (0, -1)}, precision="bfloat16")
+    other = dataclasses.replace(CONFIGURATION, choices=CONFIGURATION.choices | {"keep": 0.1}, precision="bfloat16")
     with pytest.raises(RecordsError, match=r"choices\.keep: 0\.2 → 0\.1; precision: float32 → bfloat16.*another file"):
         RecordFile(path, other)
     assert path.read_bytes() == before
@@ -93,6 +93,24 @@ def test_records_from_before_the_temperature_were_made_at_1(path):
         assert len(file.finished) == 1
     with pytest.raises(RecordsError, match=r"temperature: 1\.0 → 0\.0"):
         RecordFile(path, dataclasses.replace(CONFIGURATION, temperature=0.0))
+
+
+def test_records_from_before_a_choice_have_its_default(path):
+    configuration = dataclasses.replace(CONFIGURATION, choices={"keep": 0.3, "cut": 1})
+    with RecordFile(path, configuration) as file:
+        file.append(dataclasses.replace(record(0), configuration=configuration.as_json()))
+    today = dataclasses.replace(
+        CONFIGURATION, choices=CONFIGURATION.choices | {"keep": 0.3, "cut": 1, "late_layers": None}
+    )
+    with RecordFile(path, today) as file:
+        assert len(file.records) == 1
+    with pytest.raises(RecordsError, match=r"choices.soft: 0.0 → 0.1"):
+        RecordFile(path, dataclasses.replace(today, choices=today.choices | {"soft": 0.1}))
+    assert read_records(path)[0].configuration["choices"]["warm_start"] is None
+    unknown = dataclasses.replace(record(1), configuration=configuration.as_json() | {"pruner": "theirs"})
+    with path.open("a") as file:
+        file.write(json.dumps(dataclasses.asdict(unknown)) + "\n")
+    assert read_records(path)[1].configuration["choices"] == {"keep": 0.3, "cut": 1}
 
 
 def test_differences_see_missing_fields():

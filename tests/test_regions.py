@@ -18,6 +18,10 @@ from safe_pruner_jax.libero.scenes import write
 pytestmark = pytest.mark.newest
 
 KINDS = ("basket", "butter", "milk")
+SAID = {
+    "instructions": tuple(f"pick up the {kind} and place it in the basket" for kind in KINDS[1:]),
+    "receptacle": "basket",
+}
 BASKET, BUTTER, MILK = (len(CLASSES) + k for k in range(3))
 GRIPPER = CLASSES.index("gripper")
 
@@ -72,10 +76,11 @@ def test_labelled_files_become_rows_a_table_and_a_figure(plain_policy, tmp_path)
         frames = {
             "image": rng.integers(0, 255, (5, 2, size, size, 3), np.uint8),
             "segmentation": rng.integers(0, 6, (5, 2, size, size), np.uint8),
-            "target": np.full(5, 2, np.int32),
+            "named": np.tile(np.int32([1, 2]), (5, 1)),
+            "target": np.ones(5, np.int32),
             "actions": np.where(np.arange(5)[:, None, None] < 3, -1.0, 1.0) * np.ones((5, 10, 7), np.float32),
         }
-        write(tmp_path / f"toy_0_demo_{seed}.npz", frames, {"what": "demo", "kinds": KINDS})
+        write(tmp_path / f"toy_0_demo_{seed}.npz", frames, {"what": "demo", "kinds": KINDS} | SAID)
     calls = list(next(episodes(tmp_path / "toy_0_demo_1.npz")).calls())
     assert calls[0].request["prompt"] == "pick up the milk and place it in the basket"
     assert (calls[0].seen.target, calls[0].seen.receptacle) == (MILK, BASKET)

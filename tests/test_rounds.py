@@ -18,10 +18,10 @@ def test_a_round_asks_more_often_for_what_the_round_before_missed(tmp_path):
     frames = {"image": np.zeros((1, 2, 8, 8, 3), np.uint8), "segmentation": np.zeros((1, 2, 8, 8), np.uint8)}
     frames["target"] = np.zeros(1, np.int32)
     for seed, (kind, success) in enumerate([("milk", True), ("milk", True), ("ketchup", False), ("ketchup", True)]):
-        about = {"kinds": [kind], "success": success}
+        about = {"instructions": [f"fetch the {kind}"], "success": success}
         write(tmp_path / f"libero_object_0_correct_{10 + seed}.npz", frames, about)
     assert targets(r, 0, tmp_path) == {}
-    assert targets(r, 1, tmp_path) == {"milk": 1.0, "ketchup": 3.5}
+    assert targets(r, 1, tmp_path) == {"fetch the milk": 1.0, "fetch the ketchup": 3.5}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_round_leaves_a_file_per_episode_with_a_label_for_every_call(rounds):
     assert (row["episodes"], row["frames"], row["steps"]) == (1, calls, about["steps"])
     assert row["successes"] == about["success"]
     assert frames["actions"].shape == (calls, 10, 7) and frames["acts"].all()
-    assert about["kinds"][frames["target"][0]] == "milk"  # near usual places the task's own object is the target
+    assert "milk" in about["instructions"][frames["target"][0]]  # near usual places the task's own object is the target
 
 
 @played

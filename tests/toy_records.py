@@ -1,13 +1,16 @@
 """Records of episodes that nobody played; shared by tests of records and reports."""
 
 import dataclasses
+import inspect
 
 from safe_pruner_jax.evaluation.records import Record, episode_seed
 from safe_pruner_jax.policy.identity import Configuration
+from safe_pruner_jax.pruners import factory
 
 CONFIGURATION = Configuration(
     pruner="safe",
-    choices={"keep": 0.2, "late_layers": (0, -1)},
+    choices={name: p.default for name, p in inspect.signature(factory("safe")).parameters.items()}
+    | {"keep": 0.2, "late_layers": (0, -1)},
     plan={"cut": {"layer": 3, "keep": 0.2}},
     policy="mini_libero",
     checkpoint="0123456789ab",

@@ -23,11 +23,9 @@ from safe_pruner_jax.lerobot.dataset import Dataset, Episode, is_dataset, requir
 from safe_pruner_jax.lerobot.repack import columns, grippers, requests
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.libero.labels import CLASSES
-from safe_pruner_jax.libero.placements import RECEPTACLE
 from safe_pruner_jax.libero.scenes import read
 from safe_pruner_jax.robots.robots import LIBERO
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode
-from safe_pruner_jax.training.scenes import prompt
 
 EXAMPLE = "example"
 """The source that needs no file: one scripted episode of LIBERO inside the package."""
@@ -157,13 +155,13 @@ def _labelled(path: Path) -> Iterator[Call]:
     frames, about = read(path)
     if about["what"] == "scenes":
         raise ValueError(f"{path}: expected an episode, got single scenes; give files with _demo_ or _correct_")
-    kinds = about["kinds"]
-    receptacle = len(CLASSES) + kinds.index(RECEPTACLE)
+    receptacle = len(CLASSES) + about["kinds"].index(about["receptacle"])
     for t, target in enumerate(frames["target"]):
         outside, wrist = frames["image"][t]
-        request = {"observation/image": outside, "observation/wrist_image": wrist, "prompt": prompt(kinds[target])}
+        words = about["instructions"][target]
+        request = {"observation/image": outside, "observation/wrist_image": wrist, "prompt": words}
         request |= {"observation/state": np.zeros(_STATE, np.float32)}  # labelled frames have none
-        seen = Seen(frames["segmentation"][t], len(CLASSES) + int(target), receptacle)
+        seen = Seen(frames["segmentation"][t], len(CLASSES) + int(frames["named"][t, target]), receptacle)
         yield Call(request, float(frames["actions"][t, 0, 6]), seen)
 
 
@@ -187,7 +185,7 @@ def _live(source: str, replan: int, infer: Callable | None) -> Recording:
 
 def _played(place: tuple[str, int, int], replan: int, infer: Callable | None) -> Iterator[Call]:
     from safe_pruner_jax.libero.expert import Expert
-    from safe_pruner_jax.libero.placements import open_env
+    from safe_pruner_jax.libero.shuffled import open_env
     from safe_pruner_jax.libero.suites import load_task
 
     suite, task, trial = place

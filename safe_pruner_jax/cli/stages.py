@@ -24,7 +24,7 @@ from safe_pruner_jax.training.loop import Settings
 from safe_pruner_jax.training.perception import HEADS
 from safe_pruner_jax.training.rounds import Rounds, correct, export
 from safe_pruner_jax.training.scenes import Scenes
-from safe_pruner_jax.training.stages import STAGES, WEIGHTS, initial, load_weights, save_weights, train_stage
+from safe_pruner_jax.training.stages import STAGES, WEIGHTS, fit_heads, initial, load_weights, save_weights, train_stage
 
 MOTION = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.5, 1.0])
 """What the expert's commands are scaled by: ±1 moves and closes; turns seldom exceed a third of the command range."""
@@ -156,7 +156,8 @@ class _Run:
         )
 
     def train(self, name: str, params: Params, data: Scenes, times: int = 1) -> Params:
-        """Trains up to so many times the settings' steps."""
+        """Trains up to so many times the settings' steps; heads for things of another suite are drawn anew."""
+        params = fit_heads(params, self.config.model, len(data.kinds))
         weights = {loss: weight for loss, weight in WEIGHTS[name].items() if loss not in self.args.without}
         settings = dataclasses.replace(self.settings, steps=times * self.settings.steps)
         show = functools.partial(_show, name)

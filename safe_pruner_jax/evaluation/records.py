@@ -9,7 +9,9 @@ is not part of that, so a run resumes, shards are concatenated, and suites share
 """
 
 import errno
+import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +22,7 @@ from typing import Any, Literal
 from safe_pruner_jax.evaluation.journal import Journal, read_lines
 from safe_pruner_jax.evaluation.rollout import Episode
 from safe_pruner_jax.policy.identity import Configuration, differences
+from safe_pruner_jax.pruners import factory
 
 Key = tuple[str, int, int]
 """An episode within a configuration: suite, task, trial."""
@@ -216,11 +219,27 @@ _EARLIER = {"delay": 0, "rtc": False, "temperature": 1.0}
 """What was so before it could be chosen; files of that time go on."""
 
 
+def _of_today(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it would be written today: what its method could not choose yet had today's default."""
+    whole = {**_EARLIER, **configuration}
+    return whole | {"choices": {**_defaults(whole["pruner"]), **whole["choices"]}}
+
+
+@functools.cache
+def _defaults(pruner: str) -> dict[str, Any]:
+    """Choices of a method as JSON, each with its default; none of a method that is not installed."""
+    try:
+        parameters = inspect.signature(factory(pruner)).parameters
+    except (ValueError, ImportError):
+        return {}
+    return json.loads(json.dumps({name: p.default for name, p in parameters.items() if p.default is not p.empty}))
+
+
 def _parse(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         try:
             read = Record(**json.loads(line))
-            read = replace(read, configuration={**_EARLIER, **read.configuration})
+            read = replace(read, configuration=_of_today(read.configuration))
         except (ValueError, TypeError) as error:
             raise RecordsError(f"{path}, line {number}: not a record of an episode ({error})") from error
         yield read

@@ -29,7 +29,7 @@ from typing import Any
 
 from safe_pruner_jax.evaluation.rollout import Episode, rollout
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
-from safe_pruner_jax.libero.placements import open_env
+from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.simulator import LiberoUnavailable
 
 MakeEnv = Callable[[str, int], LiberoEnv]

@@ -221,9 +221,13 @@ class LiberoEnv:
     def progress(self, values: tuple[Any, ...]) -> None:
         self._seen, self.steps, self._running = values
 
-    def begin(self, state: np.ndarray) -> None:
-        """Starts an episode in a flattened simulator state (time, positions, velocities); the objects settle."""
-        self._soft_reset()
+    def begin(self, state: np.ndarray, *, reset: bool = True) -> None:
+        """Starts an episode in a flattened simulator state (time, positions, velocities); the objects settle.
+
+        A reset draws anew where the fixtures stand; without one they stay, and the gripper's command, too.
+        """
+        if reset:
+            self._soft_reset()
         self._start(state)
 
     def observe(self) -> dict[str, Any]:

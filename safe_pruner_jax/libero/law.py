@@ -37,12 +37,12 @@ _REACHED, _DEPTH = 0.010, 0.012
 _PADS, _UNDERSIDE = 0.008, 0.020
 _OVERLAP = 0.008  # of pads and object, without which closing grips air
 _CLEARANCE = 0.04
-_OVER = 0.025  # of the basket's middle: near enough to go down
+_OVER, _OVER_FLAT = 0.025, 0.015  # of the basket's middle, of a plate's: near enough to go down
 _FAST = 0.02  # m/s of a finger that still closes
 _STILL = 0.01  # m/s of a hand that gets no nearer
 _AJAR = 0.0385  # half opening of a hand that nothing has begun to close
 _EMPTY = 0.002  # half opening of a hand that closed on nothing
-_INSIDE = 0.07  # of the target's middle: it will stay there when let go
+_INSIDE, _ON = 0.07, 0.028  # of the basket's middle, of a plate's: it counts there when let go
 
 
 class FeedbackExpert:
@@ -79,7 +79,8 @@ class FeedbackExpert:
         if self.holds_object():
             return self._carry()
         half, speed = self._fingers()
-        if np.linalg.norm((scene.position(self._thing) - scene.place(self._target))[:2]) < _INSIDE:
+        near = _INSIDE if scene.hollow(self._target) else _ON
+        if np.linalg.norm((scene.position(self._thing) - scene.place(self._target))[:2]) < near:
             return self._leave(half)
         return self._fetch(half, speed)
 
@@ -122,7 +123,7 @@ class FeedbackExpert:
         away = np.linalg.norm(scene.site[:2] - over)
         walls = scene.around(self._target).top - _UNDERSIDE + 0.015 if scene.hollow(self._target) else -np.inf
         low = max(goal[2] + depth + 0.004, walls)
-        if away < _OVER:
+        if away < (_OVER if scene.hollow(self._target) else _OVER_FLAT):
             if scene.site[2] < low + 0.012:
                 return self._towards("open", scene.site, scene.yaw, OPEN)
             return self._towards("lower", np.array([*over, low]), scene.yaw, CLOSED)

@@ -27,14 +27,18 @@ from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.libero.expert import Pushes
 from safe_pruner_jax.libero.labels import Labels, kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert
-from safe_pruner_jax.libero.placements import Placements
+from safe_pruner_jax.libero.placements import Visited, task_goal
+from safe_pruner_jax.libero.shuffled import draw_for
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
-FORMAT = "safe_pruner_jax scenes 1"
+FORMAT = "safe_pruner_jax scenes 2"
 HELD_OUT = 10, 3
 """Seeds with this remainder are for validation."""
 PER_SCENE_FILE = 60
 QUALITY = 95
+
+SPACING = 100_000_000
+"""Between the seeds of scenes of one file."""
 
 _NOISE, _PUSHES, _EVERY = 0.08, 0.02, 4  # of a demonstration
 _LIMIT = 250
@@ -42,8 +46,9 @@ _LIMIT = 250
 Frames = dict[str, np.ndarray]
 """Leading axis T: image uint8 [T, cameras, S, S, 3], segmentation uint8 [T, cameras, S, S], position float32 [T, kinds,
 3] and site [T, 3] in metres, yaw float32 [T] in radians (the fingers' direction) and turn [T] (from it to the target's
-grasp), target and held int32 [T] (number of the kind; held is -1 with an empty hand), actions float32 [T, 10, 7], acts
-bool [T] (actions are labels)."""
+grasp), named int32 [T, instructions] (number of the kind that each instruction names; -1: it is not said here), target
+int32 [T] (number of the instruction), held int32 [T] (number of the kind; -1 with an empty hand), actions float32 [T,
+10, 7], acts bool [T] (actions are labels)."""
 
 
 class SceneMaker:
@@ -56,19 +61,35 @@ class SceneMaker:
 
     def __init__(self, env: LiberoEnv, size: int):
         self.env, self._size = env, size
-        self.placements, self._labels = Placements(env), Labels(env, size)
-        self.kinds = self._labels.kinds
+        self.placements, self._labels = draw_for(env), Labels(env, size)
+        self.goal_of_task = task_goal(env)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a file of these frames says of them: suite, task, kinds, instructions, kind of the receptacle."""
+        task, placements = self.env.task, self.placements
+        return {
+            "suite": task.suite,
+            "task": task.index,
+            "kinds": self._labels.kinds,
+            "instructions": placements.instructions,
+            "receptacle": kind(placements.receptacle),
+        }
 
     def scenes(self, seed: int, count: int = PER_SCENE_FILE) -> Frames:
         """Pictures without physics, each of another placement."""
-        rng = np.random.default_rng([seed, self.env.task.index, 1])
-        self.placements.shuffle(seed)
-        base, arms = self.env.simulator.get_sim_state().copy(), self._arms(seed, rng)
+        rng, placements = np.random.default_rng([seed, self.env.task.index, 1]), self.placements
         rows = []
-        for _ in range(count):
-            held = self.placements.teleport(rng, base, arms)
-            name = held or self.placements.names[rng.integers(len(self.placements.names))]
-            rows.append(self.frame(name, held is not None))
+        while len(rows) < count:
+            placements.shuffle(seed + SPACING * (len(rows) // placements.scenes))
+            base, visited = (
+                self.env.simulator.get_sim_state().copy(),
+                self._visit(seed + len(rows) // placements.scenes, rng),
+            )
+            for _ in range(min(placements.scenes, count - len(rows))):
+                held = placements.teleport(rng, base, visited)
+                name = held or placements.names[rng.integers(len(placements.names))]
+                rows.append(self.frame(self.instruction(name), held is not None))
         return stack(rows)
 
     def demonstration(self, seed: int) -> Frames | None:
@@ -83,10 +104,10 @@ class SceneMaker:
         if rng.random() < 0.5:
             self._wander(rng)
         rows, actions, push = [], [], Pushes(_PUSHES, rng)
-        law, goal = FeedbackExpert(self.env, self.goal(name)), self.goal(name)
+        law, goal, words = FeedbackExpert(self.env, self.goal(name)), self.goal(name), self.instruction(name)
         for step in range(_LIMIT):
             if step % _EVERY == 0:
-                rows.append(self.frame(name, law.holds_object()))
+                rows.append(self.frame(words, law.holds_object()))
             actions.append(law.act())
             action = actions[-1] + _NOISE * np.append(rng.standard_normal(6), 0.0)
             action[:3] += push()
@@ -101,42 +122,31 @@ class SceneMaker:
         frames["acts"][:] = True
         return frames
 
-    @property
-    def task_goal(self) -> tuple[str, str, str]:
-        """The predicate of the task itself: ("in", "milk_1", "basket_1_contain_region").
-
-        Raises:
-          ValueError: the task is not to put one object somewhere.
-        """
-        first, *others = self.env.simulator.env.parsed_problem["goal_state"]
-        if others or first[0] not in ("in", "on") or len(first) != 3:
-            task = f"{self.env.task.suite} task {self.env.task.index}"
-            got = ", ".join(" ".join(goal) for goal in (first, *others))
-            raise ValueError(
-                f"{task}: expected to put one object in or on something, got {got}; leave it out of --tasks"
-            )
-        return tuple(first)
-
     def goal(self, name: str) -> tuple[str, str, str]:
         """The predicate that fetching this object is to make true: the task's own, with this object."""
-        predicate, _, target = self.task_goal
+        predicate, _, target = self.goal_of_task
         return predicate, name, target
 
-    def frame(self, name: str, held: bool) -> dict[str, Any]:
-        """The present picture and its labels, when an object is the target."""
-        seen = self.env.observe()
-        size, number = self._size, self.kinds.index(kind(name))
+    def instruction(self, name: str) -> str:
+        """What is said in the present scene to have this object fetched."""
+        return next(words for words, named in self.placements.named.items() if named == name)
+
+    def frame(self, instruction: str, held: bool) -> dict[str, Any]:
+        """The present picture and its labels, when this is said."""
+        seen, named = self.env.observe(), self.placements.named
+        name, number = named[instruction], lambda name: self._labels.kinds.index(kind(name))
+        size, said = self._size, self.placements.instructions
         yaw, turn = self._labels.hand(name)
-        site = self.env.simulator.env.sim.data.site_xpos[self.env.simulator.robots[0].eef_site_id]
         return {
             "image": np.stack([resize_with_pad(seen[key], size, size) for key in CAMERAS]),
             "segmentation": self._labels.segmentation(),
             "position": self._labels.positions(),
-            "site": np.array(site, np.float32),
+            "site": self._labels.site(),
             "yaw": np.float32(yaw),
             "turn": np.float32(turn),
-            "target": np.int32(number),
-            "held": np.int32(number if held else -1),
+            "named": np.array([number(named[words]) if words in named else -1 for words in said], np.int32),
+            "target": np.int32(said.index(instruction)),
+            "held": np.int32(number(name) if held else -1),
             "actions": np.zeros((CHUNK, 7), np.float32),
             "acts": np.bool_(False),
         }
@@ -152,15 +162,16 @@ class SceneMaker:
             turn = [*(0.1 * rng.standard_normal(2)), spin]
             self.env.advance(np.clip([*(line + noise), *turn, -1.0], -1, 1))
 
-    def _arms(self, seed: int, rng: np.random.Generator) -> np.ndarray:
-        """Joint angles [n, 7] along one noisy episode."""
+    def _visit(self, seed: int, rng: np.random.Generator) -> list[Visited]:
+        """Every other state of one noisy episode."""
         name = self.placements.names[seed % len(self.placements.names)]
-        law, joints = FeedbackExpert(self.env, self.goal(name)), []
+        law, visited = FeedbackExpert(self.env, self.goal(name)), []
         for _ in range(90):
-            noise = 0.4 * np.append(rng.standard_normal(6), 0.0)
+            noise = self.placements.noise * np.append(rng.standard_normal(6), 0.0)
             self.env.advance(np.clip(law.act() + noise, -1, 1))
-            joints.append(self.placements.arm())
-        return np.array(joints[::2])
+            held = name if law.holds_object() else None
+            visited.append(Visited(self.env.simulator.get_sim_state().copy(), held))
+        return visited[::2]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert, label
 from safe_pruner_jax.libero.scenes import Frames, SceneMaker, stack
 
@@ -40,7 +39,6 @@ def play(
     maker: SceneMaker,
     policy: Infer,
     seed: int,
-    instruction: Callable[[str], str],
     *,
     fixed: bool = False,
     labels: bool = True,
@@ -55,29 +53,28 @@ def play(
       maker: draws scenes and frames.
       policy: is told of the new episode by "reset".
       seed: of scene, target and mixture; the number of the initial state if `fixed`.
-      instruction: kind of object → prompt.
       fixed: play LIBERO's own initial state; such frames must not be trained on.
       labels: whether frames and labels are wanted.
       mix: share of calls at which the expert's chunk is executed.
       limit: control steps.
       usual: probability of a scene whose objects stand near their usual places, with the task's own object as target.
-      often: how often each kind of object is the target, relative to 1, so that a policy meets more of what it fails
-        on; None: all equally.
+      often: how often each instruction is given, relative to 1, so that a policy meets more of what it fails on; None:
+        all equally.
     """
     env, rng = maker.env, np.random.default_rng([seed, maker.env.task.index, 3])
     if fixed:
         env.reset(seed)
-        name = maker.task_goal[1]
+        words = env.task.language
     else:
-        name = _shuffled(maker, seed, rng, usual, often or {})
+        words = _shuffled(maker, seed, rng, usual, often or {})
+    name = maker.placements.named[words]
     goal = maker.goal(name)
     law, rows, steps, closest, success = FeedbackExpert(env, goal), [], 0, np.inf, False
-    words = {"prompt": instruction(kind(name))}
     while steps < limit and not success:
-        request = env.observe() | words | ({"reset": True} if steps == 0 else {})
+        request = env.observe() | {"prompt": words} | ({"reset": True} if steps == 0 else {})
         chunk = np.asarray(policy(request)["actions"])[:CHUNK]
         if labels:
-            rows.append(maker.frame(name, law.holds_object()))
+            rows.append(maker.frame(words, law.holds_object()))
             rows[-1] |= {"actions": label(env, goal), "acts": np.bool_(True)}
             if rng.random() < mix:
                 chunk = rows[-1]["actions"]
@@ -91,11 +88,11 @@ def play(
 
 
 def _shuffled(maker: SceneMaker, seed: int, rng: np.random.Generator, usual: float, often: Mapping[str, float]) -> str:
-    """Starts an episode in a new scene; returns its target."""
+    """Starts an episode in a new scene; returns the instruction."""
     if rng.random() < usual:
         maker.placements.shuffle(seed, permute=False)
-        return maker.task_goal[1]
+        return maker.instruction(maker.goal_of_task[1])
     maker.placements.shuffle(seed)
-    names = maker.placements.names
-    share = np.array([often.get(kind(name), 1.0) for name in names])
-    return names[rng.choice(len(names), p=share / share.sum())]
+    said = [maker.instruction(name) for name in maker.placements.names]
+    share = np.array([often.get(words, 1.0) for words in said])
+    return said[rng.choice(len(said), p=share / share.sum())]

@@ -1,6 +1,6 @@
 """What a policy that sees is asked beside acting: small heads that live beside the model, and their losses.
 
-    heads = init_heads(config, classes)
+    heads = init_heads(config, kinds)
     looks = look(params, config, batch)           one prefix pass and everything that is read from it
     losses = {name: LOSSES[name](looks, batch) for name in …}
 
@@ -19,6 +19,7 @@ import optax
 from flax import struct
 
 from safe_pruner_jax.arrays import Array, beside
+from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.model import flow, pi0, siglip
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params
@@ -35,12 +36,12 @@ def supervised_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(round(depth * 8 / 18), round(depth * 12 / 18)))
 
 
-def init_heads(config: Pi0Config, kinds: int, classes: int, seed: int = 1) -> Params:
-    """Linear read-outs, small and random."""
+def init_heads(config: Pi0Config, kinds: int, seed: int = 1) -> Params:
+    """Linear read-outs, small and random, for scenes with so many kinds of things."""
     rng, d = np.random.default_rng(seed), config.prefix.width
     values = config.depth * config.prefix.num_kv_heads * config.prefix.head_dim
     sizes = {
-        "cells": (d, CELLS**2 * classes),
+        "cells": (d, CELLS**2 * (len(CLASSES) + kinds)),
         "offset": (d, 3),
         "place": (d, 3),
         "mask_cut": (d, 1),
@@ -124,8 +125,8 @@ def glance(params: Params, config: Pi0Config, images: Array, words: Vocabulary) 
 def _dense_looks(heads: Params, embedding: Array, z: Array, words: Vocabulary) -> Looks:
     """Read-outs of every visual token."""
     z = _unit(z)
-    share = words.name / words.name.sum(1, keepdims=True)
-    names = jnp.einsum("kt,ktd->kd", share, embedding.astype(jnp.float32)[words.tokens])
+    share = words.names_mask / words.names_mask.sum(1, keepdims=True)
+    names = jnp.einsum("kt,ktd->kd", share, embedding.astype(jnp.float32)[words.names])
     names = _unit(jnp.concatenate([heads["names"]["nothing"], names]), 1e-9)
     scale = jnp.exp(heads["names"]["log_scale"][0]) / z.shape[-1]
     cells = _affine(heads["cells"], z)

@@ -27,7 +27,6 @@ from safe_pruner_jax.robots.transforms import NormStats, save_norm_stats
 from safe_pruner_jax.training.correct import Infer, play
 from safe_pruner_jax.training.perception import HEADS
 from safe_pruner_jax.training.pool import finish
-from safe_pruner_jax.training.scenes import prompt
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,8 @@ class Rounds:
       rounds: of playing and training.
       episodes: per task and round.
       mix: share of calls at which the expert's chunk is executed; halved every round.
-      insist: a kind that was never fetched in the round before is the target 1 + `insist` times as often as one that
-        always was.
+      insist: an instruction that was never followed in the round before is given 1 + `insist` times as often as one
+        that always was.
       usual: share of episodes in scenes whose objects stand near LIBERO's own places; the task's object is the target.
       coarse: play with the quick pictures of `collect_scenes` instead of those that an evaluation shows; that takes
         two thirds of the time, and what fails only on an evaluation's pictures is not met.
@@ -124,10 +123,10 @@ def play_round(r: Rounds, number: int, config: str, checkpoint: Path, out: Path,
 
 
 def targets(r: Rounds, number: int, out: Path) -> dict[str, float]:
-    """How often each kind of object is the target of a round: more often where the round before failed.
+    """How often each instruction is given in a round: more often where the round before failed.
 
     Returns:
-      {kind: 1 + insist · share of failures}; kinds that were not asked for are missing; empty for the first round.
+      {instruction: 1 + insist · share of failures}; those that were not given are missing; empty for the first round.
     """
     if number == 0:
         return {}
@@ -135,8 +134,8 @@ def targets(r: Rounds, number: int, out: Path) -> dict[str, float]:
     for task in r.tasks:
         for seed in range(r.first + (number - 1) * r.episodes, r.first + number * r.episodes):
             frames, about = read(_path(out, r, task, seed))
-            outcomes.setdefault(about["kinds"][int(frames["target"][0])], []).append(about["success"])
-    return {kind: 1 + r.insist * (1 - sum(solved) / len(solved)) for kind, solved in outcomes.items()}
+            outcomes.setdefault(about["instructions"][int(frames["target"][0])], []).append(about["success"])
+    return {words: 1 + r.insist * (1 - sum(solved) / len(solved)) for words, solved in outcomes.items()}
 
 
 def _path(out: Path, r: Rounds, task: int, seed: int) -> Path:
@@ -193,8 +192,8 @@ def _episode(attempt: Attempt, config: str, checkpoint: str) -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")  # software OpenGL in the calling thread
     task, seed = attempt.task, attempt.seed
     maker = current_maker(attempt.suite, task, attempt.size, coarse=attempt.coarse)
-    played = play(maker, _policy(config, checkpoint), seed, prompt, **attempt.how)
-    about = {"suite": attempt.suite, "task": task, "what": "correct", "seed": seed, "kinds": maker.kinds}
+    played = play(maker, _policy(config, checkpoint), seed, **attempt.how)
+    about = maker.about | {"what": "correct", "seed": seed}
     about |= {"success": bool(played.success), "steps": played.steps, "frames": len(played.frames["site"])}
     write(attempt.path, played.frames, about)
     outcome = "solved" if played.success else f"closest {100 * played.closest:.1f} cm"

@@ -1,7 +1,7 @@
 """Labelled scenes as batches: what stages of a policy that sees are trained on.
 
     source = Scenes(folder, tokenizer, stats, config)      reads every file once; `refresh` reads new ones
-    batch = source.draw(rng, 16)                           prompts are drawn among the objects in view
+    batch = source.draw(rng, 16)                           prompts are drawn among those that name something there
 
 Labels are kept per patch, not per pixel: the class of 2×2 cells in each patch, the share of every class in it, and
 offsets in units of `UNIT`. Frames stay uint8 in memory.
@@ -15,8 +15,7 @@ import numpy as np
 from flax import struct
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.libero.labels import CLASSES
-from safe_pruner_jax.libero.placements import RECEPTACLE
+from safe_pruner_jax.libero.labels import CLASSES, spoken
 from safe_pruner_jax.libero.scenes import HELD_OUT, read
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, normalise
@@ -30,11 +29,6 @@ _SEEN = 0.12  # share of a patch from which on a thing is in it
 _GRIPPER = CLASSES.index("gripper")
 
 logger = logging.getLogger(__name__)
-
-
-def prompt(kind: str) -> str:
-    """LIBERO-Object's instruction for an object: "pick up the cream cheese and place it in the basket"."""
-    return f"pick up the {kind.replace('_', ' ')} and place it in the {RECEPTACLE}"
 
 
 @struct.dataclass
@@ -76,32 +70,37 @@ class SceneBatch:
 
 
 class Vocabulary:
-    """Instructions of all kinds as tokens, and which of their tokens are the name.
+    """Instructions of a suite as tokens, and the names of its kinds as they stand in one.
 
-    Attributes: `tokens`, `mask`, `name` [k, T]; T is the longest instruction.
+    Attributes: `tokens`, `mask` [instructions, T]; `names`, `names_mask` [kinds, N].
     """
 
-    def __init__(self, kinds: Sequence[str], tokenizer: Tokenizer):
-        ids = [tokenizer.encode(prompt(kind)) for kind in kinds]
-        self.tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
-        self.mask, self.name = np.zeros(self.tokens.shape, bool), np.zeros(self.tokens.shape, bool)
+    def __init__(self, instructions: Sequence[str], kinds: Sequence[str], tokenizer: Tokenizer):
+        self.tokens, self.mask = _padded([tokenizer.encode(text) for text in instructions])
+        said = [tokenizer.encode(f"pick up the {spoken(kind)} and place it") for kind in kinds]
         shared = lambda rows: next(i for i in range(99) if len({tuple(r[: i + 1]) for r in rows}) > 1)
-        start, end = shared(ids), shared([row[::-1] for row in ids])
-        for k, row in enumerate(ids):
-            self.tokens[k, : len(row)], self.mask[k, : len(row)] = row, True
-            self.name[k, start : len(row) - end] = True
+        start, end = shared(said), shared([row[::-1] for row in said])
+        self.names, self.names_mask = _padded([row[start : len(row) - end] for row in said])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as int32 [rows, longest], and where they are some."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.arange(tokens.shape[1]) < np.array([len(row) for row in rows])[:, None]
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
 
 
 class Scenes:
     """All labelled frames of some folders.
 
-    Attributes: `training`, `held`: indices of frames; `kinds`; `vocabulary`.
+    Attributes: `training`, `held`: indices of frames; `kinds`; `instructions`; `vocabulary`.
 
     Args:
       folders: with files of `collect_scenes`; every file is of one suite and size.
       tokenizer, stats, config: of the policy.
       repeat: how often frames of each folder count.
-      random_prompts: share of frames whose prompt names any object in the scene instead of the expert's target.
+      random_prompts: share of frames whose prompt is any that is said of the scene, not the expert's.
 
     Raises:
       ValueError: no files, or files that do not fit together or to the model; the message names the file.
@@ -124,6 +123,7 @@ class Scenes:
         self._read: set[Path] = set()
         self._parts: list[dict[str, np.ndarray]] = []
         self.kinds: tuple[str, ...] = ()
+        self.instructions: tuple[str, ...] = ()
         self.refresh()
         if not self._parts:
             where = ", ".join(map(str, folders))
@@ -157,7 +157,7 @@ class Scenes:
         targets = self._all["target"][index].copy()
         free = np.arange(size) >= acting
         for i in np.flatnonzero(free & (rng.random(size) < self._random_prompts)):
-            targets[i] = rng.choice(np.flatnonzero(self._fetchable(index[i])))
+            targets[i] = rng.choice(self._said(index[i]))
         return self.batch(index, targets)
 
     def checks(self, size: int, batches: int, acting: bool) -> list[SceneBatch]:
@@ -168,16 +168,15 @@ class Scenes:
         index = np.resize(index, size * max(1, len(index) // size))
         targets = self._all["target"][index].copy()
         if not acting:
-            targets = np.array([rng.choice(np.flatnonzero(self._fetchable(i))) for i in index])
+            targets = np.array([rng.choice(self._said(i)) for i in index])
         return [self.batch(index[k : k + size], targets[k : k + size]) for k in range(0, len(index), size)]
 
-    def _fetchable(self, i: int) -> np.ndarray:
-        present = ~np.isnan(self._all["position"][i, :, 0])
-        present[self.kinds.index(RECEPTACLE)] = False
-        return present
+    def _said(self, i: int) -> np.ndarray:
+        """Numbers of the instructions that name something in a frame."""
+        return np.flatnonzero(self._all["named"][i] >= 0)
 
     def batch(self, index: np.ndarray, targets: np.ndarray) -> SceneBatch:
-        """Frames `index` [B], prompted to fetch the kinds `targets` [B]."""
+        """Frames `index` [B], prompted with the instructions `targets` [B]."""
         d = {key: value[index] for key, value in self._all.items()}
         rows = np.arange(len(index))
         share = d["share"].astype(np.float32)  # [B, n, classes]
@@ -190,11 +189,11 @@ class Scenes:
         where = np.where(gripper, len(self.kinds), thing)
         place = np.take_along_axis(world, where[..., None], 1)
         commanded = targets == d["target"]
-        basket = self.kinds.index(RECEPTACLE)
+        into, thing_named = self.kinds.index(self._receptacle), d["named"][rows, targets]
         per_camera = share.shape[1] // d["image"].shape[1]
         outside = np.arange(share.shape[1]) < per_camera  # the hand's commanded camera does not say where the world is
-        target_share = things[rows, :, targets]
-        way = np.concatenate([from_hand[rows, targets], from_hand[rows, basket]], -1)
+        target_share = things[rows, :, thing_named]
+        way = np.concatenate([from_hand[rows, thing_named], from_hand[rows, into]], -1)
         return SceneBatch(
             images=d["image"],
             tokens=self.vocabulary.tokens[targets],
@@ -206,11 +205,11 @@ class Scenes:
             place=np.nan_to_num(place).astype(np.float32),
             place_weight=((filled | gripper) & outside & ~np.isnan(place[..., 0])).astype(np.float32),
             mask=np.minimum(1.5 * target_share, 1.0),
-            attention=_soft(target_share, things[..., basket], share[..., _GRIPPER]),
+            attention=_soft(target_share, things[..., into], share[..., _GRIPPER]),
             way=np.nan_to_num(way).astype(np.float32),
             turn=np.stack([np.cos(2 * d["turn"]), np.sin(2 * d["turn"])], -1).astype(np.float32),
             turn_weight=commanded.astype(np.float32),
-            held=(d["held"] == targets).astype(np.float32),
+            held=(d["held"] == thing_named).astype(np.float32),
             actions=d["actions"],
             acts=(d["acts"] & commanded).astype(np.float32),
         )
@@ -219,9 +218,10 @@ class Scenes:
         if about["size"] != self._config.image_size:
             raise ValueError(f"{path}: expected frames of {self._config.image_size} pixels, got {about['size']}")
         if not self.kinds:
-            self.kinds = tuple(about["kinds"])
-            self.vocabulary = Vocabulary(self.kinds, self._tokenizer)
-        if tuple(about["kinds"]) != self.kinds:
+            self.kinds, self.instructions = tuple(about["kinds"]), tuple(about["instructions"])
+            self._receptacle = about["receptacle"]
+            self.vocabulary = Vocabulary(self.instructions, self.kinds, self._tokenizer)
+        if (tuple(about["kinds"]), tuple(about["instructions"])) != (self.kinds, self.instructions):
             raise ValueError(f"{path}: expected scenes of one suite ({', '.join(self.kinds)}), got {about['suite']}")
 
     def _role(self, about: dict, frames: int, repeat: int) -> dict[str, np.ndarray]:
@@ -238,11 +238,13 @@ class Scenes:
         blocks = segmentation.reshape(T, C, g, c, side, g, c, side).transpose(0, 1, 2, 5, 3, 6, 4, 7)
         blocks = blocks.reshape(T, C * g * g, c * c, side * side)
         counts = np.stack([(blocks == k).sum(-1) for k in range(len(CLASSES) + len(self.kinds))], -1)
+        alike = [len(CLASSES) + [spoken(k) for k in self.kinds].index(spoken(kind)) for kind in self.kinds]
+        looks = np.eye(counts.shape[-1], dtype=counts.dtype)[[*range(len(CLASSES)), *alike]]  # two of a kind look alike
         favour = np.where(np.arange(counts.shape[-1]) < 2, 1.0, 1.6)  # what is small must not vanish
         actions = normalise(frames["actions"], self._stats, quantiles=True).astype(np.float32)
         pad = config.action_dim - actions.shape[-1]
         return frames | {
-            "cells": (counts * favour).argmax(-1).astype(np.uint8),
+            "cells": (counts @ looks * favour).argmax(-1).astype(np.uint8),
             "share": (counts.sum(2) / (side * side * c * c)).astype(np.float16),
             "actions": np.pad(actions, [(0, 0), (0, 0), (0, pad)]),
         }

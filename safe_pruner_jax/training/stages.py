@@ -24,7 +24,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from safe_pruner_jax.arrays import Array
-from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.model import flow
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.params import Params, draw_params
@@ -91,8 +90,15 @@ def initial(config: Pi0Config, kinds: int, seed: int = 0) -> Params:
         if path.endswith("norm_1/Dense_0/bias") and "final" not in path:
             width = params[path].shape[-1] // 3
             params[path][..., 2 * width :] = 0.5
-    heads = perception.init_heads(config, kinds, len(CLASSES) + kinds)
+    heads = perception.init_heads(config, kinds)
     return unflatten_dict(params, sep="/") | {perception.HEADS: heads}
+
+
+def fit_heads(params: Params, config: Pi0Config, kinds: int) -> Params:
+    """The same parameters; heads whose size depends on how many kinds there are, and does not fit, are drawn anew."""
+    anew, old = perception.init_heads(config, kinds), params[perception.HEADS]
+    fits = lambda name: jax.tree.map(np.shape, old[name]) == jax.tree.map(np.shape, anew[name])
+    return params | {perception.HEADS: {name: old[name] if fits(name) else anew[name] for name in anew}}
 
 
 def objective(config: Pi0Config, scenes: Scenes, weights: Mapping[str, float], s: Settings) -> Objective:
