@@ -23,7 +23,8 @@ from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.bench import machine
 from safe_pruner_jax.figures.theme import markdown
 from safe_pruner_jax.model import quantisation
-from safe_pruner_jax.policy.loading import EMBEDDED, calibrated
+from safe_pruner_jax.policy.embedded import EMBEDDED
+from safe_pruner_jax.policy.loading import calibrated
 from safe_pruner_jax.pruners import full, safe
 from safe_pruner_jax.timing import ratio, spread
 

@@ -28,7 +28,8 @@ import websockets.sync.client
 from nothing import server_of_nothing
 from record import begin, write
 
-from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
+from safe_pruner_jax.policy.embedded import EMBEDDED
+from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.pruners import make
 from safe_pruner_jax.serving import pack, unpack
 

@@ -297,7 +297,8 @@ def _play(env: "LiberoEnv", job: dict[str, Any]) -> dict[str, Any]:
 def _leader(config: str, checkpoint: str) -> Callable[..., None]:
     """What plays before the expert does."""
     from safe_pruner_jax.libero.expert import led_by
-    from safe_pruner_jax.policy.loading import EMBEDDED, load_policy
+    from safe_pruner_jax.policy.embedded import EMBEDDED
+    from safe_pruner_jax.policy.loading import load_policy
     from safe_pruner_jax.pruners import make
 
     name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)

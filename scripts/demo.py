@@ -24,7 +24,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,8 @@ from safe_pruner_jax.figures.kept import Shown, kept_patches_figure, video_frame
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.simulator import LiberoUnavailable, provenance
-from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
+from safe_pruner_jax.policy.embedded import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder
+from safe_pruner_jax.policy.loading import calibrated
 from safe_pruner_jax.pruners import Plan, full, safe
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer
@@ -54,7 +55,6 @@ PROMPT_LENGTH = 32  # holds the prompts of the four usual suites; one length sta
 CALIBRATED = calibrated()
 CLIENT = "run .venv/bin/python -m pip install --no-deps -r requirements/openpi-client.txt"
 CAMERAS = {"observation/image": "agentview", "observation/wrist_image": "wrist"}  # in slot order
-
 console = Console(highlight=False, soft_wrap=True)
 signals: list[int] = []
 
@@ -294,8 +294,8 @@ def write_picture(path: Path, runs: list[Run], tokens_per_camera: int, title: st
 
 def layout_of(prompt: str) -> PrefixLayout:
     """The static layout in which the servers run this instruction."""
-    model, assets = get_config(EMBEDDED).model, resources.files("safe_pruner_jax") / "assets" / EMBEDDED
-    tokens = Tokenizer(str(assets / "tokenizer.model"), model.max_token_len).encode(prompt)
+    model = get_config(EMBEDDED).model
+    tokens = Tokenizer(embedded_folder() / "tokenizer.model", model.max_token_len).encode(prompt)
     text = PROMPT_LENGTH if len(tokens) <= PROMPT_LENGTH else model.max_token_len
     return PrefixLayout(model.cameras[: len(CAMERAS)], model.tokens_per_camera, text)
 

@@ -1,9 +1,10 @@
 """Put a trained checkpoint into the package as the embedded policy.
 
-python scripts/embed.py runs/mini/checkpoint [--out safe_pruner_jax/assets/mini_libero]
+python scripts/embed.py runs/mini/checkpoint
+python scripts/embed.py runs/spatial/checkpoint --config mini_libero_spatial     as differences from the other one
 
-Parameters are stored as float16 (at most 24 MB), norm statistics and tokenizer as they are. What the policy can do
-has to be measured again and told in `policy.loading.EMBEDDED_WEIGHTS`.
+All parameters of the package have at most 24 MB, norm statistics and tokenizer are stored as they are. What the policy
+can do has to be measured again and told in `policy.embedded.WEIGHTS`.
 """
 
 import shutil
@@ -14,7 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from safe_pruner_jax.model.checkpoint import load_params
-from safe_pruner_jax.policy.loading import EMBEDDED, PARAMS, save_embedded
+from safe_pruner_jax.policy.embedded import EMBEDDED, PARAMS, save_embedded
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import load_norm_stats, save_norm_stats
 
@@ -22,26 +23,27 @@ LARGEST = 24_000_000
 """Bytes the package may carry."""
 
 
-def main(checkpoint: Positional[Path], out: Path = Path("safe_pruner_jax/assets") / EMBEDDED) -> int:
+def main(checkpoint: Positional[Path], config: str = EMBEDDED, out: Path = Path("safe_pruner_jax/assets")) -> int:
     """Writes `params.npz`, `tokenizer.model` and the norm statistics.
 
     Args:
-      checkpoint: from `openpi train`, of the embedded configuration.
-      out: folder to write to.
+      checkpoint: from `openpi train`, of an embedded configuration.
+      config: its name; all but mini_libero are stored as 8-bit differences from that one.
+      out: folder of the policies' folders.
     """
-    config = get_config(EMBEDDED)
+    policy, out = get_config(config), out / config
     try:
-        params = load_params(checkpoint, config.model, dtype="float32")
-        stats = load_norm_stats(checkpoint, config.asset_id)
+        params = load_params(checkpoint, policy.model, dtype="float32")
+        stats = load_norm_stats(checkpoint, policy.asset_id)
         out.mkdir(parents=True, exist_ok=True)
-        save_embedded(params, out)
-        save_norm_stats(out, config.asset_id, stats)
+        save_embedded(params, out, differences=config != EMBEDDED)
+        save_norm_stats(out, policy.asset_id, stats)
         shutil.copy(checkpoint / "tokenizer.model", out / "tokenizer.model")
     except (ValueError, OSError) as error:
         print(f"embed: {error}", file=sys.stderr)
         return 2
-    size = (out / PARAMS).stat().st_size
-    print(f"{out / PARAMS}: {size / 1e6:.1f} MB")
+    size = sum(file.stat().st_size for file in out.parent.glob(f"*/{PARAMS}"))
+    print(f"{out / PARAMS}: {(out / PARAMS).stat().st_size / 1e6:.1f} MB, {size / 1e6:.1f} MB in all")
     if size > LARGEST:
         print(f"embed: expected at most {LARGEST / 1e6:.0f} MB of parameters, got {size / 1e6:.1f}", file=sys.stderr)
         return 2

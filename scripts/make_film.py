@@ -18,7 +18,8 @@ from tyro.conf import Positional
 
 from safe_pruner_jax.analysis.episodes import EXAMPLE, episodes
 from safe_pruner_jax.figures.film import Shot, film, save
-from safe_pruner_jax.policy.loading import EMBEDDED, calibrated, load_policy
+from safe_pruner_jax.policy.embedded import EMBEDDED
+from safe_pruner_jax.policy.loading import calibrated, load_policy
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.configs import replan_of

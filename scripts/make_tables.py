@@ -57,6 +57,7 @@ BUDGETS = {
         "sparsevlm-keep0.4": "`sparsevlm`, 40 %",
         "vla_pruner-cut1-window1-keep0.3": "`vla_pruner`, cut 1, w = 1, 30 %",
         "fastv-cut1-keep0.4": "`fastv`, cut 1, 40 %",
+        "random-cut1-keep0.4": "`random`, cut 1, 40 %",
     },
     "loose": {
         "full": "`full`",
@@ -69,6 +70,18 @@ BUDGETS = {
     },
 }
 """Within 0.65, 0.73 and 0.80 of the multiply-adds of `full` (decision 0030); the second cell is what others meet."""
+ABLATIONS = {
+    SAFE: "**`safe`**, as calibrated",
+    "safe-paper-keep0.2": "the paper's features and λ",
+    "safe-shallow-keep0.2": "no forecast (λ = 0)",
+    "safe-threshold-1-keep0.2": "no keyframes after the first three",
+    "safe-threshold-1-every3-keep0.2": "a keyframe every three calls",
+    "safe-warm_start1-keep0.2": "one full call at the start, not three",
+    "safe-lateprefix-keep0.2": "late saliency of the prefix, not of the expert",
+    "safe-late_stepsall-keep0.2": "of all denoise steps, not of half of them",
+    "safe-queriesaction-keep0.2": "the rows of the actions choose, not of all tokens",
+}
+"""One choice of `safe` changed at 20 % kept."""
 METHODS = {
     "safe": "**`safe`**",
     "safe-shallow": "`safe`, no forecast (λ = 0)",
@@ -93,6 +106,7 @@ def tables() -> dict[str, str]:
         "result": brief(FRONT, SUITES | SHUFFLED),
         "shares": beside(SHARES, SUITES, against=SAFE),
         "effort": effort(SHARES, SUITES),
+        "ablations": beside(ABLATIONS, dict([*SUITES.items()][:1]), against=SAFE, keyframes=True),
         "kept": by_share(METHODS, SUITES["LIBERO-Object"], (0.5, 0.3, 0.2, 0.1)),
         **{name: beside(cells, SUITES | MORE.get(name, {}), against=list(cells)[1]) for name, cells in BUDGETS.items()},
         **launch_tables.tables(RESULTS),

@@ -31,8 +31,9 @@ from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.scene import Scene
 from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.suites import load_task
+from safe_pruner_jax.policy.embedded import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder
 from safe_pruner_jax.policy.identity import checkpoint_fingerprint, local_device
-from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder, load_policy
+from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.policy.policy import Policy
 
 PROBES = ("own", "black", "stranger", "instruction")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiers import at_night
 
-from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated
+from safe_pruner_jax.policy.embedded import EMBEDDED, EMBEDDED_WEIGHTS
+from safe_pruner_jax.policy.loading import calibrated
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.tokens import budget
 

@@ -25,7 +25,7 @@ from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, RecordsError, episode_seed, read_records
 from safe_pruner_jax.evaluation.sources import Cost, Source, local
 from safe_pruner_jax.evaluation.workers import Job, PolicyFailed
-from safe_pruner_jax.policy.loading import EMBEDDED
+from safe_pruner_jax.policy.embedded import EMBEDDED
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import safe
 from safe_pruner_jax.robots.configs import CONFIGS

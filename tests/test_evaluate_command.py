@@ -15,8 +15,8 @@ from safe_pruner_jax.evaluation.evaluate import EvaluationError, episodes, play
 from safe_pruner_jax.evaluation.records import RecordFile, episode_seed, read_records
 from safe_pruner_jax.evaluation.sources import Source, remote
 from safe_pruner_jax.libero.simulator import LiberoUnavailable
+from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder
 from safe_pruner_jax.policy.identity import SERVED, describe
-from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
 from safe_pruner_jax.policy.spec import Model
 from safe_pruner_jax.pruners import full, make, safe
 from safe_pruner_jax.robots.configs import CONFIGS

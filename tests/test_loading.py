@@ -14,14 +14,16 @@ from tiny_policy import DATA, load_tiny, tiny_config
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.config import GemmaConfig, mini
 from safe_pruner_jax.model.params import draw_params, param_shapes
-from safe_pruner_jax.policy.loading import (
+from safe_pruner_jax.policy.embedded import (
     EMBEDDED,
     PARAMS,
+    WEIGHTS,
     embedded_folder,
     embedded_params,
-    load_policy,
+    read_embedded,
     save_embedded,
 )
+from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.pruners import fastv, full, safe
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer, load_norm_stats, save_norm_stats
@@ -84,6 +86,29 @@ def test_embedded_parameters_fit_the_package_and_survive_the_trip(tmp_path):
         save_embedded(params, tmp_path)
 
 
+def test_differences_in_eight_bits_need_half_the_space(tmp_path):
+    base, rng = embedded_params(), np.random.default_rng(0)
+    size = lambda leaf: rng.normal(0, 0.02, (*leaf.shape[:-1], 1)) if leaf.ndim > 1 else 0.0
+    params = jax.tree.map(lambda leaf: leaf + np.float32(size(leaf)) * rng.standard_normal(leaf.shape), base)
+    save_embedded(params, tmp_path, differences=True)
+    assert (tmp_path / PARAMS).stat().st_size < 8.5e6
+    largest = lambda a, b, c: np.abs(a - b).max() / max(np.abs(a - c).max(), 1e-2)
+    errors = jax.tree.map(largest, params, read_embedded(tmp_path), base)
+    assert max(jax.tree.leaves(errors)) < 1 / 120
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != EMBEDDED])
+def test_every_policy_of_the_package_loads_by_its_name(name):
+    policy = load_policy(name, prompt_lengths=(32,))
+    shapes = jax.tree.map(np.shape, embedded_params(name))
+    assert shapes == jax.tree.map(np.shape, param_shapes(get_config(name).model))
+    request = {"observation/state": np.zeros(8), "prompt": "pick up the black bowl next to the plate"}
+    request |= {key: np.full((224, 224, 3), 80, np.uint8) for key in ("observation/image", "observation/wrist_image")}
+    actions = policy.session().infer(request)["actions"]
+    other = load_policy(EMBEDDED, prompt_lengths=(32,)).session().infer(request)["actions"]
+    assert np.isfinite(actions).all() and np.abs(actions - other).max() > 0.01
+
+
 @pytest.mark.nightly
 def test_a_trained_checkpoint_becomes_the_embedded_policy(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("embed", Path(__file__).parents[1] / "scripts" / "embed.py")
@@ -94,15 +119,16 @@ def test_a_trained_checkpoint_becomes_the_embedded_policy(tmp_path, capsys):
     save_params(checkpoint, params)
     save_norm_stats(checkpoint, config.asset_id, load_norm_stats(embedded_folder(), config.asset_id))
     shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
-    assert embed.main(checkpoint, out) == 0 and "MB" in capsys.readouterr().out
-    with np.load(out / PARAMS) as file:
+    assert embed.main(checkpoint, out=out) == 0 and "MB in all" in capsys.readouterr().out
+    with np.load(out / EMBEDDED / PARAMS) as file:
         np.testing.assert_allclose(file["action_in_proj/kernel"], params["action_in_proj"]["kernel"], rtol=1e-3)
-    assert load_norm_stats(out, config.asset_id) and (out / "tokenizer.model").stat().st_size > 1000
+    own = out / EMBEDDED
+    assert load_norm_stats(own, config.asset_id) and (own / "tokenizer.model").stat().st_size > 1000
     (checkpoint / "tokenizer.model").unlink()
-    assert embed.main(checkpoint, out) == 2 and "tokenizer.model" in capsys.readouterr().err
+    assert embed.main(checkpoint, out=out) == 2 and "tokenizer.model" in capsys.readouterr().err
     embed.LARGEST = 1_000_000
     shutil.copy(embedded_folder() / "tokenizer.model", checkpoint)
-    assert embed.main(checkpoint, out) == 2 and "expected at most 1 MB of parameters" in capsys.readouterr().err
+    assert embed.main(checkpoint, out=out) == 2 and "expected at most 1 MB of parameters" in capsys.readouterr().err
 
 
 def test_a_tokenizer_beside_the_checkpoint_is_taken(tmp_path):

@@ -14,7 +14,7 @@ from toy_records import CONFIGURATION, record
 
 from safe_pruner_jax.evaluation.records import RecordFile
 from safe_pruner_jax.figures.theme import Table
-from safe_pruner_jax.policy import loading
+from safe_pruner_jax.policy import embedded
 
 pytestmark = pytest.mark.newest
 
@@ -81,7 +81,7 @@ def test_a_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
         assert picture.mode == "RGB" and min(picture.size) > 200
         assert len(np.unique(np.asarray(picture.resize((64, 64))).reshape(-1, 3), axis=0)) > 20
     if path.stem == "first_step":
-        assert "keyframe" in printed and loading.EMBEDDED_WEIGHTS in printed
+        assert "keyframe" in printed and embedded.EMBEDDED_WEIGHTS in printed
     if path.stem == "your_own_episode":
         assert "tokens" in printed and ("This episode bears" in printed or "No share kept" in printed)
     if path.stem in ("forecast_error", "success_against_speed"):

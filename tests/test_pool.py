@@ -3,6 +3,10 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,42 @@ def test_what_a_job_raises_is_passed_on(tmp_path):
     with pytest.raises(OSError, match="no space for a"):
         list(finish(lambda: [tmp_path / "a"], refuse, 1))
     assert list(finish(lambda: [], refuse, 1)) == []
+
+
+def wait(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = f"import test_pool, pathlib; test_pool.start(pathlib.Path({str(tmp_path)!r}))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    try:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        worker = int((tmp_path / "pid").read_text())
+        assert alive(worker)
+    finally:
+        parent.kill()
+        parent.wait()
+    until(lambda: not alive(worker))
+
+
+def start(folder: Path) -> None:
+    """In the parent: one worker that does not end by itself."""
+    list(finish(lambda: [folder / "pid"], wait, 1))
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has buried yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -11,8 +11,8 @@ from tiny_engine import prepared, reference
 from safe_pruner_jax import load_policy
 from safe_pruner_jax.model import pi0, quantisation
 from safe_pruner_jax.model.matrix import Scaled, columns, dense
+from safe_pruner_jax.policy.embedded import embedded_folder
 from safe_pruner_jax.policy.identity import describe
-from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.pruners import full, safe
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from safe_pruner_jax.cli.stages import action_stats, embedded_weights
 from safe_pruner_jax.libero.scenes import read, write
-from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.policy.embedded import embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.training.rounds import Rounds, export, play_round, targets
 

@@ -14,7 +14,7 @@ from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.scenes import write
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
 from safe_pruner_jax.model.params import draw_params
-from safe_pruner_jax.policy.loading import embedded_folder
+from safe_pruner_jax.policy.embedded import embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.training import perception, stages

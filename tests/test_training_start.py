@@ -8,7 +8,7 @@ from tiny_training import DATA, equal, tiny
 
 from safe_pruner_jax.model.checkpoint import save_params
 from safe_pruner_jax.model.params import draw_params
-from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
+from safe_pruner_jax.policy.embedded import embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
 from safe_pruner_jax.training import start

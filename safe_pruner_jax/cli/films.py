@@ -19,8 +19,8 @@ from safe_pruner_jax.lerobot.repack import COLUMNS
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.model.config import CAMERAS
+from safe_pruner_jax.policy.embedded import embedded_folder
 from safe_pruner_jax.policy.identity import SERVED
-from safe_pruner_jax.policy.loading import embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig
 from safe_pruner_jax.serving.episodes import SUFFIX, read_episode

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from safe_pruner_jax.figures.theme import colour, grid
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.policy.loading import embedded_folder, embedded_params
+from safe_pruner_jax.policy.embedded import embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import PolicyConfig
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, load_norm_stats
 from safe_pruner_jax.training.loop import Settings

@@ -20,7 +20,7 @@ from safe_pruner_jax.lerobot.dataset import Dataset, is_dataset, require_local
 from safe_pruner_jax.lerobot.repack import Track, tracks
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
-from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder
+from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats

@@ -41,12 +41,13 @@ def brief(cells: Mapping[str, str], folders: Mapping[str, Path]) -> str:
     return markdown(["method", *folders], lines)
 
 
-def beside(cells: Mapping[str, str], folders: Mapping[str, Path], *, against: str) -> str:
+def beside(cells: Mapping[str, str], folders: Mapping[str, Path], *, against: str, keyframes: bool = False) -> str:
     """`brief` in columns of its own, the difference to another cell over all suites, and the multiply-adds.
 
     Args:
       cells, folders: as in `brief`.
       against: the other cell; p is of McNemar's exact test.
+      keyframes: with the share of calls that were in full.
 
     Raises:
       ValueError: no suite has a cell; a suite lacks `full`.
@@ -63,9 +64,11 @@ def beside(cells: Mapping[str, str], folders: Mapping[str, Path], *, against: st
         records, other = _together(played), [] if cell == against else reference
         _, first, second, _ = contingency(records, other)
         line += [points(compare(records, other)[0]), _p(mcnemar(first, second)) if other else None]
+        line += [_full_calls(records)] if keyframes else []
         lines.append([*line, f"{_cost(played, full, 'exact_flops'):.2f}"])
     name = cells.get(against, against).partition(",")[0].strip("*")
-    return markdown([*head, f"against {name}", "p", "multiply-adds"], lines)
+    last = [*(["keyframes"] if keyframes else []), "multiply-adds"]
+    return markdown([*head, f"against {name}", "p", *last], lines)
 
 
 def effort(cells: Mapping[str, str], folders: Mapping[str, Path]) -> str:
@@ -82,14 +85,13 @@ def effort(cells: Mapping[str, str], folders: Mapping[str, Path]) -> str:
     full, lines = _baselines(folders), []
     for cell, played in _read_all(cells, folders).items():
         records = _together(played)
-        keyframes = sum(r.keyframes for r in records) / sum(r.calls for r in records)
         steps = [r.steps for r in records if r.outcome == "success"]
         jumps = [r.jump["border"] / r.jump["inside"] for r in records if r.jump and r.jump["inside"]]
         lines.append(
             [
                 cells[cell],
                 f"{_per_call(records, 'kept'):.0f}",
-                form(keyframes if 0 < keyframes < 1 else None, "{:.0%}"),
+                _full_calls(records),
                 form(fmean(steps) if steps else None, "{:.0f}"),
                 form(median(jumps) if jumps else None, "{:.2f}"),
                 *(f"{_cost(played, full, name):.2f}" for name in ("paper_flops", "exact_flops")),
@@ -160,6 +162,12 @@ def _baselines(folders: Mapping[str, Path]) -> dict[str, list[Record]]:
 
 def _together(played: Mapping[str, Sequence[Record]]) -> list[Record]:
     return [record for records in played.values() for record in records]
+
+
+def _full_calls(records: Sequence[Record]) -> str | None:
+    """The share of calls that were in full: "35%"; None where all or none of them were."""
+    share = sum(r.keyframes for r in records) / sum(r.calls for r in records)
+    return form(share if 0 < share < 1 else None, "{:.0%}")
 
 
 def _per_call(records: Sequence[Record], name: str) -> float:

@@ -4,9 +4,10 @@
     relations.shuffle(seed)       plate, ramekin and cookie box exchange places, both bowls stand in a drawn relation
     relations.named               {"pick up the black bowl next to the plate and …": "akita_black_bowl_2", …}
 
-A relation is a region of LIBERO's scene files, and its instruction is that of the task whose bowl starts there. Two
-different ones are drawn for every scene, so that each bowl can be asked for; a bowl that would fit a second
-instruction is drawn again. Cabinet and stove keep their places, but for the centimetres that LIBERO gives them.
+A relation is a region of LIBERO's scene files, and its instruction is that of the task whose bowl starts there. One
+bowl stands where the task says, the other in any other relation, so that each can be asked for; a bowl that would fit
+a second instruction is drawn again. Cabinet and stove keep their places, but for the centimetres that LIBERO gives
+them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,8 @@ _BOWL = 0.054  # m, radius
 _TABLE, _STACKED = 0.92, 0.965  # m, height from which things drop on the table, and on one another
 _OPEN = -0.15  # m, the drawer's joint
 _GAP, _CLEARLY = 0.012, 0.05  # m between two things; and by which a thing is nearer than others
-_HAND = 0.09  # m that the hand needs beside a bowl or over the plate
+_HAND, _PALM = 0.09, (1.0, 1.08)  # m that the hand needs beside a bowl or over the plate, and at which heights
+_CLOSED = 0.03  # m of it beside a closed cabinet, of which there is less
 _BOUNDS, _BASE, _REACH = np.array([[-0.30, -0.12], [0.19, 0.36]]), np.array([-0.66, 0.0]), 0.86
 _TRIES = 2000
 
@@ -82,7 +84,7 @@ class Relations(Placements):
         return {self._instructions[region]: name for name, region in self._regions.items()}
 
     def shuffle(self, seed: int, *, permute: bool = True, arm: float = 0.02) -> None:
-        """Starts an episode in a new scene, in which both bowls are where two different instructions say.
+        """Starts an episode in a new scene, in which one bowl is where the task says, and one where another task says.
 
         Args:
           seed: of the whole scene, together with the task.
@@ -131,8 +133,8 @@ class Relations(Placements):
         for _ in range(_TRIES):
             regions = dict(self._usual)
             if permute:
-                drawn = rng.choice(len(self._instructions), len(self.names), replace=False)
-                regions = {name: list(self._instructions)[i] for name, i in zip(self.names, drawn, strict=True)}
+                own, other = self.names  # the task names the first one
+                regions[other] = str(rng.choice([r for r in self._instructions if r != regions[own]]))
             self._pull(start, regions)
             homes = [self._site(region)[:2] for region in _HOMES.values()]
             order = rng.permutation(len(homes)) if permute else range(len(homes))
@@ -141,7 +143,8 @@ class Relations(Placements):
             at = {name: np.array([*xy, _TABLE]) for name, xy in ground.items()}
             at |= {name: self._place(rng, region, at, permute) for name, region in regions.items()}
             layout = _Layout(at, regions)
-            if self._clear(layout, _HAND if permute else _GAP) and self._told_apart(layout):
+            room = _GAP if not permute else _HAND if DRAWER in regions.values() else _CLOSED
+            if self._clear(layout, room) and self._told_apart(layout):
                 return layout
         raise RuntimeError(f"{self._env.task.name}: no layout in {_TRIES} draws")
 
@@ -186,12 +189,10 @@ class Relations(Placements):
         fixtures = self._scene.boxes(*self._env.simulator.env.fixtures_dict)
         turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
         ring = np.stack([np.cos(turns), np.sin(turns)], -1)
-        room = [_GAP if name in (RAMEKIN, COOKIES) else hand for name in standing]
-        points = [
-            np.c_[here + (radius + more) * ring, np.full(12, z)]
-            for (here, radius), more in zip(on_table, room, strict=True)
-            for z in (0.92, 1.0, 1.08)
-        ]
+        around = lambda here, far, z: np.c_[here + far * ring, np.full(len(ring), z)]
+        points = [around(here, radius + _GAP, _TABLE) for here, radius in on_table]
+        reached = [pair for pair, name in zip(on_table, standing, strict=True) if name not in (RAMEKIN, COOKIES)]
+        points += [around(here, radius + hand, z) for here, radius in reached for z in _PALM]
         return fixtures.count(np.concatenate(points)) == 0
 
     def _told_apart(self, layout: _Layout) -> bool:

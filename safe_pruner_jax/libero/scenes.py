@@ -9,6 +9,7 @@ One file is one seed: it appears when it is complete, so a collection goes on wh
 are exact. What is drawn is 256² resized to 224² and to the policy's size, the way a client and a server do it.
 """
 
+import atexit
 import contextlib
 import functools
 import io
@@ -187,10 +188,16 @@ _open: list[LiberoEnv] = []
 @functools.lru_cache(1)
 def current_maker(suite: str, task: int, size: int, *, coarse: bool = True) -> SceneMaker:
     """This process's maker, for workers that are given one job after the other; the environment before is closed."""
-    while _open:
-        _open.pop().close()
+    _close()
     _open.append(LiberoEnv(load_task(suite, task), coarse=coarse))
     return SceneMaker(_open[-1], size)
+
+
+@atexit.register
+def _close() -> None:
+    """Frees the OpenGL context while there is still something to free it with."""
+    while _open:
+        _open.pop().close()
 
 
 def stack(rows: list[dict[str, Any]]) -> Frames:

@@ -6,14 +6,11 @@ load_policy("mini_libero", pruner=safe(keep=0.2))          the embedded policy, 
 
 import json
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from safe_pruner_jax.engine import autotune, xla
 from safe_pruner_jax.engine.engine import Engine
@@ -22,6 +19,7 @@ from safe_pruner_jax.model.checkpoint import open_params
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params
+from safe_pruner_jax.policy.embedded import WEIGHTS, embedded_folder, embedded_params
 from safe_pruner_jax.policy.lerobot import is_lerobot, read_lerobot
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.pruners import Pruner, full, make
@@ -33,29 +31,15 @@ from safe_pruner_jax.tokens import PROMPT_LENGTHS
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """Tokenizer of every released checkpoint; openpi keeps it in the same cache."""
 
-PARAMS = "params.npz"
-"""File of the embedded parameters, in `embedded_folder()`."""
-
-EMBEDDED = "mini_libero"
-"""Name of the configuration whose assets are inside the package."""
-
-EMBEDDED_WEIGHTS = "trained on shuffled scenes of LIBERO-Object, all ten tasks, 112² pixels; docs/training.md"
-"""What the embedded policy can do; shown wherever it is used."""
-
 CALIBRATION = "calibrate.json"
 """What `openpi analyze calibrate` wrote for a checkpoint, where it has been put into the checkpoint's folder."""
-
-
-def embedded_folder() -> Path:
-    """Assets of the embedded policy inside the package: parameters, tokenizer and norm statistics."""
-    return Path(str(resources.files("safe_pruner_jax") / "assets" / EMBEDDED))
 
 
 def calibrated(folder: str | os.PathLike | None = None) -> dict[str, Any]:
     """Choices of `safe` that a checkpoint was calibrated to; none without a `CALIBRATION` in its folder.
 
     Args:
-      folder: of the checkpoint; None is the embedded one.
+      folder: of the checkpoint; None is the default embedded one's.
 
     Raises:
       ValueError: the file is not one that `openpi analyze calibrate` writes.
@@ -70,27 +54,6 @@ def calibrated(folder: str | os.PathLike | None = None) -> dict[str, Any]:
         expected = f"{path}: expected what `openpi analyze calibrate` writes"
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}; remove it") from error
     return choices
-
-
-def embedded_params() -> Params:
-    """Parameters of the embedded policy, stored as float16 and widened to float32."""
-    with np.load(embedded_folder() / PARAMS) as file:
-        return traverse_util.unflatten_dict({path: file[path].astype(np.float32) for path in file.files}, sep="/")
-
-
-def save_embedded(params: Params, folder: Path) -> None:
-    """Writes parameters as `embedded_params` reads them.
-
-    Raises:
-      ValueError: a value that float16 cannot hold.
-    """
-    flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
-    with np.errstate(over="ignore"):  # told below
-        half = {path: leaf.astype(np.float16) for path, leaf in flat.items()}
-    if lost := [path for path, leaf in half.items() if not np.isfinite(leaf).all()]:
-        largest = np.abs(flat[lost[0]]).max()
-        raise ValueError(f"{lost[0]}: expected values within ±65504, got {largest:g}; the training has diverged")
-    np.savez_compressed(folder / PARAMS, **half)
 
 
 def described(folder: Path, config: PolicyConfig) -> tuple[PolicyConfig, dict[str, NormStats]]:
@@ -128,7 +91,7 @@ def load_policy(
     Args:
       config: name of a configuration, see `robots.configs.CONFIGS`, or one of your own.
       checkpoint: folder or gs:// address, openpi's (orbax or safetensors) or LeRobot's; None takes the one openpi
-        publishes for the configuration, or the embedded parameters of `mini_libero`.
+        publishes for the configuration, or the parameters in this package (`embedded.WEIGHTS`).
       pruner: what to prune; None keeps every alive token.
       default_prompt: used for requests without a prompt.
       tokenizer: SentencePiece model; None takes the `tokenizer.model` beside the checkpoint (training writes it), or
@@ -155,16 +118,16 @@ def load_policy(
     config = get_config(config) if isinstance(config, str) else config
     pruner = pruner or full()
     pruner.plan.for_depth(config.model.depth)  # before gigabytes are fetched
-    packaged = checkpoint is None and config.name == EMBEDDED
+    packaged = checkpoint is None and config.name in WEIGHTS
     address = config.default_checkpoint_uri if checkpoint is None else checkpoint
     if address is None and not packaged:
         raise ValueError(f"checkpoint: {config.name} has no published weights; give the folder of your own")
-    folder = embedded_folder() if packaged else fetch(address)
+    folder = embedded_folder(config.name) if packaged else fetch(address)
     config, stats = described(folder, config)
     choices = {"dtype": dtype, "temperature": temperature, "savings": xla.savings()}
     model = config.model.replace(**{name: value for name, value in choices.items() if value is not None})
-    params = embedded_params() if packaged else open_params(folder, model, dtype=param_dtype or model.dtype)
-    vocabulary = _vocabulary(folder, config.name == EMBEDDED) if tokenizer is None else tokenizer
+    params = embedded_params(config.name) if packaged else open_params(folder, model, dtype=param_dtype or model.dtype)
+    vocabulary = _vocabulary(folder, config.name in WEIGHTS) if tokenizer is None else tokenizer
     io = RobotIO(config, stats, Tokenizer(vocabulary, model.max_token_len), default_prompt)
     weights = _on_device(params, model, num_steps, quantise)
     automatic = kernels == "auto"

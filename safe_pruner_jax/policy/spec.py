@@ -11,8 +11,9 @@ from typing import Any, Literal
 from safe_pruner_jax import pruners
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.quantisation import EightBit
+from safe_pruner_jax.policy.embedded import EMBEDDED, WEIGHTS, embedded_folder
 from safe_pruner_jax.policy.identity import Configuration, describe
-from safe_pruner_jax.policy.loading import EMBEDDED, EMBEDDED_WEIGHTS, calibrated, embedded_folder, load_policy
+from safe_pruner_jax.policy.loading import calibrated, load_policy
 from safe_pruner_jax.policy.policy import Policy
 from safe_pruner_jax.robots.configs import DEFAULT_CHECKPOINTS, get_config
 from safe_pruner_jax.tokens import PROMPT_LENGTHS
@@ -53,7 +54,13 @@ class Default:
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """The small policy inside this package; nothing is downloaded."""
+    """A small policy inside this package; nothing is downloaded.
+
+    Args:
+      config: mini_libero plays LIBERO-Object, mini_libero_spatial LIBERO-Spatial.
+    """
+
+    config: str = EMBEDDED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +140,10 @@ class Model:
         match self.policy:
             case Checkpoint(config, folder):
                 return config, folder
-            case Embedded():
-                return EMBEDDED, None
+            case Embedded(config):
+                if config not in WEIGHTS:
+                    raise ValueError(f"config: expected a policy of this package ({', '.join(WEIGHTS)}), got {config}")
+                return config, None
         return DEFAULT_CHECKPOINTS[environment]
 
     def fit(self, environment: str, method: Method, executed: int | None = None) -> Method:
@@ -152,8 +161,8 @@ class Model:
             method = dataclasses.replace(method, choices=method.choices | {"executed": executed})
         if method.name != "safe":
             return method
-        _, checkpoint = self.named(environment)
-        measured = calibrated(fetch(checkpoint) if checkpoint else None)
+        name, checkpoint = self.named(environment)
+        measured = calibrated(fetch(checkpoint) if checkpoint else embedded_folder(name))
         calibration = {name: value for name, value in measured.items() if name not in method.given}
         if calibration:
             logger.info("safe: calibrated to this policy: %s", ", ".join(f"{k} {v}" for k, v in calibration.items()))
@@ -180,7 +189,7 @@ class Model:
         """The policy, with its weights."""
         name, checkpoint = self.named(environment)
         if checkpoint is None:
-            logger.warning("embedded policy: %s", EMBEDDED_WEIGHTS)
+            logger.warning("embedded policy: %s", WEIGHTS[name])
         logger.info("loading %s from %s, pruner %s %s", name, checkpoint or "the package", pruner.name, pruner.plan)
         return load_policy(name, checkpoint, pruner=pruner, **self.options(), **options)
 
@@ -195,7 +204,7 @@ class Model:
         """What an evaluation needs to know of it, before weights are read; `anywhere`: what an analysis does."""
         name, checkpoint = self.named(environment)
         get_config(name)  # a name that does not exist, before its checkpoint is looked for
-        folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(), EMBEDDED_WEIGHTS)
+        folder, note = (fetch(checkpoint), "") if checkpoint else (embedded_folder(name), WEIGHTS[name])
         options = self.options()
         named = {key: options[key] for key in ("dtype", "quantise", "num_steps", "temperature", "prompt_lengths")}
         return describe(name, folder, method.make(), method.choices, note=note, anywhere=anywhere, **named)

@@ -85,9 +85,12 @@ CONFIGS: dict[str, PolicyConfig] = {
         _droid("pi05_droid", pi05(action_horizon=15), "pi05_droid"),
         _libero("pi0_libero", pi0(), None, delta=True),
         _libero("pi05_libero", pi05(action_horizon=10, discrete_state_input=False), "pi05_libero", delta=False),
-        # Not openpi's: the small policy inside this package, which learned from episodes of whole chunks, and one of
-        # its size that reads the robot's state.
-        _libero("mini_libero", mini(image_size=112, temperature=0.0), None, delta=False, replan=10),
+        # Not openpi's: the small policies inside this package, which learned from episodes of whole chunks, and one
+        # of their size that reads the robot's state.
+        *(
+            _libero(name, mini(image_size=112, temperature=0.0), None, delta=False, replan=10)
+            for name in ("mini_libero", "mini_libero_spatial")
+        ),
         _libero(
             "mini_libero_state",
             mini(image_size=112, vocab_size=768, discrete_state_input=True, temperature=0.0),

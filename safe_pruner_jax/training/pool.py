@@ -4,13 +4,15 @@
         print(f"{number}/{count}: {result}")
 
 A job is done when `missing` no longer lists it, for example because its file is there. So a run that is stopped goes
-on where it was.
+on where it was. Workers end with the process that started them, however that ends.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -38,7 +40,7 @@ def finish(
     """
     deaths = 0
     while jobs := missing():
-        pool, number, death = ProcessPoolExecutor(workers, get_context("spawn")), 0, None
+        pool, number, death = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent), 0, None
         try:
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 if isinstance(done.exception(), BrokenProcessPool):
@@ -53,3 +55,15 @@ def finish(
         deaths += death is not None
         if deaths >= DEATHS:
             raise RuntimeError(f"gave up: workers died {deaths} times") from death
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers, and they would wait for its jobs for ever."""
+    parent = parent_process()
+    assert parent is not None  # a worker has one
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -11,7 +11,7 @@ from safe_pruner_jax.model.checkpoint import load_params, stored_shapes
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params, draw_params, param_shapes
-from safe_pruner_jax.policy.loading import EMBEDDED, embedded_folder, embedded_params
+from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder, embedded_params
 from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
 
 logger = logging.getLogger(__name__)
