@@ -83,5 +83,6 @@ def summary(prog: str, command: type, pruner: tuple[str, Callable] | None = None
     if pruner is not None and pruner[0] != "none":
         lines += [*choices(*pruner)]
     if policy:
-        lines += ["policy:checkpoint --policy.config NAME --policy.dir FOLDER | policy:default | policy:embedded [--policy.config NAME]"]
+        folder = "policy:checkpoint --policy.config NAME --policy.dir FOLDER"
+        lines += [f"{folder} | policy:default | policy:embedded [--policy.config NAME]"]
     return "\n".join(lines)
