@@ -256,3 +256,16 @@ def test_other_suites_with_two_of_a_kind_are_refused():
         draw_for(env)
     with LiberoEnv(load_task("libero_goal", 0)) as env, pytest.raises(ValueError, match="expected to put one object"):
         draw_for(env)
+
+
+@pytest.mark.nightly
+@pytest.mark.libero
+def test_an_episode_of_a_drawn_scene_may_last_as_long_as_any():
+    """Scenes that do not stand are drawn again, and the simulator counts the steps in which they fell."""
+    with open_env(load_task("libero_spatial_shuffled", 0)) as env:
+        for state in range(3):
+            env.reset(state)
+            assert env.task.language in env._placements.named
+            while not env.step(np.zeros(7)).done:
+                pass
+            assert env.steps == env.max_steps

@@ -206,10 +206,11 @@ def test_all_stages_end_in_a_checkpoint_without_heads(folder, tmp_path):
     assert '"flow"' in rows and '"near_cm"' in rows and '"turn_deg"' in rows
 
 
-def test_training_goes_on_from_the_package():
-    config = get_config("mini_libero").model
-    weights = embedded_weights()
-    heads = perception.init_heads(config, 11)
+@pytest.mark.parametrize(("name", "kinds"), [("mini_libero", 11), ("mini_libero_spatial", 7)])
+def test_training_goes_on_from_the_package(name, kinds):
+    config = get_config(name).model
+    weights = embedded_weights(name)
+    heads = perception.init_heads(config, kinds)
     assert jax.tree.map(np.shape, weights.pop(perception.HEADS)) == jax.tree.map(np.shape, heads)
     assert jax.tree.map(np.shape, weights) == jax.tree.map(np.shape, draw_params(config))
 

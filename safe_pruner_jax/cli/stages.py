@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from safe_pruner_jax.figures.theme import colour, grid
 from safe_pruner_jax.model.params import Params
-from safe_pruner_jax.policy.embedded import embedded_folder, embedded_params
+from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder, embedded_params
 from safe_pruner_jax.robots.configs import PolicyConfig
 from safe_pruner_jax.robots.transforms import NormStats, Tokenizer, load_norm_stats
 from safe_pruner_jax.training.loop import Settings
@@ -60,11 +60,11 @@ class Stages:
 
 
 def run_stages(
-    stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, s: Settings, out: Path, *, go_on: bool = False
+    stage: str, args: Stages, config: PolicyConfig, tokenizer: Path, s: Settings, out: Path, *, start: str | None = None
 ) -> None:
     """Trains one stage, or all of them, and exports `out/checkpoint`.
 
-    With `go_on` the first of them starts from the embedded policy instead of the stage before.
+    With the name of an embedded policy as `start` the first of them starts there instead of at the stage before.
 
     Raises:
       ValueError: no scenes, scenes of another kind, a stage whose predecessor is not there, an unknown loss.
@@ -72,7 +72,7 @@ def run_stages(
     if unknown := set(args.without) - {name for weights in WEIGHTS.values() for name in weights}:
         raise ValueError(f"without: expected losses of {', '.join(WEIGHTS['act'])}, got {', '.join(sorted(unknown))}")
     run = _Run(args, config, action_stats(config), tokenizer, s, out)
-    params = embedded_weights() if go_on else None
+    params = None if start is None else embedded_weights(start)
     for name in STAGES if stage == "all" else (stage,):
         params = run.stage(name, params)
     assert params is not None  # there is a stage
@@ -170,10 +170,10 @@ def _show(name: str, row: dict[str, Any]) -> None:
     logger.info("%s %d%s: %s", name, row["step"], " held out" if "validation" in row else "", text)
 
 
-def embedded_weights() -> Params:
-    """The embedded policy and the heads it was trained with."""
-    heads = load_weights(embedded_folder() / HEADS_FILE)
-    return embedded_params() | {HEADS: jax.tree.map(lambda a: a.astype(np.float32), heads)}
+def embedded_weights(name: str = EMBEDDED) -> Params:
+    """An embedded policy and the heads it was trained with."""
+    heads = load_weights(embedded_folder(name) / HEADS_FILE)
+    return embedded_params(name) | {HEADS: jax.tree.map(lambda a: a.astype(np.float32), heads)}
 
 
 def _weights_before(name: str, out: Path) -> Params:

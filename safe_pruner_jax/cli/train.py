@@ -20,7 +20,7 @@ from safe_pruner_jax.lerobot.dataset import Dataset, is_dataset, require_local
 from safe_pruner_jax.lerobot.repack import Track, tracks
 from safe_pruner_jax.libero.demonstrations import Demo, read_demos, read_packed
 from safe_pruner_jax.model.checkpoint import save_params
-from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder
+from safe_pruner_jax.policy.embedded import EMBEDDED, WEIGHTS, embedded_folder, embedded_name
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transform import PolicyConfig, RobotIO
 from safe_pruner_jax.robots.transforms import Tokenizer, save_norm_stats
@@ -44,8 +44,9 @@ class Train:
       see: of the stages.
       out: folder of the run; a run that is there goes on.
       config: name of the policy configuration.
-      init: checkpoint to start from, or "embedded"; None starts from random parameters. Its position embedding is
-        interpolated when the image size differs, its embedding of words starts anew when the tokenizer does.
+      init: checkpoint to start from, "embedded" (mini_libero) or mini_libero_spatial; None starts from random
+        parameters. Its position embedding is interpolated when the image size differs, its embedding of words starts
+        anew when the tokenizer does.
       tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
       image_size: side of the frames, a multiple of 14; None takes the configuration's.
       settings: of the optimiser and the loop.
@@ -85,10 +86,11 @@ def run_train(args: Train) -> None:
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
     if args.stage != "flow":
-        if args.init not in (None, "embedded"):
-            raise ValueError(f"init: expected embedded, or nothing, with --stage {args.stage}, got {args.init}")
-        go_on = args.init is not None
-        run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out, go_on=go_on)
+        start = embedded_name(args.init)
+        if args.init is not None and start is None:
+            expected = f"embedded, {', '.join(WEIGHTS)} or nothing with --stage {args.stage}"
+            raise ValueError(f"init: expected {expected}, got {args.init}")
+        run_stages(args.stage, args.see, config, tokenizer, args.settings, args.out, start=start)
         return
     demos = [demo for path in args.data for demo in read(path, config, args.out)]
     recorded = any(is_dataset(path) for path in args.data)

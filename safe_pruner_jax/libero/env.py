@@ -228,6 +228,7 @@ class LiberoEnv:
         """
         if reset:
             self._soft_reset()
+        self.simulator.env.timestep, self.simulator.env.done = 0, False
         self._start(state)
 
     def observe(self) -> dict[str, Any]:

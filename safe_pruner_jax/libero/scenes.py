@@ -38,8 +38,8 @@ HELD_OUT = 10, 3
 PER_SCENE_FILE = 60
 QUALITY = 95
 
-SPACING = 100_000_000
-"""Between the seeds of scenes of one file."""
+SPACING = 1_000_000
+"""Between the seeds of scenes of one file; the last one stays below `shuffled.HELD_OUT`."""
 
 _NOISE, _PUSHES, _EVERY = 0.08, 0.02, 4  # of a demonstration
 _LIMIT = 250
@@ -82,11 +82,9 @@ class SceneMaker:
         rng, placements = np.random.default_rng([seed, self.env.task.index, 1]), self.placements
         rows = []
         while len(rows) < count:
-            placements.shuffle(seed + SPACING * (len(rows) // placements.scenes))
-            base, visited = (
-                self.env.simulator.get_sim_state().copy(),
-                self._visit(seed + len(rows) // placements.scenes, rng),
-            )
+            group = len(rows) // placements.scenes
+            placements.shuffle(seed + SPACING * group)
+            base, visited = self.env.simulator.get_sim_state().copy(), self._visit(seed + group, rng)
             for _ in range(min(placements.scenes, count - len(rows))):
                 held = placements.teleport(rng, base, visited)
                 name = held or placements.names[rng.integers(len(placements.names))]

@@ -32,6 +32,15 @@ _SCALE = "#scale"  # end of the name of an array of scales beside the difference
 _LEVELS = 127
 
 
+def embedded_name(address: str | None) -> str | None:
+    """The policy of this package that an address means: "embedded" or a name of `WEIGHTS`; None: another one, or none.
+
+    >>> embedded_name("embedded"), embedded_name("mini_libero_spatial"), embedded_name("runs/mine")
+    ('mini_libero', 'mini_libero_spatial', None)
+    """
+    return EMBEDDED if address == "embedded" else address if address in WEIGHTS else None
+
+
 def embedded_folder(name: str = EMBEDDED) -> Path:
     """Assets of an embedded policy inside the package: parameters, tokenizer and norm statistics."""
     return Path(str(resources.files("safe_pruner_jax") / "assets" / name))

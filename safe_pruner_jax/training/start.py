@@ -11,7 +11,7 @@ from safe_pruner_jax.model.checkpoint import load_params, stored_shapes
 from safe_pruner_jax.model.config import Pi0Config
 from safe_pruner_jax.model.fetch import fetch
 from safe_pruner_jax.model.params import Params, draw_params, param_shapes
-from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder, embedded_params
+from safe_pruner_jax.policy.embedded import EMBEDDED, embedded_folder, embedded_name, embedded_params
 from safe_pruner_jax.robots.transforms import NUMBERS, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def start_from(address: str, model: Pi0Config, tokenizer: Path, anew: Params) ->
     `anew`, since its rows stand for other pieces.
 
     Args:
-      address: folder or gs:// address, or "embedded".
+      address: folder or gs:// address, "embedded", or the name of a policy of this package.
       model: what is trained.
       tokenizer: what it is trained with.
       anew: random parameters of `model`.
@@ -43,9 +43,9 @@ def start_from(address: str, model: Pi0Config, tokenizer: Path, anew: Params) ->
     Raises:
       CheckpointError, ValueError: not a checkpoint of these sizes otherwise.
     """
-    packaged = address == "embedded"
-    folder = embedded_folder() if packaged else fetch(address)
-    params = flatten_dict(embedded_params(), sep="/") if packaged else {}
+    packaged = embedded_name(address)
+    folder = embedded_folder(packaged) if packaged else fetch(address)
+    params = flatten_dict(embedded_params(packaged), sep="/") if packaged else {}
     shapes = {path: leaf.shape for path, leaf in params.items()} if packaged else stored_shapes(folder)
     rows = shapes.get(EMBEDDING, (model.vocab_size,))[0]
     side = round(shapes.get(POSITIONS, (1, model.tokens_per_camera))[1] ** 0.5)
