@@ -9,6 +9,7 @@ import pytest
 from toy_robots import DATA, fake_stats, request_of, robot_io
 
 from safe_pruner_jax.model.config import CAMERAS
+from safe_pruner_jax.policy.embedded import WEIGHTS
 from safe_pruner_jax.robots.configs import CONFIGS, DEFAULT_CHECKPOINTS, UNSUPPORTED, get_config
 from safe_pruner_jax.robots.robots import ALOHA, DROID, LIBERO, Aloha, RequestError
 from safe_pruner_jax.robots.transform import RobotIO
@@ -186,7 +187,7 @@ def test_actions_of_another_shape(shape):
 
 
 def test_names_are_openpis():
-    openpis = set(CONFIGS) - {"mini_libero", "mini_libero_state"}
+    openpis = set(CONFIGS) - {*WEIGHTS, "mini_libero_state"}
     assert len(openpis) == 17 and len(openpis | set(UNSUPPORTED)) == len(openpis) + len(UNSUPPORTED) == 31
     assert all(config.name == name for name, config in CONFIGS.items())
 

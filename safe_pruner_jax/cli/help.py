@@ -83,6 +83,5 @@ def summary(prog: str, command: type, pruner: tuple[str, Callable] | None = None
     if pruner is not None and pruner[0] != "none":
         lines += [*choices(*pruner)]
     if policy:
-        folder = "policy:checkpoint --policy.config NAME --policy.dir FOLDER"
-        lines += [f"{folder} | policy:default | policy:embedded [--policy.config NAME]"]
+        lines += ["policy:checkpoint --policy.config NAME --policy.dir FOLDER | policy:default | policy:embedded"]
     return "\n".join(lines)
