@@ -297,11 +297,12 @@ def _play(env: "LiberoEnv", job: dict[str, Any]) -> dict[str, Any]:
 def _leader(config: str, checkpoint: str) -> Callable[..., None]:
     """What plays before the expert does."""
     from safe_pruner_jax.libero.expert import led_by
-    from safe_pruner_jax.policy.embedded import EMBEDDED
+    from safe_pruner_jax.policy.embedded import embedded_name
     from safe_pruner_jax.policy.loading import load_policy
     from safe_pruner_jax.pruners import make
 
-    name, folder = (EMBEDDED, None) if checkpoint == "embedded" else (config, checkpoint)
+    packaged = embedded_name(checkpoint)
+    name, folder = (packaged, None) if packaged else (config, checkpoint)
     return led_by(load_policy(name, folder, pruner=make("full"), prompt_lengths=(32,)).session().infer)
 
 

@@ -106,7 +106,7 @@ def tables() -> dict[str, str]:
         "result": brief(FRONT, SUITES | SHUFFLED),
         "shares": beside(SHARES, SUITES, against=SAFE),
         "effort": effort(SHARES, SUITES),
-        "ablations": beside(ABLATIONS, dict([*SUITES.items()][:1]), against=SAFE, keyframes=True),
+        "ablations": beside(ABLATIONS, {"LIBERO-Object": SUITES["LIBERO-Object"]}, against=SAFE, keyframes=True),
         "kept": by_share(METHODS, SUITES["LIBERO-Object"], (0.5, 0.3, 0.2, 0.1)),
         **{name: beside(cells, SUITES | MORE.get(name, {}), against=list(cells)[1]) for name, cells in BUDGETS.items()},
         **launch_tables.tables(RESULTS),

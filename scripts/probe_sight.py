@@ -31,7 +31,7 @@ from safe_pruner_jax.libero.labels import kind
 from safe_pruner_jax.libero.scene import Scene
 from safe_pruner_jax.libero.shuffled import open_env
 from safe_pruner_jax.libero.suites import load_task
-from safe_pruner_jax.policy.embedded import EMBEDDED, EMBEDDED_WEIGHTS, embedded_folder
+from safe_pruner_jax.policy.embedded import EMBEDDED, WEIGHTS, embedded_folder
 from safe_pruner_jax.policy.identity import checkpoint_fingerprint, local_device
 from safe_pruner_jax.policy.loading import load_policy
 from safe_pruner_jax.policy.policy import Policy
@@ -104,8 +104,7 @@ def play(
 
 def another(env: LiberoEnv, trial: int) -> str:
     """An object in view that is not the task's own, another one every trial."""
-    goal = Scene(env).goals[0][1]
-    receptacle = Scene(env).goals[0][2]
+    _, goal, receptacle = Scene(env).goals[0]
     names = [n for n in env.simulator.env.objects_dict if n != goal and not receptacle.startswith(n)]
     return names[trial % len(names)]
 
@@ -156,8 +155,8 @@ def main(args: Args) -> int:
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    policy, note = load_policy(args.config, args.checkpoint), "" if args.checkpoint else EMBEDDED_WEIGHTS
-    checkpoint = checkpoint_fingerprint(args.checkpoint or embedded_folder(), note)
+    policy, note = load_policy(args.config, args.checkpoint), "" if args.checkpoint else WEIGHTS[args.config]
+    checkpoint = checkpoint_fingerprint(args.checkpoint or embedded_folder(args.config), note)
     same = {"checkpoint": checkpoint, "replan": args.replan, "device": local_device()}
     rows = [row for row in rows if row["suite"] == args.suite and row["checkpoint"] == checkpoint]
     played = {(row["probe"], row["task"], row["trial"]) for row in rows}

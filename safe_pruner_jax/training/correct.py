@@ -93,6 +93,6 @@ def _shuffled(maker: SceneMaker, seed: int, rng: np.random.Generator, usual: flo
         maker.placements.shuffle(seed, permute=False)
         return maker.instruction(maker.goal_of_task[1])
     maker.placements.shuffle(seed)
-    said = [maker.instruction(name) for name in maker.placements.names]
+    said = list(maker.placements.named)
     share = np.array([often.get(words, 1.0) for words in said])
     return said[rng.choice(len(said), p=share / share.sum())]
