@@ -204,12 +204,13 @@ def test_a_bowl_is_named_by_where_it_stands(spatial):
     placements, scene, met = spatial.placements, Scene(spatial.env), set()
     columns = [[at, at + 1] for at in placements._places.values()]
     fixed = spatial.env.init_states[:, columns]
-    for seed in range(14):
+    for seed in range(30):
         placements.shuffle(seed)
         place = {name: scene.position(name) for name in spatial.env.simulator.env.obj_body_id}
         away = lambda a, b: np.linalg.norm(place[a][:2] - place[b][:2])  # noqa: B023
         now = spatial.env.simulator.get_sim_state()[columns]
-        assert len(placements.named) == 2 and np.linalg.norm(fixed - now, axis=-1).max(-1).min() > 0.01
+        assert set(placements.names) == set(placements.named.values())
+        assert np.linalg.norm(fixed - now, axis=-1).max(-1).min() > 0.01
         for words, bowl in placements.named.items():
             near = min((PLATE, RAMEKIN, COOKIES), key=lambda thing, bowl=bowl: away(bowl, thing))
             on_table = place[bowl][2] < 0.905
@@ -234,13 +235,36 @@ def test_a_bowl_is_named_by_where_it_stands(spatial):
 
 @pytest.mark.nightly
 @pytest.mark.libero
+def test_plate_and_bowl_exchange_places_as_in_libero_pro_but_not_where_it_puts_them():
+    with LiberoEnv(load_task("libero_spatial_swap", 5), coarse=True) as env:  # the plate lies on the cookie box
+        fixed = env.init_states
+    with scenes.open_scenes("libero_spatial", 5) as made:
+        placements, scene, heights = made.placements, Scene(made.env), set()
+        columns = [[at, at + 1] for at in placements._places.values()]
+        for seed in range(24):
+            placements.shuffle(seed)
+            if len(placements.named) == 2:
+                continue
+            assert made.env.task.language in placements.named
+            (other,) = {"akita_black_bowl_1", "akita_black_bowl_2"} - set(placements.names)
+            plate, bowl = scene.position(PLATE), scene.position(other)
+            assert bowl[2] < 0.905 and np.linalg.norm(plate[:2] - bowl[:2]) > 0.1
+            assert not scene.touching(other, PLATE)
+            heights.add(round(float(plate[2]), 1))
+            now = made.env.simulator.get_sim_state()[columns]
+            assert np.linalg.norm(fixed[:, columns] - now, axis=-1).max(-1).min() > 0.01
+        assert len(heights) >= 2  # on the table, and on something
+
+
+@pytest.mark.nightly
+@pytest.mark.libero
 def test_the_law_takes_a_bowl_by_its_rim_and_puts_it_on_the_plate(spatial):
     spatial.placements.shuffle(1, permute=False)
     assert set(spatial.placements.named.values()) == {"akita_black_bowl_1", "akita_black_bowl_2"}
     assert spatial.env.task.language in spatial.placements.named
-    frames = spatial.demonstration(2)
+    frames = spatial.demonstration(4)
     assert frames["named"][0, frames["target"][0]] == frames["held"].max() >= 0
-    assert (frames["named"][0] >= 0).sum() == 2
+    assert (frames["named"][0] >= 0).sum() in (1, 2)
     teleported = spatial.scenes(2, 12)
     assert len({tuple(row) for row in teleported["named"]}) == 2  # a scene of its own for every ten
     assert np.abs(teleported["site"]).max() < 0.7  # as if the robot stood on the floor
@@ -269,3 +293,11 @@ def test_an_episode_of_a_drawn_scene_may_last_as_long_as_any():
             while not env.step(np.zeros(7)).done:
                 pass
             assert env.steps == env.max_steps
+
+
+@pytest.mark.nightly
+@pytest.mark.libero
+def test_a_bowl_that_leans_in_liberos_own_draw_is_drawn_again():
+    with scenes.open_scenes("libero_spatial", 8) as made:
+        made.placements.shuffle(3004)  # twenty layouts with a bowl that the first draw had tilted by 20 degrees
+        assert made.env.task.language in made.placements.named

@@ -6,8 +6,9 @@
 
 A relation is a region of LIBERO's scene files, and its instruction is that of the task whose bowl starts there. One
 bowl stands where the task says, the other in any other relation, so that each can be asked for; a bowl that would fit
-a second instruction is drawn again. Cabinet and stove keep their places, but for the centimetres that LIBERO gives
-them.
+a second instruction is drawn again. In some scenes plate and other bowl exchange places, as LIBERO-PRO has it: the
+plate lies on the stove, the cabinet or the box, or beside something, and nothing names the bowl at its home. Cabinet
+and stove keep their places, but for the centimetres that LIBERO gives them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,10 @@ BESIDE = {
     "main_table_next_to_box_region": COOKIES,
 }
 DRAWER = "wooden_cabinet_1_top_region"
-_HOMES = {PLATE: "main_table_plate_region", RAMEKIN: "main_table_ramekin_region", COOKIES: "main_table_box_region"}
+HOME = "main_table_plate_region"
+NEAR_PLATE = frozenset({BETWEEN, "main_table_next_to_plate_region"})
+_EXCHANGED = 0.5  # of the scenes in which they can: plate and other bowl have each other's place
+_HOMES = {PLATE: HOME, RAMEKIN: "main_table_ramekin_region", COOKIES: "main_table_box_region"}
 _RAISED = {"flat_stove_1_cook_region": 0.03, "wooden_cabinet_1_top_side": 0.02, DRAWER: 0.05}  # m above the site
 _RADIUS = {PLATE: 0.069, RAMEKIN: 0.045, COOKIES: 0.047}
 _BOWL = 0.054  # m, radius
@@ -70,10 +74,10 @@ class Relations(Placements):
         if set(self._instructions) - {BETWEEN, CENTRE, RAMEKIN, COOKIES, *BESIDE, *_RAISED}:
             raise ValueError(f"suite: expected one object of a kind per scene, or libero_spatial, got {suite}")
         super().__init__(env)
-        self.names = [name for name in self._places if name.startswith("akita_black_bowl")]
+        self._bowls = self.names = [name for name in self._places if name.startswith("akita_black_bowl")]
         self.instructions = tuple(self._instructions.values())
         started = {thing: place[0] for _, thing, *place in env.simulator.env.parsed_problem["initial_state"] if place}
-        self._usual = {name: started[name] for name in self.names}
+        self._usual = {name: started[name] for name in self._bowls}
         self._regions = dict(self._usual)
         self._scene = Scene(env)
         self._drawer = 1 + env.simulator.sim.model.get_joint_qpos_addr("wooden_cabinet_1_top_level")
@@ -81,7 +85,8 @@ class Relations(Placements):
     @property
     def named(self) -> Mapping[str, str]:
         """Instruction → bowl; of an episode that `shuffle` did not begin, what the task's own scene says."""
-        return {self._instructions[region]: name for name, region in self._regions.items()}
+        said = self._instructions
+        return {said[region]: name for name, region in self._regions.items() if region in said}
 
     def shuffle(self, seed: int, *, permute: bool = True, arm: float = 0.02) -> None:
         """Starts an episode in a new scene, in which one bowl is where the task says, and one where another task says.
@@ -95,15 +100,15 @@ class Relations(Placements):
           RuntimeError: no scene was found that stands.
         """
         env, rng = self._env, np.random.default_rng([seed, self._env.task.index])
-        env.randomize(seed)
-        start = env.simulator.get_sim_state().copy()
-        start[self._arm] += rng.normal(0.0, arm, len(self._arm))
-        start[self._positions :] = 0
-        for _ in range(20):
+        for attempt in range(20):
+            env.randomize(seed + attempt)  # a bowl that LIBERO's own draw has leaning on the plate would stay tilted
+            start = env.simulator.get_sim_state().copy()
+            start[self._arm] += rng.normal(0.0, arm, len(self._arm))
+            start[self._positions :] = 0
             layout = self._draw(rng, start, permute)
             state = self._state(start, layout)
             env.begin(state, reset=False)
-            self._regions = layout.regions
+            self._regions, self.names = layout.regions, [n for n in self._bowls if layout.regions[n] != HOME]
             if self._stands(layout):
                 return
         raise RuntimeError(f"{env.task.name}: no scene of seed {seed} stands")
@@ -131,25 +136,40 @@ class Relations(Placements):
     def _draw(self, rng: np.random.Generator, start: np.ndarray, permute: bool) -> _Layout:
         """A layout in which nothing touches and no bowl answers to two instructions."""
         for _ in range(_TRIES):
-            regions = dict(self._usual)
+            regions, (own, other) = dict(self._usual), self._bowls  # the task names the first one
             if permute:
-                own, other = self.names  # the task names the first one
                 regions[other] = str(rng.choice([r for r in self._instructions if r != regions[own]]))
+            exchanged = permute and rng.random() < _EXCHANGED and self._can_exchange(regions)
             self._pull(start, regions)
             homes = [self._site(region)[:2] for region in _HOMES.values()]
             order = rng.permutation(len(homes)) if permute else range(len(homes))
             spread = JITTER if permute else USUAL_JITTER
             ground = {name: homes[i] + rng.normal(0.0, spread, 2) for name, i in zip(_HOMES, order, strict=True)}
             at = {name: np.array([*xy, _TABLE]) for name, xy in ground.items()}
-            at |= {name: self._place(rng, region, at, permute) for name, region in regions.items()}
+            if exchanged:
+                at[PLATE], regions[other] = self._place(rng, regions[other], at, permute, _RADIUS[PLATE]), HOME
+                at[other] = np.array([*ground[PLATE], _TABLE])
+            at |= {n: self._place(rng, region, at, permute) for n, region in regions.items() if n not in at}
             layout = _Layout(at, regions)
             room = _GAP if not permute else _HAND if DRAWER in regions.values() else _CLOSED
             if self._clear(layout, room) and self._told_apart(layout):
                 return layout
         raise RuntimeError(f"{self._env.task.name}: no layout in {_TRIES} draws")
 
-    def _place(self, rng: np.random.Generator, region: str, at: Mapping[str, np.ndarray], permute: bool) -> np.ndarray:
-        """Where a bowl is dropped that stands in a region."""
+    def _can_exchange(self, regions: Mapping[str, str]) -> bool:
+        """Whether plate and second bowl can have each other's place: the plate lies there, and names no bowl."""
+        own, other = (regions[name] for name in self._bowls)
+        return not {own, other} & NEAR_PLATE and other not in (RAMEKIN, DRAWER)
+
+    def _place(
+        self,
+        rng: np.random.Generator,
+        region: str,
+        at: Mapping[str, np.ndarray],
+        permute: bool,
+        radius: float = _BOWL,
+    ) -> np.ndarray:
+        """Where a bowl, or another thing of a `radius` in metres, is dropped that stands in a region."""
         small = rng.normal(0.0, 0.006, 2)
         if region in at:
             return np.array([*(at[region][:2] + small / 2), _STACKED])
@@ -165,7 +185,7 @@ class Relations(Placements):
             return np.array([*(plate + share * (ramekin - plate) + small), _TABLE])
         thing = BESIDE[region]
         if permute:
-            angle, far = rng.uniform(0, 2 * np.pi), _RADIUS[thing] + _BOWL + _GAP + rng.uniform(0.0, 0.02)
+            angle, far = rng.uniform(0, 2 * np.pi), _RADIUS[thing] + radius + _GAP + rng.uniform(0.0, 0.02)
             return np.array([*(at[thing][:2] + far * np.array([np.cos(angle), np.sin(angle)])), _TABLE])
         usual = self._site(region) - self._site(_HOMES[thing])
         return np.array([*(at[thing][:2] + usual[:2] + small), _TABLE])
@@ -204,7 +224,7 @@ class Relations(Placements):
                 nearest = gaps.pop(BESIDE[region])
                 if min(gaps.values()) < nearest + _CLEARLY or self._is_between(here, layout):
                     return False
-            if region == CENTRE and (min(gaps.values()) < 0.03 or self._is_between(here, layout)):
+            if region in (CENTRE, HOME) and (min(gaps.values()) < 0.03 or self._is_between(here, layout)):
                 return False
             if region == BETWEEN and gaps[COOKIES] < _CLEARLY:
                 return False
