@@ -44,6 +44,7 @@ class Placements:
     """Draws scenes for one environment.
 
     Attributes:
+      goal: the task's predicate, ("in", "milk_1", "basket_1_contain_region").
       receptacle: what things are put into or on.
       names: of the objects that may be fetched, in the simulator's order.
       instructions: what the suite's tasks say, for every object that a scene of it may have.
@@ -64,7 +65,8 @@ class Placements:
         model, objects = env.simulator.sim.model, env.simulator.env.objects_dict
         address = lambda name: model.get_joint_qpos_addr(objects[name].joints[0])[0]
         self._places = {name: 1 + address(name) for name in objects if objects[name].joints}
-        target = task_goal(env)[2]
+        self.goal = _goal(env)
+        target = self.goal[2]
         self.receptacle = next((name for name in objects if target.startswith(name)), target)
         self.names = [name for name in self._places if name != self.receptacle]
         found = [k for k in kinds(env.task.suite) if k != kind(self.receptacle)]
@@ -163,12 +165,8 @@ def _exchanged(rng: np.random.Generator, now: np.ndarray) -> np.ndarray:
     return now[rng.permutation(len(now))] + rng.normal(0.0, JITTER, now.shape)
 
 
-def task_goal(env: LiberoEnv) -> tuple[str, str, str]:
-    """The predicate of a task: ("in", "milk_1", "basket_1_contain_region").
-
-    Raises:
-      ValueError: the task is not to put one object somewhere.
-    """
+def _goal(env: LiberoEnv) -> tuple[str, str, str]:
+    """The predicate of a task; raises ValueError if the task is not to put one object somewhere."""
     first, *others = env.simulator.env.parsed_problem["goal_state"]
     if others or first[0] not in ("in", "on") or len(first) != 3:
         task = f"{env.task.suite} task {env.task.index}"

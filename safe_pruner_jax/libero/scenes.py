@@ -28,7 +28,7 @@ from safe_pruner_jax.libero.env import LiberoEnv, load_task
 from safe_pruner_jax.libero.expert import Pushes
 from safe_pruner_jax.libero.labels import Labels, kind
 from safe_pruner_jax.libero.law import CHUNK, FeedbackExpert
-from safe_pruner_jax.libero.placements import Visited, task_goal
+from safe_pruner_jax.libero.placements import Visited
 from safe_pruner_jax.libero.shuffled import draw_for
 from safe_pruner_jax.robots.transforms import resize_with_pad
 
@@ -63,7 +63,6 @@ class SceneMaker:
     def __init__(self, env: LiberoEnv, size: int):
         self.env, self._size = env, size
         self.placements, self._labels = draw_for(env), Labels(env, size)
-        self.goal_of_task = task_goal(env)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -123,7 +122,7 @@ class SceneMaker:
 
     def goal(self, name: str) -> tuple[str, str, str]:
         """The predicate that fetching this object is to make true: the task's own, with this object."""
-        predicate, _, target = self.goal_of_task
+        predicate, _, target = self.placements.goal
         return predicate, name, target
 
     def instruction(self, name: str) -> str:

@@ -91,7 +91,7 @@ def _shuffled(maker: SceneMaker, seed: int, rng: np.random.Generator, usual: flo
     """Starts an episode in a new scene; returns the instruction."""
     if rng.random() < usual:
         maker.placements.shuffle(seed, permute=False)
-        return maker.instruction(maker.goal_of_task[1])
+        return maker.instruction(maker.placements.goal[1])
     maker.placements.shuffle(seed)
     said = list(maker.placements.named)
     share = np.array([often.get(words, 1.0) for words in said])
