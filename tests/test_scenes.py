@@ -1,6 +1,8 @@
 """Labelled scenes, the expert as a feedback law, and the simulator saved and restored."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -301,3 +303,11 @@ def test_a_bowl_that_leans_in_liberos_own_draw_is_drawn_again():
     with scenes.open_scenes("libero_spatial", 8) as made:
         made.placements.shuffle(3004)  # twenty layouts with a bowl that the first draw had tilted by 20 degrees
         assert made.env.task.language in made.placements.named
+
+
+@pytest.mark.nightly
+@pytest.mark.libero
+def test_a_process_with_scenes_ends_without_a_word_about_opengl():
+    code = "from safe_pruner_jax.libero.scenes import current_maker; current_maker('libero_object', 0, 28)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "Exception ignored" not in run.stderr

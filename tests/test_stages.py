@@ -10,11 +10,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from safe_pruner_jax.cli.stages import Stages, action_stats, curves, embedded_weights, run_stages
+from safe_pruner_jax.cli.train import Train, run_train
 from safe_pruner_jax.libero.labels import CLASSES
 from safe_pruner_jax.libero.scenes import write
 from safe_pruner_jax.model.config import GemmaConfig, SiglipConfig, mini
 from safe_pruner_jax.model.params import draw_params
-from safe_pruner_jax.policy.embedded import embedded_folder
+from safe_pruner_jax.policy.embedded import WEIGHTS, embedded_folder
 from safe_pruner_jax.robots.configs import get_config
 from safe_pruner_jax.robots.transforms import Tokenizer
 from safe_pruner_jax.training import perception, stages
@@ -229,3 +230,10 @@ def test_wrong_runs_are_refused_in_one_line(folder, tmp_path):
         run("align", scenes=(folder,))
     with pytest.raises(ValueError, match=r"expected frames of 56 pixels, got 28"):
         Scenes([folder], Tokenizer(TOKENIZER, 200), action_stats(config), TINY.replace(image_size=56))
+
+
+@pytest.mark.parametrize("config", WEIGHTS)
+def test_a_configuration_of_the_package_brings_its_tokenizer(tmp_path, config):
+    """Without one the command would stop before it looks at anything else."""
+    with pytest.raises(ValueError, match="init: expected embedded, mini_libero, mini_libero_spatial"):
+        run_train(Train(stage="act", config=config, init="runs/elsewhere", out=tmp_path))

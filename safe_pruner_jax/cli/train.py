@@ -47,7 +47,7 @@ class Train:
       init: checkpoint to start from, "embedded" (mini_libero) or mini_libero_spatial; None starts from random
         parameters. Its position embedding is interpolated when the image size differs, its embedding of words starts
         anew when the tokenizer does.
-      tokenizer: SentencePiece model; None takes the embedded one with mini_libero, and is required otherwise.
+      tokenizer: SentencePiece model; None takes the embedded policy's of this configuration, and is required otherwise.
       image_size: side of the frames, a multiple of 14; None takes the configuration's.
       settings: of the optimiser and the loop.
       coordinator: HOST:PORT of the first of several hosts, which train as one; the same command on each of them.
@@ -82,7 +82,8 @@ def run_train(args: Train) -> None:
     config = get_config(args.config)
     model = config.model.replace(image_size=args.image_size or config.model.image_size)
     config = dataclasses.replace(config, model=model)
-    tokenizer = args.tokenizer or (embedded_folder() / "tokenizer.model" if config.name == EMBEDDED else None)
+    packaged = embedded_name(config.name)
+    tokenizer = args.tokenizer or (embedded_folder(packaged) / "tokenizer.model" if packaged else None)
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected a SentencePiece model for {config.name}, got none; give --tokenizer")
     if args.stage != "flow":

@@ -187,10 +187,10 @@ def current_maker(suite: str, task: int, size: int, *, coarse: bool = True) -> S
     """This process's maker, for workers that are given one job after the other; the environment before is closed."""
     _close()
     _open.append(LiberoEnv(load_task(suite, task), coarse=coarse))
+    atexit.register(_close)  # now that MuJoCo has registered the end of its display, since the last one is called first
     return SceneMaker(_open[-1], size)
 
 
-@atexit.register
 def _close() -> None:
     """Frees the OpenGL context while there is still something to free it with."""
     while _open:
